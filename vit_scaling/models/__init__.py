@@ -1,0 +1,55 @@
+"""The models, and how they become arrays and back.
+
+A model is built once and split into a static description and two nested dicts of arrays: parameters, and the running
+statistics that only batch normalisation has. A traced function merges them back into a module, calls it, and reads
+the statistics off it; nothing else of Flax NNX is used.
+"""
+
+from typing import Any
+
+from flax import nnx
+from jaxtyping import PRNGKeyArray
+
+from vit_scaling.models import vit
+
+MODELS: dict[type, Any] = {vit.ViTConfig: vit.ViT}
+
+ModelConfig = vit.ViTConfig
+
+
+def build(model_config: ModelConfig, *, image_size: tuple[int, int], num_classes: int, key: PRNGKeyArray) -> nnx.Module:
+    """Builds and initialises the model that a config describes.
+
+    Args:
+        model_config: the config of any model in `MODELS`.
+        image_size: height and width in pixels of the images that it will see.
+        num_classes: length of the logits.
+        key: random key of the initialisation.
+
+    Returns:
+        A module: `model(images [B, H, W, 3] in [-1, 1], key=None)` gives logits [B, num_classes]; a key means training.
+        `model.features(images)` gives [B, D], `model.attention_maps(images)` the attention of every layer.
+
+    Raises:
+        ValueError: the config cannot work; the sentence names the field.
+    """
+    if type(model_config) not in MODELS:
+        known = ", ".join(config.__name__ for config in MODELS)
+        raise ValueError(f"no model belongs to a config of type {type(model_config).__name__}; the types are {known}")
+    return MODELS[type(model_config)](model_config, image_size=image_size, num_classes=num_classes, key=key)
+
+
+def split(model: nnx.Module) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Returns (description, parameters, statistics): something hashable, and two nested dicts of arrays."""
+    description, parameters, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
+    return description, nnx.to_pure_dict(parameters), nnx.to_pure_dict(statistics)
+
+
+def merge(description: Any, parameters: dict[str, Any], statistics: dict[str, Any]) -> Any:
+    """Returns the module again, holding these arrays (or tracers)."""
+    return nnx.merge(description, parameters, statistics)
+
+
+def statistics(model: nnx.Module) -> dict[str, Any]:
+    """Returns the running statistics that a module holds now: after a training call, the updated ones."""
+    return nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))

@@ -1,0 +1,213 @@
+"""The layers that the models share: plain Flax NNX modules that hold arrays and nothing that changes.
+
+Parameters are float32; every layer computes in the dtype of its input, norms in float32 inside.
+Shapes: B batch, H W image or grid, C channels, L tokens, S context tokens, D width, N heads, K head dim, F hidden.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from vit_scaling.ops import attention as attention_ops
+
+Initializer = Callable[[PRNGKeyArray, tuple[int, ...]], Array]
+
+GELUS = {
+    "tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "exact": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+def zeros(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
+    del key
+    return jnp.zeros(shape)
+
+
+def xavier_uniform(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
+    """Uniform in ±sqrt(6 / (inputs + outputs)), `shape` being (inputs, outputs)."""
+    limit = math.sqrt(6 / sum(shape))
+    return jax.random.uniform(key, shape, minval=-limit, maxval=limit)
+
+
+def lecun_normal(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
+    """Normal truncated at two deviations, with variance 1 / inputs; `shape` is (inputs, outputs)."""
+    # A normal cut at ±2 has this standard deviation; dividing by it restores the variance that was asked for.
+    truncated_std = 0.87962566103423978
+    return jax.random.truncated_normal(key, -2.0, 2.0, shape) * (shape[0] ** -0.5 / truncated_std)
+
+
+def normal(std: float) -> Initializer:
+    return lambda key, shape: std * jax.random.normal(key, shape)
+
+
+def expand(x: Array, ndim: int) -> Array:
+    """Returns x with leading axes of size one, so that it broadcasts against an array of `ndim` axes."""
+    return x.reshape((1,) * (ndim - x.ndim) + x.shape)
+
+
+class Linear(nnx.Module):
+    """An affine map of the last axes: [..., *inputs] to [..., *outputs].
+
+    `kernel` has shape [*inputs, *outputs], so heads stay an axis of their own; it is initialised as the flattened
+    (inputs, outputs) matrix.
+    """
+
+    def __init__(
+        self,
+        inputs: int | tuple[int, ...],
+        outputs: int | tuple[int, ...],
+        *,
+        key: PRNGKeyArray,
+        bias: bool = True,
+        kernel_init: Initializer = xavier_uniform,
+        bias_init: Initializer = zeros,
+    ):
+        inputs = (inputs,) if isinstance(inputs, int) else inputs
+        outputs = (outputs,) if isinstance(outputs, int) else outputs
+        kernel_key, bias_key = jax.random.split(key)
+        matrix = kernel_init(kernel_key, (math.prod(inputs), math.prod(outputs)))
+        self.kernel = nnx.Param(matrix.reshape(inputs + outputs))
+        self.bias = nnx.Param(bias_init(bias_key, outputs)) if bias else None
+        self.input_dims = len(inputs)
+
+    def __call__(self, x: Array) -> Array:
+        kernel = self.kernel[...].astype(x.dtype)
+        contract = tuple(range(x.ndim - self.input_dims, x.ndim)), tuple(range(self.input_dims))
+        y = jax.lax.dot_general(x, kernel, (contract, ((), ())))
+        return y if self.bias is None else y + expand(self.bias[...].astype(x.dtype), y.ndim)
+
+
+class LayerNorm(nnx.Module):
+    """Normalises the last axis in float32 and returns the input's dtype."""
+
+    def __init__(self, width: int, *, eps: float, bias: bool = True):
+        self.scale = nnx.Param(jnp.ones((width,)))
+        self.bias = nnx.Param(jnp.zeros((width,))) if bias else None
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
+        y = y * expand(self.scale[...], x.ndim)
+        if self.bias is not None:
+            y = y + expand(self.bias[...], x.ndim)
+        return y.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention from `x` to `context` (itself by default).
+
+    With `qk_norm` each head's queries and keys pass a LayerNorm without bias first (ViT-22B, section 2).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        key: PRNGKeyArray,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+    ):
+        if width % heads:
+            raise ValueError(f"width {width} cannot be split over {heads} heads; choose a number that divides it")
+        head_dim = width // heads
+        query_key, key_key, value_key, out_key = jax.random.split(key, 4)
+        self.query = Linear(width, (heads, head_dim), key=query_key, bias=qkv_bias)
+        self.key = Linear(width, (heads, head_dim), key=key_key, bias=qkv_bias)
+        self.value = Linear(width, (heads, head_dim), key=value_key, bias=qkv_bias)
+        self.out = Linear((heads, head_dim), width, key=out_key)
+        self.query_norm = LayerNorm(head_dim, eps=norm_eps, bias=False) if qk_norm else None
+        self.key_norm = LayerNorm(head_dim, eps=norm_eps, bias=False) if qk_norm else None
+
+    def _query_key(self, x_BLD: Array, context_BSD: Array) -> tuple[Array, Array]:
+        q_BLNK, k_BSNK = self.query(x_BLD), self.key(context_BSD)
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BLNK, k_BSNK = self.query_norm(q_BLNK), self.key_norm(k_BSNK)
+        return q_BLNK, k_BSNK
+
+    def __call__(
+        self, x_BLD: Float[Array, "B L D"], context_BSD: Float[Array, "B S D"] | None = None
+    ) -> Float[Array, "B L D"]:
+        context_BSD = x_BLD if context_BSD is None else context_BSD
+        q_BLNK, k_BSNK = self._query_key(x_BLD, context_BSD)
+        return self.out(attention_ops.attention(q_BLNK, k_BSNK, self.value(context_BSD)))
+
+    def weights(
+        self, x_BLD: Float[Array, "B L D"], context_BSD: Float[Array, "B S D"] | None = None
+    ) -> Float[Array, "B N L S"]:
+        """Returns how much each query attends to each key, in float32."""
+        return attention_ops.attention_weights(*self._query_key(x_BLD, x_BLD if context_BSD is None else context_BSD))
+
+
+class Mlp(nnx.Module):
+    """Linear, GELU ("tanh" or "exact"), Linear. Biases start at N(0, 1e-6)."""
+
+    def __init__(self, width: int, hidden: int, *, key: PRNGKeyArray, gelu: str):
+        up_key, down_key = jax.random.split(key)
+        self.up = Linear(width, hidden, key=up_key, bias_init=normal(1e-6))
+        self.down = Linear(hidden, width, key=down_key, bias_init=normal(1e-6))
+        self.gelu = gelu
+
+    def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        return self.down(GELUS[self.gelu](self.up(x_BLD)))
+
+
+class PatchEmbedding(Linear):
+    """Cuts an image into patches, row by row, and maps each to a token.
+
+    A convolution whose stride is its size, written as one matrix product. Rows and columns beyond the last whole
+    patch are left out, as that convolution without padding does (So400m/14 at 384 pixels sees 27 x 27 patches).
+    """
+
+    def __init__(self, patch: tuple[int, int], channels: int, width: int, *, key: PRNGKeyArray):
+        super().__init__((*patch, channels), width, key=key, kernel_init=lecun_normal)
+        self.patch = patch
+
+    def __call__(self, images_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B L D"]:
+        batch, height, width, channels = images_BHWC.shape
+        rows, columns = grid_size((height, width), self.patch)
+        h, w = self.patch
+        x = images_BHWC[:, : rows * h, : columns * w].reshape(batch, rows, h, columns, w, channels)
+        return super().__call__(x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, h, w, channels))
+
+
+def grid_size(image_size: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
+    """Returns how many whole patches fit into the height and the width of an image."""
+    rows, columns = image_size[0] // patch[0], image_size[1] // patch[1]
+    if not rows or not columns:
+        raise ValueError(
+            f"an image of {image_size[0]}x{image_size[1]} pixels is smaller than one patch of {patch[0]}x{patch[1]}"
+        )
+    return rows, columns
+
+
+def drop_path(x: Array, rate: Array, key: PRNGKeyArray | None) -> Array:
+    """Zeroes the residual branch of each example with probability `rate` and scales what stays by 1 / (1 - rate).
+
+    Stochastic depth (Huang et al. 2016). Without a key, which means inference, x returns unchanged.
+    """
+    if key is None:
+        return x
+    keep = 1 - rate
+    mask = jax.random.bernoulli(key, keep, (x.shape[0],) + (1,) * (x.ndim - 1))
+    return jnp.where(mask, x / keep.astype(x.dtype), jnp.zeros_like(x))
+
+
+def sincos2d(rows: int, columns: int, width: int, temperature: float = 10_000.0) -> Float[Array, "L D"]:
+    """Returns fixed 2-D sine-cosine position embeddings: a quarter of the width each for sin x, cos x, sin y, cos y.
+
+    The form of Chen et al. 2021 (MoCo v3) that the plain ViT-S/16 recipe uses (Beyer et al. 2022, section 2).
+    """
+    if width % 4 or width < 8:
+        raise ValueError(f"2-D sine-cosine positions need a width that is a multiple of 4 and at least 8, not {width}")
+    frequency_Q = temperature ** -(jnp.arange(width // 4) / (width // 4 - 1))
+    y_L, x_L = (axis.reshape(-1).astype(jnp.float32) for axis in jnp.mgrid[:rows, :columns])
+    angle_x, angle_y = jnp.outer(x_L, frequency_Q), jnp.outer(y_L, frequency_Q)
+    return jnp.concatenate([jnp.sin(angle_x), jnp.cos(angle_x), jnp.sin(angle_y), jnp.cos(angle_y)], axis=1)

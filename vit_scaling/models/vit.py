@@ -1,0 +1,279 @@
+"""Vision Transformer as in Scaling Vision Transformers (Zhai et al. 2022, arXiv 2106.04560).
+
+No class token by default; a GAP or MAP head; options of ViT-22B (Dehghani et al. 2023, arXiv 2302.05442) and of the
+plain ViT (Beyer et al. 2022, arXiv 2205.01580).
+Shapes: B batch, H W image, L tokens, D width, N heads, K head dim, F hidden, Z layers.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from vit_scaling.models import layers
+from vit_scaling.parallel.sharding import constrain
+
+
+class Size(NamedTuple):
+    width: int
+    depth: int
+    mlp: int
+    heads: int
+
+
+# Lower-case s is Table 2 of Scaling ViT and is not upper-case S. e is ViT-e (PaLI), 22B is ViT-22B; So400m and So150m
+# are SoViT (Alabdulmohsin et al. 2023, arXiv 2305.13035); the *-opt shapes and mu, M as in the public configurations.
+SIZES = {
+    "mu": Size(32, 1, 128, 2),
+    "s": Size(256, 6, 1024, 8),
+    "Ti": Size(192, 12, 768, 3),
+    "S": Size(384, 12, 1536, 6),
+    "M": Size(512, 12, 2048, 8),
+    "B": Size(768, 12, 3072, 12),
+    "So150m": Size(880, 18, 2320, 16),
+    "L": Size(1024, 24, 4096, 16),
+    "So400m": Size(1152, 27, 4304, 16),
+    "H": Size(1280, 32, 5120, 16),
+    "g": Size(1408, 40, 6144, 16),
+    "g-opt": Size(1536, 40, 6144, 16),
+    "G": Size(1664, 48, 8192, 16),
+    "G-opt": Size(1536, 48, 8192, 16),
+    "e": Size(1792, 56, 15360, 16),
+    "22B": Size(6144, 48, 24576, 48),
+}
+
+POOLS = ("gap", "map", "token")
+POSITIONS = ("learned", "sincos2d", "none")
+
+# What a block keeps for its backward pass: everything; the results of its matrix products with parameters; nothing.
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass
+class ViTConfig:
+    """A plain vision transformer. `variant("B/16")` makes one of a published size."""
+
+    width: int = 768
+    depth: int = 12
+    mlp: int = 3072
+    heads: int = 12
+    patch: tuple[int, int] = (16, 16)  # height, width in pixels
+    pool: str = "gap"  # gap: mean of the tokens; map: attention pooling; token: a class token
+    position: str = "learned"  # learned | sincos2d | none
+    registers: int = 0  # extra learned tokens that no head reads (Darcet et al. 2024)
+    drop_path: float = 0.0  # rate of the last block; grows linearly from 0 at the first
+    layerscale: float | None = None  # initial scale of each residual branch (Touvron et al. 2021)
+    qk_norm: bool = False  # LayerNorm on queries and keys (ViT-22B)
+    parallel: bool = False  # attention and MLP side by side on one norm (ViT-22B)
+    qkv_bias: bool = True  # ViT-22B has none
+    norm_bias: bool = True  # ViT-22B has none
+    gelu: str = "tanh"  # tanh | exact
+    norm_eps: float = 1e-6
+    dtype: str = "float32"  # of the computation; parameters are float32, positions and norms computed in it
+    scan: bool = True  # one compiled block looped over the layers; unrolled otherwise
+    remat: str = "none"  # none | dots | full: what the backward pass recomputes
+
+
+def variant(name: str, **fields: object) -> ViTConfig:
+    """Returns the config of a size and patch such as "B/16", "g/14" or, for patches 8 high and 16 wide, "S/8x16".
+
+    Raises:
+        ValueError: no such size, or the patch is not a number.
+    """
+    size_name, _, patch = name.partition("/")
+    if size_name not in SIZES:
+        raise ValueError(f"no ViT size is called {size_name!r}; the sizes are {', '.join(SIZES)}")
+    try:
+        sides = tuple(int(side) for side in patch.split("x"))
+    except ValueError:
+        sides = ()
+    if len(sides) not in (1, 2) or min(sides) < 1:
+        raise ValueError(f"the ViT {name!r} names no patch; write size/patch, such as B/16 or S/8x16")
+    # The fields are typed where they are declared; here they pass through.
+    return ViTConfig(**SIZES[size_name]._asdict(), patch=(sides[0], sides[-1]), **fields)  # type: ignore[arg-type]
+
+
+def check(config: ViTConfig) -> None:
+    """Raises ValueError, in one sentence, for the first field that cannot work."""
+    for field, choices in (
+        ("pool", POOLS),
+        ("position", POSITIONS),
+        ("gelu", tuple(layers.GELUS)),
+        ("dtype", ("float32", "bfloat16")),
+        ("remat", tuple(REMAT_POLICIES)),
+    ):
+        if getattr(config, field) not in choices:
+            raise ValueError(f"model.{field} is {getattr(config, field)!r}; choose one of {', '.join(choices)}")
+    for field in ("width", "depth", "mlp", "heads"):
+        if getattr(config, field) < 1:
+            raise ValueError(f"model.{field} is {getattr(config, field)}; it must be at least 1")
+    if not 0 <= config.drop_path < 1:
+        raise ValueError(f"model.drop_path is {config.drop_path}; a rate is at least 0 and below 1")
+    if config.width % config.heads:
+        raise ValueError(f"model.heads {config.heads} does not divide model.width {config.width}")
+
+
+class Block(nnx.Module):
+    """x + Attention(LN x), then x + MLP(LN x); in parallel form x + Attention(LN x) + MLP(LN x) with one norm."""
+
+    def __init__(self, config: ViTConfig, *, key: PRNGKeyArray):
+        attention_key, mlp_key = jax.random.split(key)
+        norm = lambda: layers.LayerNorm(config.width, eps=config.norm_eps, bias=config.norm_bias)  # noqa: E731
+        self.norm1 = norm()
+        self.attention = layers.Attention(
+            config.width,
+            config.heads,
+            key=attention_key,
+            qkv_bias=config.qkv_bias,
+            qk_norm=config.qk_norm,
+            norm_eps=config.norm_eps,
+        )
+        self.norm2 = None if config.parallel else norm()
+        self.mlp = layers.Mlp(config.width, config.mlp, key=mlp_key, gelu=config.gelu)
+        scaled = config.layerscale is not None
+        self.layerscale1 = nnx.Param(jnp.full((config.width,), config.layerscale)) if scaled else None
+        self.layerscale2 = nnx.Param(jnp.full((config.width,), config.layerscale)) if scaled else None
+
+    def __call__(self, x_BLD: Float[Array, "B L D"], rate: Array, key: PRNGKeyArray | None) -> Float[Array, "B L D"]:
+        x_BLD = constrain(x_BLD)
+        key1, key2 = (None, None) if key is None else jax.random.split(key)
+
+        def branch(y_BLD: Array, layerscale: nnx.Param | None, key: PRNGKeyArray | None) -> Array:
+            if layerscale is not None:
+                y_BLD = y_BLD * layers.expand(layerscale[...].astype(y_BLD.dtype), 3)
+            return layers.drop_path(y_BLD, rate, key)
+
+        y_BLD = self.norm1(x_BLD)
+        attended_BLD = branch(self.attention(y_BLD), self.layerscale1, key1)
+        if self.norm2 is None:
+            return x_BLD + attended_BLD + branch(self.mlp(y_BLD), self.layerscale2, key2)
+        x_BLD = x_BLD + attended_BLD
+        return x_BLD + branch(self.mlp(self.norm2(x_BLD)), self.layerscale2, key2)
+
+
+class AttentionPool(nnx.Module):
+    """MAP head (Scaling ViT, section 3.2): a learned probe attends to all tokens, then y + MLP(LN y).
+
+    There is no residual around the attention. Heads and hidden units are those of the trunk. Computed in float32.
+    """
+
+    def __init__(self, config: ViTConfig, *, key: PRNGKeyArray):
+        probe_key, attention_key, mlp_key = jax.random.split(key, 3)
+        self.probe = nnx.Param(layers.xavier_uniform(probe_key, (1, config.width)))
+        self.attention = layers.Attention(config.width, config.heads, key=attention_key, norm_eps=config.norm_eps)
+        self.norm = layers.LayerNorm(config.width, eps=config.norm_eps)
+        self.mlp = layers.Mlp(config.width, config.mlp, key=mlp_key, gelu=config.gelu)
+
+    def _probe(self, x_BLD: Array) -> Array:
+        return jnp.broadcast_to(self.probe[...][None], (x_BLD.shape[0], 1, x_BLD.shape[2]))
+
+    def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B D"]:
+        x_BLD = x_BLD.astype(jnp.float32)
+        y_B1D = self.attention(self._probe(x_BLD), x_BLD)
+        return (y_B1D + self.mlp(self.norm(y_B1D)))[:, 0]
+
+
+class ViT(nnx.Module):
+    """Images in [-1, 1] to logits. Parameters of the blocks are stacked: `blocks/...` has a leading axis Z.
+
+    Any height and width of at least one patch works with sine-cosine or no positions; learned positions belong to the
+    grid that the model was built for.
+    """
+
+    def __init__(self, config: ViTConfig, *, image_size: tuple[int, int], num_classes: int, key: PRNGKeyArray):
+        check(config)
+        self.config = config
+        self.grid = layers.grid_size(image_size, config.patch)
+        patch_key, position_key, register_key, blocks_key, pool_key, head_key = jax.random.split(key, 6)
+        width = config.width
+        self.embedding = layers.PatchEmbedding(config.patch, 3, width, key=patch_key)
+        position_init = layers.normal(width**-0.5)
+        learned = config.position == "learned"
+        tokens = self.grid[0] * self.grid[1]
+        self.position_embedding = nnx.Param(position_init(position_key, (tokens, width))) if learned else None
+        self.class_token = nnx.Param(jnp.zeros((1, width))) if config.pool == "token" else None
+        self.registers = (
+            nnx.Param(layers.normal(0.02)(register_key, (config.registers, width))) if config.registers else None
+        )
+        self.blocks = jax.vmap(lambda key: Block(config, key=key))(jax.random.split(blocks_key, config.depth))
+        self.norm = layers.LayerNorm(width, eps=config.norm_eps, bias=config.norm_bias)
+        self.pool = AttentionPool(config, key=pool_key) if config.pool == "map" else None
+        self.head = layers.Linear(width, num_classes, key=head_key, kernel_init=layers.zeros)
+
+    def _positions(self, image_size: tuple[int, int]) -> Array | None:
+        grid = layers.grid_size(image_size, self.config.patch)
+        if self.config.position == "sincos2d":
+            return layers.sincos2d(*grid, self.config.width)
+        if self.position_embedding is None:
+            return None
+        if grid != self.grid:
+            raise ValueError(
+                f"images of {image_size[0]}x{image_size[1]} pixels make a grid of {grid[0]}x{grid[1]} patches, but the "
+                f"learned positions are for {self.grid[0]}x{self.grid[1]}; resize the images or the position embedding"
+            )
+        return self.position_embedding[...]
+
+    def _tokens(self, images_BHWC: Array) -> Array:
+        """Returns [class token, registers, patches], each where there is one."""
+        images_BHWC = constrain(images_BHWC).astype(jnp.dtype(self.config.dtype))
+        x_BLD = self.embedding(images_BHWC)
+        positions_LD = self._positions(images_BHWC.shape[1:3])
+        if positions_LD is not None:
+            # Added in float32: a position rounded to bfloat16 first would move by up to 0.4%.
+            x_BLD = (x_BLD.astype(jnp.float32) + positions_LD[None]).astype(x_BLD.dtype)
+        extra = [token[...].astype(x_BLD.dtype) for token in (self.class_token, self.registers) if token is not None]
+        if extra:
+            extra_LD = jnp.concatenate(extra)
+            x_BLD = jnp.concatenate([jnp.broadcast_to(extra_LD, (x_BLD.shape[0], *extra_LD.shape)), x_BLD], axis=1)
+        return x_BLD
+
+    def _drop_path_rates(self) -> Float[Array, "Z"]:
+        return jnp.linspace(0.0, self.config.drop_path, self.config.depth)
+
+    def encode(self, images_BHWC: Float[Array, "B H W 3"], key: PRNGKeyArray | None = None) -> Float[Array, "B L D"]:
+        """Returns the tokens after the final norm: [class token, registers, patches], each where there is one."""
+        x_BLD = self._tokens(images_BHWC)
+        keys = None if key is None else jax.random.split(key, self.config.depth)
+
+        def step(x_BLD: Array, layer: tuple[Block, Array, PRNGKeyArray | None]) -> tuple[Array, None]:
+            block, rate, key = layer
+            return block(x_BLD, rate, key if self.config.drop_path else None), None
+
+        if self.config.remat != "none":
+            # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
+            policy = REMAT_POLICIES[self.config.remat]
+            step = jax.checkpoint(step, policy=policy, prevent_cse=not self.config.scan)
+        per_layer = (self.blocks, self._drop_path_rates(), keys)
+        x_BLD, _ = jax.lax.scan(step, x_BLD, per_layer, unroll=1 if self.config.scan else self.config.depth)
+        return self.norm(constrain(x_BLD))
+
+    def features(self, images_BHWC: Float[Array, "B H W 3"], key: PRNGKeyArray | None = None) -> Float[Array, "B D"]:
+        """Returns the representation that the classifier reads, in float32."""
+        x_BLD = self.encode(images_BHWC, key)
+        if self.class_token is not None:
+            return x_BLD[:, 0].astype(jnp.float32)
+        patches_BLD = x_BLD[:, self.config.registers :]
+        if self.pool is not None:
+            return self.pool(patches_BLD)
+        return jnp.mean(patches_BLD.astype(jnp.float32), axis=1)
+
+    def __call__(self, images_BHWC: Float[Array, "B H W 3"], key: PRNGKeyArray | None = None) -> Float[Array, "B M"]:
+        """Returns logits over the M classes, in float32. A key means training: it turns drop path on."""
+        return self.head(self.features(images_BHWC, key))
+
+    def attention_maps(self, images_BHWC: Float[Array, "B H W 3"]) -> Float[Array, "Z B N L L"]:
+        """Returns how much each token attends to each other one, by layer and head, in float32."""
+
+        def step(x_BLD: Array, layer: tuple[Block, Array]) -> tuple[Array, Array]:
+            block, rate = layer
+            return block(x_BLD, rate, None), block.attention.weights(block.norm1(x_BLD))
+
+        _, maps = jax.lax.scan(step, self._tokens(images_BHWC), (self.blocks, self._drop_path_rates()))
+        return maps
