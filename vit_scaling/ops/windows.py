@@ -1,0 +1,217 @@
+"""Windows of an image, their attention and their relative positions: Swin V1 (arXiv 2103.14030) and V2 (2111.09883).
+
+Everything that depends on sizes alone (region numbers, index tables, coordinates) is NumPy, made while tracing:
+constants of the program, never parameters.
+
+Shapes: B batch, H W grid, G windows, n tokens of a window (window²), N heads, K head dim, D width,
+R rows of a bias table ((2·window - 1)²). A window is a square, its side counted in tokens; windows and their
+tokens are in row-major order.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+from scipy.interpolate import RectBivariateSpline
+
+# The published code adds this to the logits of masked pairs (not minus infinity); trained weights know it.
+MASKED = -100.0
+
+
+def window_and_shift(height: int, width: int, window: int) -> tuple[int, int]:
+    """Returns the window that fits a grid of height x width tokens, and the shift of the odd blocks.
+
+    A grid with a side no longer than the window has windows of that side and no shift, as in the published code.
+    """
+    if min(height, width) <= window:
+        return min(height, width), 0
+    return window, window // 2
+
+
+def split(x_BHWD: Float[Array, "B H W D"], window: int, shift: int = 0) -> Float[Array, "B G n D"]:
+    """Returns the windows of a grid that was cyclically shifted by (-shift, -shift).
+
+    Any height and width: the grid is first padded with zeros at the bottom and right to whole windows and *then*
+    rolled, the order of the published detection code, torchvision and transformers (timm rolls, then pads). So
+    padded tokens are keys like any other, of value zero before the projections; like the published code, only the
+    regions of a shifted block keep them from some of the real tokens.
+    """
+    B, H, W, D = x_BHWD.shape
+    rows, columns = -(-H // window), -(-W // window)
+    padding = ((0, 0), (0, rows * window - H), (0, columns * window - W), (0, 0))
+    x_BHWD = jnp.pad(x_BHWD, padding) if any(after for _, after in padding) else x_BHWD
+    x_BHWD = jnp.roll(x_BHWD, (-shift, -shift), axis=(1, 2)) if shift else x_BHWD
+    x = x_BHWD.reshape(B, rows, window, columns, window, D)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, rows * columns, window * window, D)
+
+
+def join(x_BGnD: Float[Array, "B G n D"], height: int, width: int, shift: int = 0) -> Float[Array, "B H W D"]:
+    """Returns the grid of height x width tokens of which `split` made these windows: unshifted, padding removed."""
+    B, _, n, D = x_BGnD.shape
+    window = round(n**0.5)
+    rows, columns = -(-height // window), -(-width // window)
+    x = x_BGnD.reshape(B, rows, columns, window, window, D).transpose(0, 1, 3, 2, 4, 5)
+    x_BHWD = x.reshape(B, rows * window, columns * window, D)
+    x_BHWD = jnp.roll(x_BHWD, (shift, shift), axis=(1, 2)) if shift else x_BHWD
+    return x_BHWD[:, :height, :width]
+
+
+def regions(height: int, width: int, window: int, shift: int) -> Int[np.ndarray, "G n"]:
+    """Returns for each token of the shifted windows the number, 0 to 8, of the image region it came from.
+
+    After the roll the last window of a row or column holds pieces that are not neighbours in the image. Tokens
+    attend to each other where their numbers agree (V1 section 3.2, "efficient batch computation").
+    """
+
+    def part(length: int) -> Int[np.ndarray, " padded"]:
+        padded = -(-length // window) * window
+        return np.searchsorted([padded - window, padded - shift], np.arange(padded), side="right")
+
+    number_HW = (3 * part(height)[:, None] + part(width)[None, :]).astype(np.int32)
+    rows, columns = number_HW.shape[0] // window, number_HW.shape[1] // window
+    return number_HW.reshape(rows, window, columns, window).transpose(0, 2, 1, 3).reshape(-1, window * window)
+
+
+def masked_pairs(regions_Gn: Int[np.ndarray, "G n"]) -> Bool[Array, "G n n"]:
+    """Returns which pairs of a query and a key come from different regions and must not see each other.
+
+    Computed from the numbers inside the program, where it melts into the softmax: no mask is ever stored.
+    """
+    numbers_Gn = jnp.asarray(regions_Gn)
+    return numbers_Gn[:, :, None] != numbers_Gn[:, None, :]
+
+
+def window_attention(
+    q_BGnNK: Float[Array, "B G n N K"],
+    k_BGnNK: Float[Array, "B G n N K"],
+    v_BGnNK: Float[Array, "B G n N K"],
+    bias_Nnn: Float[Array, "N n n"],
+    regions_Gn: Int[np.ndarray, "G n"] | None = None,
+) -> tuple[Float[Array, "B G n N K"], Float[Array, "B G N n n"]]:
+    """Returns softmax(q k^T + bias + mask) v within each window, and the attention weights.
+
+    The scale belongs to q. Logits, bias and softmax are float32, whatever the inputs are; weights and result are
+    of v's type. `regions_Gn`: None in unshifted blocks.
+    """
+    logits_BGNnn = jnp.einsum("BGqNK,BGkNK->BGNqk", q_BGnNK, k_BGnNK, preferred_element_type=jnp.float32)
+    logits_BGNnn += bias_Nnn[None, None].astype(jnp.float32)
+    if regions_Gn is not None:
+        mask_G1nn = masked_pairs(regions_Gn)[:, None]
+        logits_BGNnn += jnp.where(mask_G1nn, MASKED, 0.0)[None].astype(jnp.float32)
+    weights_BGNnn = jax.nn.softmax(logits_BGNnn, axis=-1).astype(v_BGnNK.dtype)
+    return jnp.einsum("BGNqk,BGkNK->BGqNK", weights_BGNnn, v_BGnNK), weights_BGNnn
+
+
+def unit(x: Float[Array, "*batch K"]) -> Float[Array, "*batch K"]:
+    """Returns vectors of length one, in float32, for cosine attention (V2 section 3.2).
+
+    A vector shorter than 1e-12 has no direction: it becomes zero and passes no gradient (dividing it by 1e-12, as
+    usual, sends one of 1e12 to the tokens of an empty image region).
+    """
+    x = x.astype(jnp.float32)
+    square = jnp.sum(x * x, axis=-1, keepdims=True)
+    directed = square > 1e-24
+    return jnp.where(directed, x * jax.lax.rsqrt(jnp.where(directed, square, 1.0)), 0.0)
+
+
+def relative_index(window: int) -> Int[np.ndarray, "n n"]:
+    """Returns the row of the bias table for each query (first axis) and key: their offset, query minus key.
+
+    Rows of the table go by (dy + window - 1)·(2·window - 1) + dx + window - 1 (V1 section 3.2).
+    """
+    y, x = np.divmod(np.arange(window * window), window)
+    dy, dx = y[:, None] - y[None, :], x[:, None] - x[None, :]
+    return ((dy + window - 1) * (2 * window - 1) + dx + window - 1).astype(np.int32)
+
+
+def table_window(rows: int) -> int:
+    """Returns the window of a bias table of that many rows.
+
+    Raises:
+        ValueError: no window has that many.
+    """
+    window = (round(rows**0.5) + 1) // 2
+    if (2 * window - 1) ** 2 != rows:
+        raise ValueError(f"a relative position table has (2·window - 1)² rows, and {rows} is not such a number")
+    return window
+
+
+def relative_bias(table_RN: Float[Array, "R N"], window: int) -> Float[Array, "N n n"]:
+    """Returns the float32 bias of each head, query and key from a table of this window or of a larger one.
+
+    A smaller window's offsets are the middle of a larger window's.
+    """
+    whole, side, heads = table_window(table_RN.shape[0]), 2 * window - 1, table_RN.shape[1]
+    if whole != window:
+        grid = table_RN.reshape(2 * whole - 1, 2 * whole - 1, heads)
+        grid = grid[whole - window : whole + window - 1, whole - window : whole + window - 1]
+        table_RN = grid.reshape(side * side, heads)
+    return table_RN.astype(jnp.float32).T[:, relative_index(window)]
+
+
+def log_coordinates(window: int, pretrained_window: int | None = None) -> Float[np.ndarray, "R 2"]:
+    """Returns the offsets, in the order of the table's rows, on V2's logarithmic scale (V2 section 3.3, eq. 4).
+
+    sign(t)·log2(1 + |t|) / log2(8) with t = 8·offset / (w - 1) and w the window the weights were trained with:
+    the normalisation of the published code, which its checkpoints need. `pretrained_window`: None for this window.
+    """
+    offsets = np.arange(1 - window, window, dtype=np.float64)
+    t = 8 * offsets / max((pretrained_window or window) - 1, 1)
+    scaled = np.sign(t) * np.log2(1 + np.abs(t)) / np.log2(8)
+    dy, dx = np.meshgrid(scaled, scaled, indexing="ij")
+    return np.stack([dy, dx], axis=-1).reshape(-1, 2).astype(np.float32)
+
+
+def cubic_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
+    """Returns the matrix that resamples `old` points to `new` ones by cubic convolution (a = -0.75).
+
+    Half-pixel centres, edges repeated, no smoothing on the way down: what published checkpoints of Swin are
+    resized with.
+    """
+    a = -0.75
+    centre = (np.arange(new) + 0.5) * old / new - 0.5
+    taps = np.floor(centre).astype(int)[:, None] + np.arange(-1, 3)
+    d = np.abs(centre[:, None] - taps)
+    near = ((a + 2) * d - (a + 3)) * d * d + 1
+    far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+    weights = np.zeros((new, old))
+    np.add.at(weights, (np.arange(new)[:, None], np.clip(taps, 0, old - 1)), np.where(d <= 1, near, far))
+    return weights
+
+
+def resize_table(table_RN: Float[np.ndarray, "R N"], window: int, method: str = "bicubic") -> Float[np.ndarray, "S N"]:
+    """Returns a bias table for another window.
+
+    `method`:
+        "bicubic" stretches the table over the new offsets, as the official loader does;
+        "geometric" (BEiT's) leaves near offsets almost where they were and spreads the far ones: the old table's
+        offsets are placed at distances that grow by a constant factor, and a cubic spline is read between them.
+
+    Raises:
+        ValueError: an unknown method, or rows that belong to no window.
+    """
+    old, heads = table_window(table_RN.shape[0]), table_RN.shape[1]
+    if method not in ("bicubic", "geometric"):
+        raise ValueError(f"method of a table's resize is {method!r}: choose bicubic or geometric")
+    if old == window:
+        return table_RN
+    grid = np.asarray(table_RN, np.float64).reshape(2 * old - 1, 2 * old - 1, heads)
+    if method == "bicubic" or old == 1 or window == 1:
+        weights = cubic_weights(2 * old - 1, 2 * window - 1)
+        resized = np.einsum("ay,bx,yxN->abN", weights, weights, grid)
+    else:
+        far = geometric_offsets(old - 1, window - 1)
+        source, target = np.concatenate([-far[::-1], [0.0], far]), np.arange(1.0 - window, window)
+        degree = min(3, len(source) - 1)
+        splines = [RectBivariateSpline(source, source, grid[:, :, head], kx=degree, ky=degree) for head in range(heads)]
+        resized = np.stack([spline(target, target) for spline in splines], axis=-1)
+    return resized.reshape(-1, heads).astype(table_RN.dtype)
+
+
+def geometric_offsets(count: int, reach: int) -> Float[np.ndarray, " count"]:
+    """Returns `count` distances, the first 1, the last `reach`, whose steps grow by a constant factor."""
+    low, high = 0.0, float(reach)  # the sum of the steps is 1 at factor 0 and at least `reach` at the other end
+    for _ in range(100):
+        factor = (low + high) / 2
+        low, high = (low, factor) if np.sum(factor ** np.arange(count)) > reach else (factor, high)
+    return np.cumsum(low ** np.arange(count))
