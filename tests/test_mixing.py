@@ -1,0 +1,117 @@
+"""Mixup and cutmix: against the definition, and the same on any mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vit_scaling.data import mixing
+from vit_scaling.data.mixing import MixingConfig
+
+B, H, W, C = 16, 12, 10, 5
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    images = rng.uniform(-1, 1, (B, H, W, 3)).astype(np.float32)
+    return jnp.asarray(images), jax.nn.one_hot(rng.integers(0, C, B), C)
+
+
+def run(batch, seed=0, **fields):
+    config = MixingConfig(**fields)
+    return jax.jit(lambda key, *batch: mixing.mix(config, key, *batch))(jax.random.key(seed), *batch)
+
+
+def test_to_float_maps_the_ends_of_the_range():
+    images = jnp.array([0, 51, 255], jnp.uint8).reshape(1, 1, 3, 1)
+    np.testing.assert_allclose(mixing.to_float(images).ravel(), [-1, -0.6, 1], atol=1e-6)
+
+
+def test_without_mixing_the_batch_is_untouched(batch):
+    images, targets = run(batch)
+    np.testing.assert_array_equal(images, batch[0])
+    np.testing.assert_array_equal(targets, batch[1])
+
+
+@pytest.mark.parametrize("per", ["batch", "example"])
+def test_mixup_is_one_convex_combination_of_image_and_target(batch, per):
+    images, targets = (np.asarray(x) for x in run(batch, mixup=0.8, per=per))
+    own, other = np.asarray(batch[0]), np.roll(batch[0], 1, axis=0)
+    weights = ((images - other) * (own - other)).sum((1, 2, 3)) / ((own - other) ** 2).sum((1, 2, 3))
+    expected = own * weights[:, None, None, None] + other * (1 - weights)[:, None, None, None]
+    np.testing.assert_allclose(images, expected, atol=1e-5)
+    labels = np.asarray(batch[1])
+    np.testing.assert_allclose(
+        targets, labels * weights[:, None] + np.roll(labels, 1, 0) * (1 - weights)[:, None], atol=1e-5
+    )
+    assert (np.ptp(weights) < 1e-5) == (per == "batch")
+    assert 0 <= weights.min() <= weights.max() <= 1
+
+
+@pytest.mark.parametrize("per", ["batch", "example"])
+def test_cutmix_pastes_one_box_and_counts_its_pixels(batch, per):
+    images, targets = (np.asarray(x) for x in run(batch, seed=3, cutmix=1.0, per=per))
+    own, other = np.asarray(batch[0]), np.roll(batch[0], 1, axis=0)
+    pasted = (images == other).all(-1)
+    np.testing.assert_array_equal(np.where(pasted[..., None], other, own), images)
+    for b in range(B):
+        rows, columns = pasted[b].any(1), pasted[b].any(0)
+        np.testing.assert_array_equal(pasted[b], rows[:, None] & columns[None, :])  # the pasted pixels form a box,
+        assert np.abs(np.diff(rows.astype(int))).sum() <= 2  # without gaps
+    share = pasted.mean((1, 2))
+    labels = np.asarray(batch[1])
+    np.testing.assert_allclose(
+        targets, labels * (1 - share)[:, None] + np.roll(labels, 1, 0) * share[:, None], atol=1e-6
+    )
+    assert share.max() > 0
+
+
+def test_coefficients_follow_their_distributions():
+    """Over many draws: mixup's weight is Beta(a, a), cutmix's box is as large as 1 - Beta where it is not cut."""
+    n = 4000
+    targets = jnp.zeros((n, 2)).at[:, 0].set(1.0).at[1::2].set(jnp.array([0.0, 1.0]))
+    images = jnp.zeros((n, 8, 8, 1))
+    weight = np.asarray(run((images, targets), mixup=0.2, per="example")[1])
+    weight = np.where(np.arange(n) % 2 == 0, weight[:, 0], weight[:, 1])
+    assert abs(weight.mean() - 0.5) < 0.02
+    assert abs(weight.var() - 1 / (4 * (2 * 0.2 + 1))) < 0.01  # variance of Beta(a, a)
+    images = jnp.zeros((n, 64, 64, 1)).at[1::2].set(1.0)
+    weight = np.asarray(run((images, targets), cutmix=1.0, per="example")[1])
+    weight = np.where(np.arange(n) % 2 == 0, weight[:, 0], weight[:, 1])
+    # A side s around a uniform centre keeps s - s^2/4 of its length on average; E[(s - s^2/4)^2] with s^2 uniform.
+    sides = np.sqrt(np.random.default_rng(0).random(100_000))
+    assert abs((1 - weight).mean() - ((sides - sides**2 / 4) ** 2).mean()) < 0.01
+
+
+def test_switch_and_probability_choose_how_often(batch):
+    n = 2000
+    targets = jnp.zeros((n, 2)).at[1::2].set(1.0)
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.uniform(-1, 1, (n, 8, 8, 1)).astype(np.float32))
+    mixed = np.asarray(run((images, targets), mixup=1.0, cutmix=1.0, switch=0.25, probability=0.5, per="example")[0])
+    own, other = np.asarray(images), np.roll(images, 1, axis=0)
+    same = (mixed == own).all((1, 2, 3))
+    pasted = ((mixed == own) | (mixed == other)).all((1, 2, 3)) & ~same
+    assert abs(1 - same.mean() - 0.5) < 0.04  # a box without a pixel counts as unmixed, rarely
+    assert abs(pasted.mean() - 0.125) < 0.03
+
+
+@pytest.mark.parametrize("fields", [{"mixup": 0.2}, {"mixup": 0.8, "cutmix": 1.0, "per": "example"}])
+def test_the_result_does_not_depend_on_the_sharding(batch, fields):
+    expected = run(batch, seed=1, **fields)
+    for shape in ((8,), (4, 2)):
+        mesh = Mesh(np.array(jax.devices()[: np.prod(shape)]).reshape(shape), ("data", "model")[: len(shape)])
+        sharded = tuple(jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))) for x in batch)
+        for got, want in zip(run(sharded, seed=1, **fields), expected, strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"mixup": -1.0}, "mixing.mixup"), ({"switch": 2.0}, "mixing.switch"), ({"per": "device"}, "batch, example")],
+)
+def test_bad_fields_are_named(batch, fields, message):
+    with pytest.raises(ValueError, match=message):
+        mixing.mix(MixingConfig(**fields), jax.random.key(0), *batch)

@@ -1,0 +1,286 @@
+"""From one record to one training or evaluation image: uint8 RGB of a fixed size, on the host.
+
+The order is fixed: decode, crop, flip, small affine, RandAugment, colour jitter, erase. Each step has its own fields
+in `TransformConfig` and is off unless they say so. Every random number comes from the generator that the caller
+passes, so an image is a pure function of (record, generator). The value range [-1, 1] is applied on the device
+(`mixing.to_float`).
+
+Crops:
+
+    inception               area and aspect as TensorFlow's sample_distorted_bounding_box draws them: the aspect
+                            uniformly, then the height uniformly between the smallest and the largest that `area`
+                            allows, 100 attempts, then the whole image
+    inception_torchvision   as torchvision's RandomResizedCrop: the area uniformly, the aspect log-uniformly,
+                            10 attempts, then the largest central crop of an allowed aspect
+    random                  resize the shorter side to `resize_to`, then a random window
+    pad                     pad `pad` black pixels on every side, then a random window: a random shift
+    central                 resize the shorter side to `resize_to`, then the central window
+    square_central          resize to a square of `resize_to`, then the central window (the few-shot protocol)
+    resize                  resize to `size`, whatever the aspect
+    none                    the image must have `size` already
+
+The first four are random. Resizing: "linear" is OpenCV's bilinear without antialiasing, as TensorFlow's and
+big_vision's training crops; "area" averages when it shrinks (big_vision's resize_small); "antialias" is Pillow's
+bilinear, whose filter widens when it shrinks, as torchvision's.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from vit_scaling.data import codec, randaugment
+
+RANDOM_CROPS = ("inception", "inception_torchvision", "random", "pad")
+CROPS = (*RANDOM_CROPS, "central", "square_central", "resize", "none")
+RESIZES = {"linear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA, "antialias": None}
+
+Box = tuple[int, int, int, int]  # top, left, height, width
+
+
+@dataclasses.dataclass
+class TransformConfig:
+    """The steps from record to image, in their order. The head of this file explains crops and resizing."""
+
+    size: tuple[int, int] = (224, 224)
+    """Height and width of what comes out."""
+    crop: str = "inception"
+    area: tuple[float, float] = (0.05, 1.0)
+    """Inception crops: the share of the image's area that the crop may cover."""
+    aspect: tuple[float, float] = (0.75, 1.33)
+    """Inception crops: width over height."""
+    resize_to: int = 256
+    """Length of the shorter side (square_central: of both) before the window of random, central, square_central."""
+    pad: int = 0
+    resize: str = "linear"
+    flip: float = 0.0
+    """Probability of a left-right mirror image."""
+    rotate: float = 0.0
+    """Small affine, one warp about the centre: up to this many degrees either way."""
+    scale: float = 0.0
+    """Up to this share larger or smaller."""
+    shear: float = 0.0
+    """Up to this horizontal shear, in width per height."""
+    shift: float = 0.0
+    """Up to this many pixels in each direction."""
+    randaugment: str = "none"
+    """Operation set: none, big_vision, torchvision or timm (randaugment.py)."""
+    randaugment_layers: int = 2
+    randaugment_magnitude: float = 10.0
+    randaugment_std: float = 0.0
+    """Standard deviation of the magnitude, drawn for each operation."""
+
+
+def transform(config: TransformConfig, train: bool) -> Callable[[dict[str, Any], np.random.Generator | None], dict]:
+    """Returns the function (record, generator) -> {"image": uint8 [height, width, 3], "label": ...} of `config`.
+
+    Args:
+        config: the steps.
+        train: False promises that nothing is random; the generator is then ignored and may be None.
+
+    Raises:
+        ValueError: a field is out of range, or `train` is False and a step is random.
+    """
+    return Transform(config, train)
+
+
+class Transform:
+    """What `transform` returns: callable, picklable, and knows its output's `size`."""
+
+    def __init__(self, config: TransformConfig, train: bool):
+        validate(config, train)
+        self.config = config
+        self.size = config.size
+
+    def __call__(self, record: dict[str, Any], rng: np.random.Generator | None) -> dict[str, Any]:
+        config = self.config
+        image = crop(config, record["image"], rng)
+        if config.flip and rng.random() < config.flip:
+            image = image[:, ::-1]
+        if config.rotate or config.scale or config.shear or config.shift:
+            image = small_affine(config, image, rng)
+        if image.ndim == 2:
+            image = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_GRAY2RGB)
+        if config.randaugment != "none":
+            image = randaugment.apply(
+                image,
+                rng,
+                operations=config.randaugment,
+                layers=config.randaugment_layers,
+                magnitude=config.randaugment_magnitude,
+                std=config.randaugment_std,
+            )
+        return {"image": np.ascontiguousarray(image), "label": record["label"]}
+
+
+def validate(config: TransformConfig, train: bool) -> None:
+    """Raises ValueError, naming the field, if `config` cannot be meant."""
+
+    def need(condition: bool, message: str) -> None:
+        if not condition:
+            raise ValueError(message)
+
+    need(config.crop in CROPS, f"crop {config.crop!r} is unknown; choose one of {', '.join(CROPS)}")
+    need(config.resize in RESIZES, f"resize {config.resize!r} is unknown; choose one of {', '.join(RESIZES)}")
+    need(min(config.size) >= 1, f"size {config.size} must be a height and a width of at least 1")
+    need(
+        config.randaugment in ("none", *randaugment.SETS),
+        f"randaugment {config.randaugment!r} is unknown; choose one of none, {', '.join(randaugment.SETS)}",
+    )
+    low, high = config.area
+    need(0 < low <= high <= 1, f"area {config.area} must be two shares with 0 < low <= high <= 1")
+    low, high = config.aspect
+    need(0 < low <= high, f"aspect {config.aspect} must be two ratios of width to height with 0 < low <= high")
+    need(0 <= config.flip <= 1, f"flip {config.flip} is a probability; give a number from 0 to 1")
+    need(config.pad >= 0, f"pad {config.pad} is a number of pixels and cannot be negative")
+    for name in ("rotate", "scale", "shear", "shift"):
+        need(getattr(config, name) >= 0, f"{name} {getattr(config, name)} is a range and cannot be negative")
+    need(config.scale < 1, f"scale {config.scale} must be below 1: the image would vanish")
+    if config.crop in ("random", "central", "square_central"):
+        need(
+            config.resize_to >= max(config.size),
+            f"resize_to {config.resize_to} is smaller than size {config.size}: the window does not fit",
+        )
+    if not train:
+        random = [name for name in ("flip", "rotate", "scale", "shear", "shift") if getattr(config, name)]
+        random += [f"crop={config.crop!r}"] if config.crop in RANDOM_CROPS else []
+        random += ["randaugment"] if config.randaugment != "none" else []
+        need(not random, f"an evaluation transform cannot be random, and {', '.join(random)} is set")
+
+
+def crop(config: TransformConfig, image: bytes | np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+    """Decodes, crops and resizes to `config.size`. Grey arrays stay grey ([H, W]) until the end, which is faster."""
+    height, width = config.size
+    encoded = image if isinstance(image, bytes) else None
+    if encoded is not None:
+        header = codec.read_header(encoded)
+        h, w = header.height, header.width
+    else:
+        image = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
+        h, w = image.shape[:2]
+
+    if config.crop == "none":
+        if (h, w) != config.size:
+            raise ValueError(f"crop='none' leaves an image of {h} x {w} as it is, and size is {height} x {width}")
+        return image if encoded is None else codec.decode(encoded, header)
+    if config.crop == "pad":
+        image = image if encoded is None else codec.decode(encoded, header)
+        image = cv2.copyMakeBorder(image, *[config.pad] * 4, cv2.BORDER_CONSTANT, value=(0, 0, 0))
+        if h + 2 * config.pad < height or w + 2 * config.pad < width:
+            raise ValueError(
+                f"crop='pad' cannot cut {height} x {width} from an image of {h} x {w} with pad {config.pad}"
+            )
+        return _window(image, config.size, rng)
+
+    # Every other crop is a box of the image and the size it is resized to; then, for some, a window of that.
+    box: Box = (0, 0, h, w)
+    target = config.size
+    if config.crop == "inception":
+        box = inception_box(h, w, config.area, config.aspect, rng)
+    elif config.crop == "inception_torchvision":
+        box = inception_box_torchvision(h, w, config.area, config.aspect, rng)
+    elif config.crop == "square_central":
+        target = (config.resize_to, config.resize_to)
+    elif config.crop in ("central", "random"):
+        ratio = config.resize_to / min(h, w)
+        target = (max(round(h * ratio), config.resize_to), max(round(w * ratio), config.resize_to))
+    if encoded is not None:
+        # The codec can shrink by 2, 4 or 8 inside the inverse DCT: the smallest image that still covers the target.
+        reduce = next(r for r in (8, 4, 2, 1) if r == 1 or (box[2] >= r * target[0] and box[3] >= r * target[1]))
+        image = codec.decode(encoded, header, reduce)
+        box = _reduced(box, h, w, image.shape[0], image.shape[1])
+    top, left, crop_h, crop_w = box
+    image = resize(image[top : top + crop_h, left : left + crop_w], target, config.resize)
+    return _window(image, config.size, rng if config.crop == "random" else None) if target != config.size else image
+
+
+def resize(image: np.ndarray, size: tuple[int, int], method: str) -> np.ndarray:
+    """Resizes [H, W] or [H, W, 3] uint8 to `size` (height, width); the head of this file explains the methods."""
+    if image.shape[:2] == size:
+        return image
+    if method == "antialias":
+        return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+    return cv2.resize(image, size[::-1], interpolation=RESIZES[method])
+
+
+def inception_box(
+    height: int, width: int, area: tuple[float, float], aspect: tuple[float, float], rng: np.random.Generator
+) -> Box:
+    """Draws a crop as TensorFlow's sample_distorted_bounding_box does for an image without boxes, 100 attempts."""
+    for _ in range(100):
+        ratio = aspect[0] + (aspect[1] - aspect[0]) * rng.random()
+        smallest, largest = (share * height * width for share in area)
+        low = round(math.sqrt(smallest / ratio))
+        high = round(math.sqrt(largest / ratio))
+        if round(high * ratio) > width:  # the tallest whose width still fits
+            high = int((width + 0.5 - 1e-7) / ratio)
+            high -= round(high * ratio) > width
+        high = min(high, height)
+        low = min(low, high)
+        h = low + int(rng.random() * (high - low + 1))
+        w = round(h * ratio)
+        if h * w < smallest:  # rounding may have left the range: one row is tried on either side
+            h += 1
+            w = round(h * ratio)
+        if h * w > largest:
+            h -= 1
+            w = round(h * ratio)
+        if smallest <= h * w <= largest and 0 < h <= height and 0 < w <= width:
+            # TensorFlow draws the corner below height - h, so the last row and column of positions never occur.
+            top = int(rng.random() * (height - h)) if h < height else 0
+            left = int(rng.random() * (width - w)) if w < width else 0
+            return top, left, h, w
+    return 0, 0, height, width
+
+
+def inception_box_torchvision(
+    height: int, width: int, area: tuple[float, float], aspect: tuple[float, float], rng: np.random.Generator
+) -> Box:
+    """Draws a crop as torchvision's RandomResizedCrop does."""
+    log_low, log_high = math.log(aspect[0]), math.log(aspect[1])
+    for _ in range(10):
+        pixels = height * width * (area[0] + (area[1] - area[0]) * rng.random())
+        ratio = math.exp(log_low + (log_high - log_low) * rng.random())
+        h, w = round(math.sqrt(pixels / ratio)), round(math.sqrt(pixels * ratio))
+        if 0 < h <= height and 0 < w <= width:
+            return int(rng.random() * (height - h + 1)), int(rng.random() * (width - w + 1)), h, w
+    h, w = height, width
+    if width / height < aspect[0]:
+        h = round(width / aspect[0])
+    elif width / height > aspect[1]:
+        w = round(height * aspect[1])
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def small_affine(config: TransformConfig, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Rotates, scales, shears and shifts about the centre in one bilinear warp; what comes in from outside is black."""
+    angle, scale, shear, dy, dx = 2 * rng.random(5) - 1
+    angle, shear = math.radians(config.rotate * angle), config.shear * shear
+    scale = 1 + config.scale * scale
+    cos, sin = scale * math.cos(angle), scale * math.sin(angle)
+    y, x = (image.shape[0] - 1) / 2, (image.shape[1] - 1) / 2
+    a, b, c, d = cos, cos * shear - sin, sin, sin * shear + cos
+    matrix = np.array([[a, b, x - a * x - b * y + config.shift * dx], [c, d, y - c * x - d * y + config.shift * dy]])
+    return cv2.warpAffine(np.ascontiguousarray(image), matrix, image.shape[1::-1], flags=cv2.INTER_LINEAR)
+
+
+def _window(image: np.ndarray, size: tuple[int, int], rng: np.random.Generator | None) -> np.ndarray:
+    """Cuts `size` from the image: a random window, or without a generator the central one."""
+    rows, columns = image.shape[0] - size[0], image.shape[1] - size[1]
+    if rng is None:
+        top, left = rows // 2, columns // 2
+    else:
+        top, left = int(rng.random() * (rows + 1)), int(rng.random() * (columns + 1))
+    return image[top : top + size[0], left : left + size[1]]
+
+
+def _reduced(box: Box, height: int, width: int, reduced_height: int, reduced_width: int) -> Box:
+    """The box of an image of `height` x `width` in its reduced copy, rounded to whole pixels."""
+    fy, fx = reduced_height / height, reduced_width / width
+    top, left = round(box[0] * fy), round(box[1] * fx)
+    bottom, right = round((box[0] + box[2]) * fy), round((box[1] + box[3]) * fx)
+    return top, left, max(bottom - top, 1), max(right - left, 1)
