@@ -41,7 +41,7 @@ def build(model_config: ModelConfig, *, image_size: tuple[int, int], num_classes
 
 def split(model: nnx.Module) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """Returns (description, parameters, statistics): something hashable, and two nested dicts of arrays."""
-    description, parameters, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
+    description, parameters, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)  # type: ignore[misc]
     return description, nnx.to_pure_dict(parameters), nnx.to_pure_dict(statistics)
 
 

@@ -137,9 +137,10 @@ class Block(nnx.Module):
         )
         self.norm2 = None if config.parallel else norm()
         self.mlp = layers.Mlp(config.width, config.mlp, key=mlp_key, gelu=config.gelu)
-        scaled = config.layerscale is not None
-        self.layerscale1 = nnx.Param(jnp.full((config.width,), config.layerscale)) if scaled else None
-        self.layerscale2 = nnx.Param(jnp.full((config.width,), config.layerscale)) if scaled else None
+        self.layerscale1 = self.layerscale2 = None
+        if config.layerscale is not None:
+            self.layerscale1 = nnx.Param(jnp.full((config.width,), config.layerscale))
+            self.layerscale2 = nnx.Param(jnp.full((config.width,), config.layerscale))
 
     def __call__(self, x_BLD: Float[Array, "B L D"], rate: Array, key: PRNGKeyArray | None) -> Float[Array, "B L D"]:
         x_BLD = constrain(x_BLD)
@@ -207,15 +208,15 @@ class ViT(nnx.Module):
         self.pool = AttentionPool(config, key=pool_key) if config.pool == "map" else None
         self.head = layers.Linear(width, num_classes, key=head_key, kernel_init=layers.zeros)
 
-    def _positions(self, image_size: tuple[int, int]) -> Array | None:
-        grid = layers.grid_size(image_size, self.config.patch)
+    def _positions(self, height: int, width: int) -> Array | None:
+        grid = layers.grid_size((height, width), self.config.patch)
         if self.config.position == "sincos2d":
             return layers.sincos2d(*grid, self.config.width)
         if self.position_embedding is None:
             return None
         if grid != self.grid:
             raise ValueError(
-                f"images of {image_size[0]}x{image_size[1]} pixels make a grid of {grid[0]}x{grid[1]} patches, but the "
+                f"images of {height}x{width} pixels make a grid of {grid[0]}x{grid[1]} patches, but the "
                 f"learned positions are for {self.grid[0]}x{self.grid[1]}; resize the images or the position embedding"
             )
         return self.position_embedding[...]
@@ -224,7 +225,7 @@ class ViT(nnx.Module):
         """Returns [class token, registers, patches], each where there is one."""
         images_BHWC = constrain(images_BHWC).astype(jnp.dtype(self.config.dtype))
         x_BLD = self.embedding(images_BHWC)
-        positions_LD = self._positions(images_BHWC.shape[1:3])
+        positions_LD = self._positions(*images_BHWC.shape[1:3])
         if positions_LD is not None:
             # Added in float32: a position rounded to bfloat16 first would move by up to 0.4%.
             x_BLD = (x_BLD.astype(jnp.float32) + positions_LD[None]).astype(x_BLD.dtype)

@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit_scaling import paths
@@ -51,13 +52,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
+def put_batch(local: dict[str, np.ndarray], on: NamedSharding) -> dict[str, jax.Array]:
+    """Returns the global batch of which `local` is this process's part, on the devices."""
+    return {name: jax.make_array_from_process_local_data(on, value) for name, value in local.items()}
+
+
+def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1, name: str = "data.batch_size") -> None:
     """Raises ValueError unless every microbatch can be divided evenly over the devices that share it."""
     shards = mesh.shape["replica"] * mesh.shape["data"]
     if batch_size % (shards * accumulate):
         steps = f" in each of {accumulate} accumulation steps" if accumulate > 1 else ""
         raise ValueError(
-            f"data.batch_size {batch_size} cannot be divided over {shards} devices{steps}; "
+            f"{name} {batch_size} cannot be divided over {shards} devices{steps}; "
             f"choose a multiple of {shards * accumulate}"
         )
 
@@ -89,8 +95,8 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
         divisible = [dim for dim in free if shape[dim] % mesh.shape["data"] == 0]
         if not divisible:
             raise ValueError(
-                f"{path} with shape {shape} is large and no axis of it can be divided by mesh.data={mesh.shape['data']}; "
-                "choose a data axis that divides one, and put the rest of the devices on mesh.replica"
+                f"{path} with shape {shape} is large and no axis of it can be divided by mesh.data="
+                f"{mesh.shape['data']}; choose a data axis that divides one, and put the rest of the devices on mesh.replica"
             )
         spec[preferred if preferred in divisible else max(divisible, key=lambda dim: shape[dim])] = "data"
     return PartitionSpec(*spec)

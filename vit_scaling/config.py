@@ -1,0 +1,224 @@
+"""The typed schema of every experiment.
+
+A file in configs/ has `get_config(arg)`, which returns a `Config`; flags such as --config.optim.lr=3e-4 override its
+fields. Each room's part stands beside what it configures (model, data, loss, optimizer, schedule, mesh); the rest
+stands here.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+from vit_scaling import losses
+from vit_scaling.data.loader import DataConfig
+from vit_scaling.data.sources import SourceConfig
+from vit_scaling.data.transforms import TransformConfig
+from vit_scaling.losses import LossConfig
+from vit_scaling.models import ModelConfig
+from vit_scaling.optim import schedule
+from vit_scaling.optim.chain import OptimConfig
+from vit_scaling.optim.schedule import Duration, ScheduleConfig
+from vit_scaling.parallel.mesh import MeshConfig
+
+
+@dataclasses.dataclass
+class FewShotConfig:
+    """Ridge regression on frozen features of a few examples of each class (Scaling ViT, appendix D)."""
+
+    train: SourceConfig  # the shots are drawn from it
+    test: SourceConfig
+    transform: TransformConfig
+    shots: tuple[int, ...] = (1, 5, 10, 25)
+    seeds: int = 3
+    l2: float = 1024.0
+
+
+@dataclasses.dataclass
+class EvaluationConfig:
+    """What is measured at step 0, every `every`, and at the end; the test set at the end only."""
+
+    every: Duration
+    validation: SourceConfig | None = None
+    test: SourceConfig | None = None
+    fewshot: FewShotConfig | None = None
+    batch_size: int | None = None  # data.batch_size where None
+
+
+@dataclasses.dataclass
+class CheckpointConfig:
+    """When the state is saved: every `every` (the last `keep` stay) and for good every `permanent`, where not 0."""
+
+    every: Duration
+    keep: int = 2
+    permanent: Duration = dataclasses.field(default_factory=Duration)
+
+
+@dataclasses.dataclass
+class LogConfig:
+    """When metrics are written, and when a run gives up or is profiled."""
+
+    every: Duration = dataclasses.field(default_factory=lambda: Duration(50))
+    stop_after_skipped: int = 10  # updates in a row whose loss or gradient is not finite
+    profile_from: int | None = None  # first step of a profile written to workdir/profile
+    profile_steps: int = 5
+    peak_flops: float | None = None  # FLOP/s of one device, for MFU; None: from the table of known chips
+
+
+@dataclasses.dataclass
+class Config:
+    """One experiment. Durations are in steps, epochs or examples until `resolve`."""
+
+    model: ModelConfig
+    data: DataConfig
+    duration: Duration
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    evaluation: EvaluationConfig
+    checkpoint: CheckpointConfig
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    seed: int = 0
+
+
+# Where a run may differ from the one that began the workdir: nothing here changes what is computed.
+MAY_CHANGE = ("mesh", "evaluation", "checkpoint", "log", "data.workers", "data.threads", "data.prefetch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What stands behind the colon of --config=file.py:variant,smoke."""
+
+    variant: str
+    smoke: bool
+
+
+def arguments(arg: str | None, *, variants: tuple[str, ...] | None, default: str = "") -> Arguments:
+    """Reads `variant,smoke`, both optional.
+
+    Args:
+        arg: the text behind the colon; empty or None for none.
+        variants: the variants there are; () for a config that has none, None where the config checks them itself.
+        default: the variant if none is given.
+
+    Raises:
+        ValueError: there is no such variant.
+    """
+    words = [word for word in (arg or "").split(",") if word]
+    smoke = "smoke" in words
+    words = [word for word in words if word != "smoke"] or ([default] if default else [])
+    if len(words) > 1 or (variants is not None and any(word not in variants for word in words)):
+        choices = f"choose one of {', '.join(variants)}" if variants else "it takes a variant"
+        choices = choices if variants is None or variants else "it takes none"
+        raise ValueError(f"the config has no variant {','.join(words)!r}; {choices}, and smoke for a run of seconds")
+    return Arguments(variant=words[0] if words else "", smoke=smoke)
+
+
+def smoke(config: Config, model: ModelConfig) -> Config:
+    """Returns the experiment shrunk to a run of seconds: its own recipe, a small model, the built-in digits.
+
+    Args:
+        config: the whole experiment.
+        model: its model at a size for images of 28 x 28 pixels.
+    """
+    source = lambda split: SourceConfig(kind="builtin", name="mnist", split=split)  # noqa: E731
+    small = lambda transform: dataclasses.replace(transform, size=(28, 28), resize_to=28)  # noqa: E731
+    evaluation = EvaluationConfig(every=Duration(2), validation=source("validation"), test=source("test"))
+    if config.evaluation.fewshot is not None:
+        evaluation.fewshot = dataclasses.replace(
+            config.evaluation.fewshot,
+            train=source("train"),
+            test=source("validation"),
+            transform=small(config.evaluation.fewshot.transform),
+            shots=(1, 5),
+            seeds=2,
+        )
+    data = dataclasses.replace(
+        config.data,
+        train=source("train"),
+        transform=small(config.data.transform),
+        eval_transform=small(config.data.eval_transform),
+        batch_size=32,
+        workers=0,
+    )
+    return dataclasses.replace(
+        config,
+        model=model,
+        data=data,
+        duration=Duration(4),
+        optim=dataclasses.replace(config.optim, accumulate=1),
+        schedule=dataclasses.replace(config.schedule, warmup=Duration(1), cooldown=Duration(1), timescale=Duration(2)),
+        evaluation=evaluation,
+        checkpoint=CheckpointConfig(every=Duration(2)),
+        log=dataclasses.replace(config.log, every=Duration(1)),
+    )
+
+
+def check(config: Config) -> None:
+    """Raises ValueError, in one sentence, for what can be seen to be wrong before any file or device is touched."""
+    losses.check(config.loss)
+    if config.data.batch_size < 1:
+        raise ValueError(f"data.batch_size is {config.data.batch_size}; it must be at least 1")
+    for name, value in (
+        ("log.stop_after_skipped", config.log.stop_after_skipped),
+        ("log.profile_steps", config.log.profile_steps),
+        ("checkpoint.keep", config.checkpoint.keep),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if config.evaluation.fewshot is not None and not config.evaluation.fewshot.shots:
+        raise ValueError("evaluation.fewshot.shots is empty; name at least one number of shots")
+
+
+def resolve(config: Config, examples_per_epoch: int) -> Config:
+    """Returns the config with every duration in whole steps.
+
+    Raises:
+        ValueError: a duration that cannot be counted in steps; the sentence names its field.
+    """
+    check(config)
+
+    def steps(name: str, duration: Duration, least: int) -> Duration:
+        try:
+            count = duration.to_steps(config.data.batch_size, examples_per_epoch)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        if count < least:
+            raise ValueError(f"{name} is {duration.amount:g} {duration.unit}; it must be at least {least} step")
+        return Duration(count, "steps")
+
+    return dataclasses.replace(
+        config,
+        duration=steps("duration", config.duration, 1),
+        schedule=schedule.in_steps(config.schedule, config.data.batch_size, examples_per_epoch),
+        evaluation=dataclasses.replace(
+            config.evaluation, every=steps("evaluation.every", config.evaluation.every, 1)
+        ),
+        checkpoint=dataclasses.replace(
+            config.checkpoint,
+            every=steps("checkpoint.every", config.checkpoint.every, 1),
+            permanent=steps("checkpoint.permanent", config.checkpoint.permanent, 0),
+        ),
+        log=dataclasses.replace(config.log, every=steps("log.every", config.log.every, 1)),
+    )
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Returns the config as JSON reads it back: nested dicts, lists and plain values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], may_change: tuple[str, ...] = MAY_CHANGE) -> list[str]:
+    """Returns "field is A there and B here" for each field in which two configs (as dicts) differ, but `may_change`."""
+
+    def flat(node: Any, prefix: str) -> dict[str, Any]:
+        if not isinstance(node, dict):
+            return {prefix: node}
+        return {k: v for name, child in node.items() for k, v in flat(child, f"{prefix}.{name}" if prefix else name).items()}
+
+    a, b = flat(old, ""), flat(new, "")
+    return [
+        f"{field} is {a.get(field)!r} there and {b.get(field)!r} here"
+        for field in sorted(a.keys() | b.keys())
+        if a.get(field) != b.get(field) and not any(field == f or field.startswith(f + ".") for f in may_change)
+    ]

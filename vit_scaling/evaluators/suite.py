@@ -1,0 +1,79 @@
+"""All the evaluators of a run, on the parameters and on their average where there is one."""
+
+from typing import Any
+
+import numpy as np
+
+from vit_scaling.config import Config
+from vit_scaling.data.sources import Source, open_source
+from vit_scaling.data.transforms import transform
+from vit_scaling.evaluators import classification
+from vit_scaling.evaluators.fewshot import FewShot
+from vit_scaling.parallel import sharding
+from vit_scaling.step import Program, TrainState
+
+
+class Suite:
+    """The evaluators that a config names, their sources opened once.
+
+    Raises:
+        ValueError: a source or a transform cannot be used, or the batch cannot be divided.
+    """
+
+    def __init__(self, config: Config, program: Program):
+        self._program = program
+        self._batch_size = config.evaluation.batch_size or config.data.batch_size
+        self._transform, self._threads = config.data.eval_transform, config.data.threads
+        sharding.check_batch(self._batch_size, program.mesh, name="evaluation.batch_size")
+        transform(self._transform, train=False)
+        self._sources = {
+            name: open_source(source)
+            for name, source in (("validation", config.evaluation.validation), ("test", config.evaluation.test))
+            if source is not None
+        }
+        self._fewshot = None if config.evaluation.fewshot is None else FewShot(config.evaluation.fewshot)
+        self._pictured: tuple[Source, np.ndarray] | None = None
+
+    def measure(self, state: TrainState, *, final: bool) -> dict[str, float]:
+        """Returns every number by name: "validation/accuracy", "fewshot/10shot", "validation_ema/accuracy", ...
+
+        Args:
+            final: measure on the test set too.
+        """
+        values: dict[str, float] = {}
+        for suffix, params in (("", state.params), ("_ema", state.ema)):
+            if params is not None:
+                values |= self._measure(params, state.statistics, suffix, final)
+        return values
+
+    def _measure(self, params: Any, statistics: Any, suffix: str, final: bool) -> dict[str, float]:
+        common = {"batch_size": self._batch_size, "threads": self._threads}
+        values: dict[str, float] = {}
+        for name, source in self._sources.items():
+            if name == "validation" or final:
+                result = classification.evaluate(
+                    self._program, params, statistics, source, self._transform, **common
+                )
+                values[f"{name}{suffix}/accuracy"] = result.accuracy
+                values[f"{name}{suffix}/loss"] = result.loss
+                self._pictured = source, result.predictions
+        if self._fewshot is not None:
+            scores = self._fewshot.evaluate(self._program, params, statistics, **common)
+            values |= {f"fewshot{suffix}/{name}": score for name, score in scores.items()}
+        return values
+
+    def examples(self, count: int) -> tuple[list[np.ndarray], list[str], list[str]]:
+        """Returns (images uint8 [H, W, 3], labels, predictions) of the first examples that were classified last.
+
+        Empty where nothing was.
+        """
+        if self._pictured is None or self._pictured[0].multi_label:
+            return [], [], []
+        source, predictions = self._pictured
+        prepare = transform(self._transform, train=False)
+        records = [prepare(source[index], None) for index in range(min(count, len(source)))]
+        names = source.class_names or tuple(str(label) for label in range(source.num_classes))
+        labels = [names[int(record["label"])] for record in records]
+        return [record["image"] for record in records], labels, [names[label] for label in predictions[: len(records)]]
+
+

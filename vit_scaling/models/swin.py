@@ -1,0 +1,468 @@
+"""Swin Transformer V1 (Liu et al. 2021, arXiv 2103.14030) and V2 (Liu et al. 2022, arXiv 2111.09883).
+
+Four stages of blocks that attend within windows, every second block with the windows shifted by half; between
+stages four neighbouring tokens become one of twice the width. The published networks, at any image size.
+Shapes: B batch, H W image or grid, G windows, n tokens of a window, D width, N heads, K head dim, R rows of a
+position table, P pairs of blocks, M classes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from vit_scaling import paths
+from vit_scaling.models import layers
+from vit_scaling.models.vit import REMAT_POLICIES
+from vit_scaling.ops import windows
+from vit_scaling.parallel.sharding import constrain
+
+
+class Size(NamedTuple):
+    width: int
+    depths: tuple[int, ...]
+    heads: tuple[int, ...]
+    window: int
+    drop_path: float
+    extra_norm_every: int | None = None
+
+
+# Drop path of training from scratch on ImageNet-1k (V1 and V2 configurations; L was trained on ImageNet-22k only).
+# H and G are V2 shapes (V2 section 4, "model configurations"); T-c24 is the tiny model with heads of 24 dims.
+SIZES = {
+    "T": Size(96, (2, 2, 6, 2), (3, 6, 12, 24), 7, 0.2),
+    "S": Size(96, (2, 2, 18, 2), (3, 6, 12, 24), 7, 0.3),
+    "B": Size(128, (2, 2, 18, 2), (4, 8, 16, 32), 7, 0.5),
+    "L": Size(192, (2, 2, 18, 2), (6, 12, 24, 48), 7, 0.2),
+    "T-c24": Size(96, (2, 2, 6, 2), (4, 8, 16, 32), 8, 0.1),
+    "v2-T": Size(96, (2, 2, 6, 2), (3, 6, 12, 24), 8, 0.2),
+    "v2-S": Size(96, (2, 2, 18, 2), (3, 6, 12, 24), 8, 0.3),
+    "v2-B": Size(128, (2, 2, 18, 2), (4, 8, 16, 32), 8, 0.5),
+    "v2-L": Size(192, (2, 2, 18, 2), (6, 12, 24, 48), 12, 0.2),
+    "v2-H": Size(352, (2, 2, 18, 2), (11, 22, 44, 88), 8, 0.2, 6),
+    "v2-G": Size(512, (2, 2, 42, 4), (16, 32, 64, 128), 8, 0.2, 6),
+}
+
+POSITION_HIDDEN = 512  # hidden units of V2's position network
+MAX_LOGIT_SCALE = math.log(100)  # V2 section 3.2: the temperature stays above 0.01
+
+
+@dataclasses.dataclass
+class SwinConfig:
+    """A Swin Transformer. `variant("T")` or `variant("v2-B", window=16)` makes one of a published size."""
+
+    version: int = 1  # 1: norms before, dot products, a bias table; 2: norms after, cosines, a position network
+    width: int = 96  # of the first stage; doubles from stage to stage
+    depths: tuple[int, ...] = (2, 2, 6, 2)  # blocks of each stage, even: they come in pairs, plain and shifted
+    heads: tuple[int, ...] = (3, 6, 12, 24)
+    window: int = 7  # side in tokens; smaller where the grid is
+    shifted: bool = True  # False leaves the shift out (V1 table 4)
+    patch: int = 4  # side in pixels
+    mlp_ratio: int = 4
+    patch_norm: bool = True
+    absolute_position: bool = False  # learned position embedding after the patches (V1 table 4)
+    pretrained_windows: tuple[int, ...] | None = None  # V2: windows of the stages that the weights were trained with
+    extra_norm_every: int | None = None  # V2 H and G: a LayerNorm on the trunk after that many blocks of a stage
+    drop_path: float = 0.2  # rate of the last block; grows linearly from 0 at the first
+    gelu: str = "exact"  # exact | tanh
+    norm_eps: float = 1e-5
+    dtype: str = "float32"  # of the computation; parameters, softmax and position bias are float32
+    scan: bool = True  # one compiled pair of blocks looped over a stage; unrolled otherwise
+    remat: str = "none"  # none | dots | full: what the backward pass of a pair recomputes
+
+
+def variant(name: str, **fields: object) -> SwinConfig:
+    """Returns the config of a published size: T, S, B, L, T-c24, v2-T, v2-S, v2-B, v2-L, v2-H or v2-G.
+
+    Raises:
+        ValueError: no such size.
+    """
+    if name not in SIZES:
+        raise ValueError(f"no Swin size is called {name!r}; the sizes are {', '.join(SIZES)}")
+    values: dict[str, Any] = {"version": 2 if name.startswith("v2-") else 1, **SIZES[name]._asdict(), **fields}
+    return SwinConfig(**values)
+
+
+def check(config: SwinConfig) -> None:
+    """Raises ValueError, in one sentence, for the first field that cannot work."""
+    for field, choices in (
+        ("version", (1, 2)),
+        ("gelu", tuple(layers.GELUS)),
+        ("dtype", ("float32", "bfloat16")),
+        ("remat", tuple(REMAT_POLICIES)),
+    ):
+        if getattr(config, field) not in choices:
+            allowed = ", ".join(str(choice) for choice in choices)
+            raise ValueError(f"model.{field} is {getattr(config, field)!r}; choose one of {allowed}")
+    for field in ("width", "window", "patch", "mlp_ratio"):
+        if getattr(config, field) < 1:
+            raise ValueError(f"model.{field} is {getattr(config, field)}; it must be at least 1")
+    if not 0 <= config.drop_path < 1:
+        raise ValueError(f"model.drop_path is {config.drop_path}; a rate is at least 0 and below 1")
+    if not config.depths or any(depth < 2 or depth % 2 for depth in config.depths):
+        raise ValueError(f"model.depths {config.depths} must be even numbers: blocks come in pairs, plain and shifted")
+    for field in ("heads", "pretrained_windows"):
+        values = getattr(config, field)
+        if values is not None and (len(values) != len(config.depths) or min(values) < 1):
+            raise ValueError(f"model.{field} {values} must give one positive number for each of model.depths")
+    for stage, heads in enumerate(config.heads):
+        width = config.width * 2**stage
+        if width % heads:
+            raise ValueError(f"model.heads {heads} of stage {stage + 1} does not divide its width {width}")
+    if config.version == 1 and (config.pretrained_windows or config.extra_norm_every):
+        raise ValueError("model.pretrained_windows and model.extra_norm_every belong to model.version 2, not to 1")
+    every = config.extra_norm_every
+    if every is not None and (every < 2 or every % 2 or any(d > every and d % every for d in config.depths)):
+        raise ValueError(
+            f"model.extra_norm_every {every} must be even and divide every one of model.depths {config.depths} above it"
+        )
+
+
+def stage_grids(config: SwinConfig, image_size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Returns the tokens, down and across, of each stage. What a patch or a merge does not fill is padded with zeros.
+
+    Raises:
+        ValueError: the image is smaller than one patch.
+    """
+    layers.grid_size(image_size, (config.patch, config.patch))
+    height, width = image_size
+    scales = [config.patch * 2**stage for stage in range(len(config.depths))]
+    return [(-(-height // scale), -(-width // scale)) for scale in scales]
+
+
+def stage_windows(config: SwinConfig, image_size: tuple[int, int]) -> tuple[int, ...]:
+    """Returns the window of each stage: no larger than the grid that the model is built for."""
+    return tuple(windows.window_and_shift(*grid, config.window)[0] for grid in stage_grids(config, image_size))
+
+
+class WindowAttention(nnx.Module):
+    """Attention within windows, with a relative position bias that is one number a head and offset.
+
+    V1 (section 3.2): dot products scaled by K^-0.5 and a learned table. V2 (section 3.2-3.3): cosines times a learned
+    scale a head, no bias on keys, and a bias of 16·sigmoid(network(offset on a log scale)).
+    """
+
+    def __init__(self, config: SwinConfig, stage: int, window: int, *, key: PRNGKeyArray):
+        width, heads = config.width * 2**stage, config.heads[stage]
+        keys = jax.random.split(key, 6)
+        init = layers.truncated_normal(0.02)
+        to_heads = (heads, width // heads)
+        self.query = layers.Linear(width, to_heads, key=keys[0], kernel_init=init)
+        self.key = layers.Linear(width, to_heads, key=keys[1], kernel_init=init, bias=config.version == 1)
+        self.value = layers.Linear(width, to_heads, key=keys[2], kernel_init=init)
+        self.out = layers.Linear(to_heads, width, key=keys[3], kernel_init=init)
+        self.window = window
+        self.pretrained_window = config.pretrained_windows[stage] if config.pretrained_windows else window
+        dot_product = config.version == 1
+        self.relative_bias = nnx.Param(init(keys[4], ((2 * window - 1) ** 2, heads))) if dot_product else None
+        self.logit_scale = None if dot_product else nnx.Param(jnp.full((heads,), math.log(10.0)))
+        self.position = None if dot_product else PositionNetwork(heads, key=keys[5])
+
+    def bias_table(self) -> Float[Array, "R N"]:
+        """Returns the bias of every offset within a window and every head."""
+        if self.relative_bias is not None:
+            return self.relative_bias[...]
+        assert self.position is not None
+        coordinates_R2 = jnp.asarray(windows.log_coordinates(self.window, self.pretrained_window))
+        return 16 * jax.nn.sigmoid(self.position(coordinates_R2))
+
+    def __call__(
+        self, x_BGnD: Float[Array, "B G n D"], regions_Gn: Int[np.ndarray, "G n"] | None
+    ) -> tuple[Float[Array, "B G n D"], Float[Array, "B G N n n"]]:
+        """Returns the mixed tokens and the attention weights."""
+        q_BGnNK, k_BGnNK, v_BGnNK = self.query(x_BGnD), self.key(x_BGnD), self.value(x_BGnD)
+        if self.logit_scale is None:
+            q_BGnNK *= q_BGnNK.shape[-1] ** -0.5
+        else:
+            scale_N1 = jnp.exp(jnp.minimum(self.logit_scale[...], MAX_LOGIT_SCALE))[:, None]
+            q_BGnNK = (windows.unit(q_BGnNK) * layers.expand(scale_N1, 5)).astype(x_BGnD.dtype)
+            k_BGnNK = windows.unit(k_BGnNK).astype(x_BGnD.dtype)
+        bias_Nnn = windows.relative_bias(self.bias_table(), math.isqrt(x_BGnD.shape[2]))
+        y_BGnNK, weights_BGNnn = windows.window_attention(q_BGnNK, k_BGnNK, v_BGnNK, bias_Nnn, regions_Gn)
+        return self.out(y_BGnNK), weights_BGNnn
+
+
+class PositionNetwork(nnx.Module):
+    """V2's continuous position bias: coordinates of an offset to one number a head (section 3.3, eq. 3)."""
+
+    def __init__(self, heads: int, *, key: PRNGKeyArray):
+        up_key, down_key = jax.random.split(key)
+        init = layers.truncated_normal(0.02)
+        self.up = layers.Linear(2, POSITION_HIDDEN, key=up_key, kernel_init=init)
+        self.down = layers.Linear(POSITION_HIDDEN, heads, key=down_key, kernel_init=init, bias=False)
+
+    def __call__(self, coordinates_R2: Float[Array, "R 2"]) -> Float[Array, "R N"]:
+        return self.down(jax.nn.relu(self.up(coordinates_R2)))
+
+
+class Block(nnx.Module):
+    """V1: x + Attention(LN x), then x + MLP(LN x). V2: x + LN(Attention(x)), then x + LN(MLP(x)).
+
+    V2's norms start at zero, scale and bias, so that a block starts as the identity (published code).
+    """
+
+    def __init__(self, config: SwinConfig, stage: int, window: int, *, key: PRNGKeyArray):
+        attention_key, mlp_key = jax.random.split(key)
+        width = config.width * 2**stage
+        self.norm1 = layers.LayerNorm(width, eps=config.norm_eps)
+        self.attention = WindowAttention(config, stage, window, key=attention_key)
+        self.norm2 = layers.LayerNorm(width, eps=config.norm_eps)
+        self.mlp = layers.Mlp(
+            width,
+            config.mlp_ratio * width,
+            key=mlp_key,
+            gelu=config.gelu,
+            kernel_init=layers.truncated_normal(0.02),
+            bias_init=layers.zeros,
+        )
+        self.norm_first = config.version == 1
+        if not self.norm_first:
+            for norm in (self.norm1, self.norm2):
+                norm.scale[...] = jnp.zeros_like(norm.scale[...])
+
+    def __call__(
+        self, x_BHWD: Float[Array, "B H W D"], window: int, shift: int, rate: Array, key: PRNGKeyArray | None
+    ) -> tuple[Float[Array, "B H W D"], Float[Array, "B G N n n"]]:
+        """Returns the tokens and the attention weights of the (shifted) windows."""
+        x_BHWD = constrain(x_BHWD)
+        key1, key2 = (None, None) if key is None else jax.random.split(key)
+        height, width = x_BHWD.shape[1:3]
+        regions_Gn = windows.regions(height, width, window, shift) if shift else None
+        y_BHWD = self.norm1(x_BHWD) if self.norm_first else x_BHWD
+        y_BGnD, weights_BGNnn = self.attention(windows.split(y_BHWD, window, shift), regions_Gn)
+        y_BHWD = windows.join(y_BGnD, height, width, shift)
+        x_BHWD += layers.drop_path(y_BHWD if self.norm_first else self.norm1(y_BHWD), rate, key1)
+        y_BHWD = self.mlp(self.norm2(x_BHWD)) if self.norm_first else self.norm2(self.mlp(x_BHWD))
+        return x_BHWD + layers.drop_path(y_BHWD, rate, key2), weights_BGNnn
+
+
+class Pair(nnx.Module):
+    """A plain block and a shifted one: what a stage repeats."""
+
+    def __init__(self, config: SwinConfig, stage: int, window: int, *, key: PRNGKeyArray):
+        plain_key, shifted_key = jax.random.split(key)
+        self.plain = Block(config, stage, window, key=plain_key)
+        self.shifted = Block(config, stage, window, key=shifted_key)
+
+
+class Merging(nnx.Module):
+    """Joins 2 x 2 tokens into one of twice the width (V1 section 3.1); a missing row or column is zero.
+
+    The four follow each other as (row, column) = (0, 0), (1, 0), (0, 1), (1, 1). V1 normalises before the linear map,
+    V2 after it.
+    """
+
+    def __init__(self, config: SwinConfig, stage: int, *, key: PRNGKeyArray):
+        width = config.width * 2**stage
+        self.norm_first = config.version == 1
+        init = layers.truncated_normal(0.02)
+        self.norm = layers.LayerNorm((4 if self.norm_first else 2) * width, eps=config.norm_eps)
+        self.reduction = layers.Linear(4 * width, 2 * width, key=key, bias=False, kernel_init=init)
+
+    def __call__(self, x_BHWD: Float[Array, "B H W D"]) -> Float[Array, "B H2 W2 D2"]:
+        B, H, W, D = x_BHWD.shape
+        if H % 2 or W % 2:
+            x_BHWD = jnp.pad(x_BHWD, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)))
+            H, W = x_BHWD.shape[1:3]
+        x = x_BHWD.reshape(B, H // 2, 2, W // 2, 2, D).transpose(0, 1, 3, 4, 2, 5).reshape(B, H // 2, W // 2, 4 * D)
+        return self.reduction(self.norm(x)) if self.norm_first else self.norm(self.reduction(x))
+
+
+class Stack(nnx.Module):
+    """Holds stacked layers under the name that says so."""
+
+    def __init__(self, blocks: nnx.Module):
+        self.blocks = blocks
+
+
+class Stage(nnx.Module):
+    """Pairs of blocks of one shape, stacked and scanned, then a merge unless it is the last stage."""
+
+    def __init__(self, config: SwinConfig, stage: int, window: int, *, key: PRNGKeyArray):
+        blocks_key, merging_key = jax.random.split(key)
+        depth, width = config.depths[stage], config.width * 2**stage
+        self.config, self.window = config, window
+        keys = jax.random.split(blocks_key, depth // 2)
+        self.blocks = jax.vmap(lambda key: Pair(config, stage, window, key=key))(keys)
+        every = config.extra_norm_every
+        self.groups = depth // every if every is not None and depth >= every else 0
+        make_norm = lambda _: layers.LayerNorm(width, eps=config.norm_eps)  # noqa: E731
+        self.extra_norm = Stack(jax.vmap(make_norm)(jnp.arange(self.groups))) if self.groups else None
+        last = stage == len(config.depths) - 1
+        self.merging = None if last else Merging(config, stage, key=merging_key)
+
+    def trunk(
+        self, x_BHWD: Float[Array, "B H W D"], rates_P2: Float[Array, "P 2"], keys_P2: Array | None, maps: bool = False
+    ) -> tuple[Float[Array, "B H W D"], Any]:
+        """Returns the tokens before the merge and, where `maps`, the attention weights [P, 2, B, G, N, n, n]."""
+        height, width = x_BHWD.shape[1:3]
+        window, shift = windows.window_and_shift(height, width, self.window)
+        shift = shift if self.config.shifted else 0
+        scan, remat = self.config.scan, self.config.remat
+
+        def step(x_BHWD: Array, pair: tuple[Pair, Array, Array | None]) -> tuple[Array, Any]:
+            blocks, rates_2, keys_2 = pair
+            key1, key2 = (None, None) if keys_2 is None else (keys_2[0], keys_2[1])
+            x_BHWD, plain = blocks.plain(x_BHWD, window, 0, rates_2[0], key1)
+            x_BHWD, shifted = blocks.shifted(x_BHWD, window, shift, rates_2[1], key2)
+            return x_BHWD, jnp.stack([plain, shifted]) if maps else None
+
+        if remat != "none":
+            # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
+            step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
+        pairs = (self.blocks, rates_P2, keys_P2)
+        if self.extra_norm is None:
+            return jax.lax.scan(step, x_BHWD, pairs, unroll=1 if scan else len(rates_P2))
+
+        def group(x_BHWD: Array, part: tuple[Any, Any]) -> tuple[Array, Any]:
+            pairs, norm = part
+            x_BHWD, weights = jax.lax.scan(step, x_BHWD, pairs, unroll=1 if scan else len(pairs[1]))
+            return norm(x_BHWD), weights
+
+        groups = jax.tree.map(lambda a: a.reshape(self.groups, -1, *a.shape[1:]), pairs)
+        x_BHWD, weights = jax.lax.scan(
+            group, x_BHWD, (groups, self.extra_norm.blocks), unroll=1 if scan else self.groups
+        )
+        return x_BHWD, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), weights)
+
+
+class Swin(nnx.Module):
+    """Images to logits. Parameters of pairs of blocks are stacked: `stage1/blocks/...` has a leading axis P.
+
+    Any height and width of at least one patch: what does not fill a patch, a merge or a window is padded with zeros
+    at the bottom and right, and a grid smaller than the window has a smaller one (see `ops.windows`). An absolute
+    position embedding belongs to the size that the model was built for.
+    """
+
+    def __init__(self, config: SwinConfig, *, image_size: tuple[int, int], num_classes: int, key: PRNGKeyArray):
+        check(config)
+        self.config = config
+        self.grid = stage_grids(config, image_size)[0]
+        patch_key, position_key, head_key, *stage_keys = jax.random.split(key, 3 + len(config.depths))
+        init = layers.truncated_normal(0.02)
+        self.embedding = layers.PatchEmbedding((config.patch, config.patch), 3, config.width, key=patch_key)
+        self.embedding_norm = layers.LayerNorm(config.width, eps=config.norm_eps) if config.patch_norm else None
+        self.position_embedding = (
+            nnx.Param(init(position_key, (math.prod(self.grid), config.width))) if config.absolute_position else None
+        )
+        for s, window in enumerate(stage_windows(config, image_size)):
+            setattr(self, f"stage{s + 1}", Stage(config, s, window, key=stage_keys[s]))
+        features = config.width * 2 ** (len(config.depths) - 1)
+        self.norm = layers.LayerNorm(features, eps=config.norm_eps)
+        self.head = layers.Linear(features, num_classes, key=head_key, kernel_init=init)
+
+    def _tokens(self, images_BHWC: Array) -> Float[Array, "B H W D"]:
+        B, *image_size, _ = images_BHWC.shape
+        grid = stage_grids(self.config, (image_size[0], image_size[1]))[0]
+        missing = [tokens * self.config.patch - side for tokens, side in zip(grid, image_size, strict=True)]
+        x = constrain(images_BHWC).astype(jnp.dtype(self.config.dtype))
+        x = jnp.pad(x, ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0))) if any(missing) else x
+        x_BLD = self.embedding(x)
+        x_BLD = x_BLD if self.embedding_norm is None else self.embedding_norm(x_BLD)
+        if self.position_embedding is not None:
+            if grid != self.grid:
+                raise ValueError(
+                    f"images of {image_size[0]}x{image_size[1]} pixels make a grid of {grid[0]}x{grid[1]} patches, but "
+                    f"the absolute positions are for {self.grid[0]}x{self.grid[1]}; resize the images or the embedding"
+                )
+            x_BLD = (x_BLD.astype(jnp.float32) + self.position_embedding[...][None]).astype(x_BLD.dtype)
+        return x_BLD.reshape(B, *grid, -1)
+
+    def _run(self, images_BHWC: Array, key: PRNGKeyArray | None, maps: bool) -> tuple[Array, list[Any]]:
+        """Returns the tokens of the last stage before the norm, and the attention of each stage where `maps`."""
+        depths = self.config.depths
+        rates = jnp.linspace(0.0, self.config.drop_path, sum(depths)).reshape(-1, 2)
+        keys = None if key is None or not self.config.drop_path else jax.random.split(key, rates.shape)
+        x_BHWD, weights, pair = self._tokens(images_BHWC), [], 0
+        for s, depth in enumerate(depths):
+            stage = getattr(self, f"stage{s + 1}")
+            own = slice(pair, pair + depth // 2)
+            x_BHWD, stage_weights = stage.trunk(x_BHWD, rates[own], None if keys is None else keys[own], maps)
+            x_BHWD = x_BHWD if stage.merging is None else stage.merging(constrain(x_BHWD))
+            weights.append(stage_weights)
+            pair += depth // 2
+        return constrain(x_BHWD), weights
+
+    def features(self, images_BHWC: Float[Array, "B H W 3"], key: PRNGKeyArray | None = None) -> Float[Array, "B D"]:
+        """Returns the representation that the classifier reads: the mean token after the final norm, in float32."""
+        x_BHWD, _ = self._run(images_BHWC, key, maps=False)
+        return jnp.mean(self.norm(x_BHWD).astype(jnp.float32), axis=(1, 2))
+
+    def __call__(self, images_BHWC: Float[Array, "B H W 3"], key: PRNGKeyArray | None = None) -> Float[Array, "B M"]:
+        """Returns logits over the M classes, in float32. A key means training: it turns drop path on."""
+        return self.head(self.features(images_BHWC, key))
+
+    def attention_maps(self, images_BHWC: Float[Array, "B H W 3"]) -> list[Float[Array, "blocks B G N n n"]]:
+        """Returns how much each token of a window attends to each other one, for each stage, by block and head.
+
+        Odd blocks are shifted: `ops.windows.places` tells which token of the grid stands where in a window.
+        """
+        _, weights = self._run(images_BHWC, None, maps=True)
+        return [w_P2.reshape(-1, *w_P2.shape[2:]).astype(jnp.float32) for w_P2 in weights]
+
+
+def transfer(config: SwinConfig, image_size: tuple[int, int], *, window: int) -> SwinConfig:
+    """Returns the config with another window for weights that were trained with this one at this image size.
+
+    V2 keeps its weights as they are: its position network reads offsets of the new window on the scale of the windows
+    that it was trained with (V2 section 3.3). V1 needs its tables resized by `adapt`.
+    """
+    if config.version == 1:
+        return dataclasses.replace(config, window=window)
+    trained = config.pretrained_windows or stage_windows(config, image_size)
+    return dataclasses.replace(config, window=window, pretrained_windows=trained)
+
+
+def adapt(
+    parameters: Mapping[str, Any],
+    config: SwinConfig,
+    image_size: tuple[int, int],
+    *,
+    target: SwinConfig,
+    target_image_size: tuple[int, int],
+    method: str = "bicubic",
+) -> dict[str, Any]:
+    """Returns the parameters of a model for another window or image size: position tables resized, the rest as it is.
+
+    Args:
+        parameters: nested dict of the model of `config` built for `image_size`.
+        config: what the parameters belong to.
+        image_size: height and width in pixels that they were trained at.
+        target: the config to adapt to, of the same network but for its window.
+        target_image_size: height and width in pixels of the new images.
+        method: "bicubic" as the official code, or "geometric"; see `ops.windows.resize_table`.
+
+    Raises:
+        ValueError: the configs differ in more than their window, or there is no such method.
+    """
+    for field in ("version", "width", "depths", "heads", "patch", "mlp_ratio", "absolute_position", "extra_norm_every"):
+        ours, theirs = getattr(config, field), getattr(target, field)
+        if ours != theirs:
+            raise ValueError(f"weights of a Swin with {field} {ours} cannot become one with {field} {theirs}")
+    windows_after = stage_windows(target, target_image_size)
+    leaves = paths.flatten(parameters)
+    for path, leaf in leaves.items():
+        if path.endswith("/relative_bias"):
+            window = windows_after[int(path.removeprefix("stage").split("/")[0]) - 1]
+            leaves[path] = np.stack([windows.resize_table(np.asarray(table), window, method) for table in leaf])
+        elif path == "position_embedding":
+            old, new = stage_grids(config, image_size)[0], stage_grids(target, target_image_size)[0]
+            leaves[path] = resize_positions(np.asarray(leaf), old, new)
+    return paths.unflatten(leaves)
+
+
+def resize_positions(
+    positions_LD: Float[np.ndarray, "L D"], old: tuple[int, int], new: tuple[int, int]
+) -> Float[np.ndarray, "new_L D"]:
+    """Returns the absolute position embedding of a grid resampled to another, bicubic as the official code."""
+    if old == new:
+        return positions_LD
+    rows, columns = (windows.cubic_weights(before, after) for before, after in zip(old, new, strict=True))
+    resized = np.einsum("ay,bx,yxD->abD", rows, columns, positions_LD.reshape(*old, -1))
+    return resized.reshape(-1, positions_LD.shape[1]).astype(positions_LD.dtype)

@@ -1,0 +1,189 @@
+"""What a run tells about itself: metrics in files, a bar or lines on the terminal, clocks, utilisation."""
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import tensorboardX
+from absl import logging
+from tqdm import tqdm
+
+# Published dense bfloat16 peaks of one JAX device, in FLOP/s, by jax.Device.device_kind: vendors' data sheets.
+# A TPU v2 or v3 device is one core, half a chip.
+PEAK_FLOPS = {
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device: jax.Device, given: float | None) -> float | None:
+    """Returns the FLOP/s against which MFU is measured: as given, else the chip's published peak, else None."""
+    return given if given is not None else PEAK_FLOPS.get(device.device_kind)
+
+
+class Writer(Protocol):
+    """The part of clu's MetricWriter interface that a run uses; clu's own package imports only with TensorFlow."""
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonlWriter:
+    """One JSON object a line: {"step": the step at which it was measured, name: value, ...}.
+
+    Rows after `resume_step` are dropped on opening: the run that wrote them died before it saved that far, and this
+    one will write the same rows again.
+    """
+
+    def __init__(self, path: Path, resume_step: int):
+        rows = [row for row in read_jsonl(path) if row["step"] <= resume_step]
+        replacement = path.with_suffix(".tmp")
+        replacement.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        replacement.replace(path)
+        self._file = path.open("a")
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        # JSON has no NaN and no infinity; null says that there was no number.
+        values = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardWriter:
+    """TensorBoard event files, written without TensorFlow."""
+
+    def __init__(self, directory: Path, resume_step: int):
+        self._writer = tensorboardX.SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else None)
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Writers:
+    """Writes to all of `writers`."""
+
+    def __init__(self, *writers: Writer):
+        self._writers = writers
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        for writer in self._writers:
+            writer.write_scalars(step, scalars)
+
+    def flush(self) -> None:
+        for writer in self._writers:
+            writer.flush()
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
+
+
+def create_writer(workdir: Path, resume_step: int) -> Writers:
+    """Returns the writer of a run; silent on all processes but the first."""
+    if jax.process_index() != 0:
+        return Writers()
+    return Writers(
+        JsonlWriter(workdir / "metrics.jsonl", resume_step), TensorBoardWriter(workdir / "tensorboard", resume_step)
+    )
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a metrics file; none if it is absent. A last line cut off by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    complete, rest = lines[:-1], lines[-1]
+    if rest:
+        logging.warning("%s ends in the middle of a line, which is left out", path)
+    return [json.loads(line) for line in complete if line]
+
+
+class Clock:
+    """Seconds of the run by what they went into, over all of its restarts."""
+
+    def __init__(self, seconds: Mapping[str, float] | None = None):
+        self.seconds = dict(seconds or {})
+
+    @contextlib.contextmanager
+    def book(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+class Progress:
+    """A bar with the time left where a person watches, plain lines where a log is kept."""
+
+    def __init__(self, step: int, total: int):
+        self._start_step, self._total, self._start = step, total, time.perf_counter()
+        watched = sys.stderr.isatty() and jax.process_index() == 0
+        self._bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True) if watched else None
+
+    def advance(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def say(self, text: str) -> None:
+        """Prints a line without breaking the bar."""
+        if jax.process_index() != 0:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows the newest values: beside the bar, or as a line with the step and the time left."""
+        if jax.process_index() != 0:
+            return
+        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+            return
+        done = step - self._start_step
+        left = (time.perf_counter() - self._start) / done * (self._total - step) if done else math.nan
+        self.say(f"step {step}/{self._total}, {text}, {duration(left)} left")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """Returns seconds as a person reads them: 42s, 3m10s, 2h05m."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+    return f"{minutes // 60}h{minutes % 60:02d}m"

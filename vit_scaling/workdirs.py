@@ -1,0 +1,188 @@
+"""The folder of a run: whose it is, what was run there, and what came of it.
+
+    config.json      the resolved config, versions, git revision, device
+    metrics.jsonl    one row for each measurement; tensorboard/ has the same
+    checkpoints/     <step>/ for each one kept
+    result.json      the final numbers
+    figure.png       curves, learning rate, predictions
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from clu import parameter_overview
+
+from vit_scaling import config as config_lib
+from vit_scaling import figures, telemetry
+from vit_scaling.config import Config
+from vit_scaling.data.sources import Source
+from vit_scaling.evaluators.suite import Suite
+from vit_scaling.optim import chain, schedule
+from vit_scaling.optim.schedule import Duration
+from vit_scaling.parallel import sharding
+from vit_scaling.step import Program
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+# A branch may end otherwise than its trunk, and nothing else.
+BRANCH_MAY_CHANGE = (
+    *config_lib.MAY_CHANGE,
+    "duration",
+    "schedule.cooldown",
+    "schedule.cooldown_from",
+)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def trunk(config: Config) -> Path | None:
+    """Returns the checkpoint from which schedule.cooldown_from branches, or None.
+
+    Raises:
+        ValueError: it is no checkpoint of a run whose config differs in its end alone, or the schedule cannot branch.
+    """
+    if config.schedule.cooldown_from is None:
+        return None
+    checkpoint = Path(config.schedule.cooldown_from)
+    if schedule.needs_total(config.schedule):
+        raise ValueError(
+            f"schedule.cooldown_from needs a schedule that does not know its end, rsqrt or constant; "
+            f"{config.schedule.kind} depends on the total number of steps"
+        )
+    if not config.schedule.cooldown.amount:
+        raise ValueError("schedule.cooldown_from needs schedule.cooldown, the length of the branch; it is 0")
+    record = checkpoint.parent.parent / "config.json"
+    if not checkpoint.name.isdigit() or not record.exists():
+        raise ValueError(
+            f"schedule.cooldown_from is {str(checkpoint)!r}; name a checkpoint of a run, <workdir>/checkpoints/<step>"
+        )
+    stored = json.loads(record.read_text())["config"]
+    differing = config_lib.differences(stored, config_lib.to_dict(config), BRANCH_MAY_CHANGE)
+    if differing:
+        raise ValueError(f"a branch differs from its trunk in its cooldown alone, but {differing[0]}")
+    return checkpoint
+
+
+def branch(config: Config, trunk: Path) -> Config:
+    """Returns the config of a branch: it ends when the cooldown that starts at the trunk's checkpoint does."""
+    total = int(trunk.name) + int(config.schedule.cooldown.amount)
+    return dataclasses.replace(config, duration=Duration(total))
+
+
+def claim(workdir: Path, config: Config) -> None:
+    """Makes the workdir this experiment's.
+
+    Raises:
+        ValueError: it belongs to another one, or to something else; it is left as it was.
+    """
+    if jax.process_index() != 0:
+        return
+    record = workdir / "config.json"
+    resolved = config_lib.to_dict(config)
+    if record.exists():
+        differing = config_lib.differences(json.loads(record.read_text())["config"], resolved)
+        if differing:
+            more = f", and {len(differing) - 1} more fields differ" if len(differing) > 1 else ""
+            raise ValueError(
+                f"the workdir {workdir} belongs to another config: {differing[0]}{more}; name another --workdir"
+            )
+    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise ValueError(f"the workdir {workdir} exists and holds no run of this project; name a new one")
+    workdir.mkdir(parents=True, exist_ok=True)
+    device = jax.devices()[0]
+    write_json(
+        record,
+        {
+            "config": resolved,
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+            | {"python": platform.python_version()},
+            "git_revision": _git_revision(),
+            "device_kind": device.device_kind,
+            "device_count": jax.device_count(),
+            "process_count": jax.process_count(),
+        },
+    )
+
+
+def _git_revision() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None  # installed without its repository
+
+
+def describe(config: Config, program: Program, source: Source) -> str:
+    """Returns what a person wants to see before a run: parameters with their rules and sharding, data, devices."""
+    params = program.state_shape.params
+    decay = {row.path: row for row in chain.describe(config.optim, params)}
+    rows = [("optimizer's rule", "parameter")]
+    for row in decay.values():
+        rule = "frozen" if row.frozen else f"decay {row.decay:g}" + (", factored" if row.factored else "")
+        rows.append((rule, row.path))
+    width = max(len(rule) for rule, _ in rows)
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(program.mesh.shape)}"
+    return "\n".join(
+        [
+            parameter_overview.get_parameter_overview(params, include_stats=False),
+            "\n".join(f"{rule.ljust(width)}  {path}" for rule, path in rows),
+            "",
+            sharding.describe(params, program.mesh),
+            "",
+            f"devices: {devices}",
+            f"data: {len(source):,} examples of {source.num_classes} classes; batch {config.data.batch_size}, "
+            f"{int(config.duration.amount):,} steps, "
+            f"{config.duration.amount * config.data.batch_size / len(source):.1f} epochs",
+        ]
+    )
+
+
+def finish(
+    workdir: Path, config: Config, source: Source, suite: Suite, values: Mapping[str, float], clock: telemetry.Clock
+) -> None:
+    """Writes result.json and figure.png; the checkpoint of the last step comes after them."""
+    if jax.process_index() != 0:
+        return
+    steps = int(config.duration.amount)
+    accuracy = next((values[name] for name in ("test/accuracy", "validation/accuracy") if name in values), None)
+    images, labels, predictions = suite.examples(figures.PREDICTIONS)
+    figures.run_figure(
+        workdir / "figure.png",
+        telemetry.read_jsonl(workdir / "metrics.jsonl"),
+        title=f"{workdir.name}: {steps:,} steps"
+        + ("" if accuracy is None else f", {100 * accuracy:.1f}% of the test set"),
+        images=images,
+        labels=labels,
+        predictions=predictions,
+    )
+    write_json(
+        workdir / "result.json",
+        {
+            "accuracy": accuracy,
+            "step": steps,
+            "examples": steps * config.data.batch_size,
+            "epochs": steps * config.data.batch_size / len(source),
+            "metrics": dict(values),
+            "seconds": {name: round(seconds, 1) for name, seconds in clock.seconds.items()},
+            "checkpoint": str(workdir / "checkpoints" / str(steps)),
+            "metrics_file": str(workdir / "metrics.jsonl"),
+            "figure": str(workdir / "figure.png"),
+        },
+    )
+
+
+def read_result(workdir: Path) -> dict[str, Any]:
+    """Returns what result.json says."""
+    return json.loads((workdir / "result.json").read_text())
