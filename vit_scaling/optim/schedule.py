@@ -60,6 +60,8 @@ class ScheduleConfig:
         warmup: linear rise to one.
         cooldown: linear factor down to zero that ends with the run, multiplied with the main phase.
         timescale: of "rsqrt" only.
+        cooldown_from: a checkpoint of a trunk run, <workdir>/checkpoints/<step>, at which this run begins with its
+            cooldown and nothing else; None for a run of its own.
         start: the warmup's first value.
         final: the last value of "linear" and "cosine".
     """
@@ -68,6 +70,7 @@ class ScheduleConfig:
     warmup: Duration = dataclasses.field(default_factory=lambda: Duration(10_000.0))
     cooldown: Duration = dataclasses.field(default_factory=lambda: Duration(50_000.0))
     timescale: Duration = dataclasses.field(default_factory=lambda: Duration(10_000.0))
+    cooldown_from: str | None = None
     start: float = 0.0
     final: float = 0.0
 
