@@ -1,7 +1,9 @@
 """A small ViT on 5,000 handwritten digits, on a laptop in minutes: what ./run.sh runs.
 
-    python -m vit_scaling.train --config=configs/smoke.py --workdir=runs/smoke
+python -m vit_scaling.train --config=configs/smoke.py --workdir=runs/smoke
 """
+
+import functools
 
 from vit_scaling import config as c
 from vit_scaling.data.loader import DataConfig
@@ -15,7 +17,7 @@ def get_config(arg: str | None = None) -> c.Config:
     arguments = c.arguments(arg, variants=())
     model = vit.ViTConfig(width=64, depth=4, mlp=256, heads=4, patch=(7, 7), pool="map", position="learned")
     plain = TransformConfig(size=(28, 28), crop="none")
-    digits = lambda split: SourceConfig(kind="builtin", name="mnist", split=split)  # noqa: E731
+    digits = functools.partial(SourceConfig, "builtin", "mnist")
     config = c.Config(
         model=model,
         data=DataConfig(

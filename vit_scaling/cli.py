@@ -1,5 +1,6 @@
 """What the doors share: from the command line to a config, and from an error to one sentence."""
 
+import dataclasses
 import re
 import sys
 import traceback
@@ -33,16 +34,15 @@ def run(main: Callable[[Sequence[str]], Any], doc: str | None) -> None:
         print(_help(doc))
         sys.exit(0)
     try:
+        _check_config_file(sys.argv[1:])
         try:
             rest = flags.FLAGS(sys.argv)
         except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
-            raise _Mistake(_flag_sentence(error)) from error
-        except OSError as error:
-            raise _Mistake(f"{error.filename}: {error.strerror}") from error
+            raise _MistakeError(_flag_sentence(error)) from error
         if len(rest) > 1:
-            raise _Mistake(f"{rest[1]!r} is no flag; flags look like --name=value")
+            raise _MistakeError(f"{rest[1]!r} is no flag; flags look like --name=value")
         main(rest)
-    except _Mistake as mistake:
+    except _MistakeError as mistake:
         _leave(str(mistake))
     except FloatingPointError as error:
         _leave(str(error))
@@ -52,7 +52,7 @@ def run(main: Callable[[Sequence[str]], Any], doc: str | None) -> None:
         _leave(str(error))
 
 
-class _Mistake(Exception):
+class _MistakeError(Exception):
     """A sentence for the user."""
 
 
@@ -64,14 +64,37 @@ def _leave(sentence: str) -> None:
 def _raised_here(error: BaseException) -> bool:
     """Whether this project itself raised the error: then its text is meant for the user."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and (PACKAGE in Path(frames[-1].filename).parents or "configs" in Path(frames[-1].filename).parts)
+    return bool(frames) and (
+        PACKAGE in Path(frames[-1].filename).parents or "configs" in Path(frames[-1].filename).parts
+    )
 
 
 def _flag_sentence(error: BaseException) -> str:
-    """Returns the last line of what the flags' parser said, without its wrapping."""
+    """Returns what is wrong with the command line, in the words of this project where the parser's are not clear."""
     text = str(error.args[0]) if error.args else str(error)
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    return re.sub(r"\s+", " ", " ".join(lines)) if lines else type(error).__name__
+    if unknown := re.search(r"Field (\w+) not found on dataclass <class '([\w.]+)\.(\w+)'>", text):
+        name, module, owner = unknown.groups()
+        fields = ", ".join(field.name for field in dataclasses.fields(getattr(sys.modules[module], owner)))
+        return f"the config has no field {name!r} there; the fields of {owner} are {fields}"
+    if missing := re.search(r"Flag --(\w+) must have a value other than None", text):
+        return f"--{missing[1]} must be given; --help tells what it is"
+    if "Traceback" in text:  # a config file that raised: its last line is the sentence
+        return re.sub(r"^\w+(Error|Exception): ", "", text.strip().splitlines()[-1].strip())
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _check_config_file(arguments: Sequence[str]) -> None:
+    """Raises _MistakeError if --config names no file; the parser would say so in twenty lines."""
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if name != "config" or not argument.startswith("-"):
+            continue
+        value = value if equals else next(iter(arguments[index + 1 :]), "")
+        path = Path(value.partition(":")[0])
+        if not path.is_file():
+            beside = sorted(str(other) for other in (path.parent if path.parent.is_dir() else Path()).glob("*.py"))
+            choices = f"; beside it are {', '.join(beside)}" if beside else ""
+            raise _MistakeError(f"there is no config file {str(path)!r}{choices}")
 
 
 def _help(doc: str | None) -> str:

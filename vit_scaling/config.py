@@ -6,6 +6,7 @@ stands here.
 """
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -121,21 +122,24 @@ def smoke(config: Config, model: ModelConfig) -> Config:
         config: the whole experiment.
         model: its model at a size for images of 28 x 28 pixels.
     """
-    source = lambda split: SourceConfig(kind="builtin", name="mnist", split=split)  # noqa: E731
-    small = lambda transform: dataclasses.replace(transform, size=(28, 28), resize_to=28)  # noqa: E731
-    evaluation = EvaluationConfig(every=Duration(2), validation=source("validation"), test=source("test"))
+    digits = functools.partial(SourceConfig, "builtin", "mnist")
+
+    def small(transform: TransformConfig) -> TransformConfig:
+        return dataclasses.replace(transform, size=(28, 28), resize_to=28)
+
+    evaluation = EvaluationConfig(every=Duration(2), validation=digits("validation"), test=digits("test"))
     if config.evaluation.fewshot is not None:
         evaluation.fewshot = dataclasses.replace(
             config.evaluation.fewshot,
-            train=source("train"),
-            test=source("validation"),
+            train=digits("train"),
+            test=digits("validation"),
             transform=small(config.evaluation.fewshot.transform),
             shots=(1, 5),
             seeds=2,
         )
     data = dataclasses.replace(
         config.data,
-        train=source("train"),
+        train=digits("train"),
         transform=small(config.data.transform),
         eval_transform=small(config.data.eval_transform),
         batch_size=32,
@@ -191,9 +195,7 @@ def resolve(config: Config, examples_per_epoch: int) -> Config:
         config,
         duration=steps("duration", config.duration, 1),
         schedule=schedule.in_steps(config.schedule, config.data.batch_size, examples_per_epoch),
-        evaluation=dataclasses.replace(
-            config.evaluation, every=steps("evaluation.every", config.evaluation.every, 1)
-        ),
+        evaluation=dataclasses.replace(config.evaluation, every=steps("evaluation.every", config.evaluation.every, 1)),
         checkpoint=dataclasses.replace(
             config.checkpoint,
             every=steps("checkpoint.every", config.checkpoint.every, 1),
@@ -214,7 +216,9 @@ def differences(old: dict[str, Any], new: dict[str, Any], may_change: tuple[str,
     def flat(node: Any, prefix: str) -> dict[str, Any]:
         if not isinstance(node, dict):
             return {prefix: node}
-        return {k: v for name, child in node.items() for k, v in flat(child, f"{prefix}.{name}" if prefix else name).items()}
+        return {
+            k: v for name, child in node.items() for k, v in flat(child, f"{prefix}.{name}" if prefix else name).items()
+        }
 
     a, b = flat(old, ""), flat(new, "")
     return [

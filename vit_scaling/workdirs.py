@@ -1,10 +1,10 @@
 """The folder of a run: whose it is, what was run there, and what came of it.
 
-    config.json      the resolved config, versions, git revision, device
-    metrics.jsonl    one row for each measurement; tensorboard/ has the same
-    checkpoints/     <step>/ for each one kept
-    result.json      the final numbers
-    figure.png       curves, learning rate, predictions
+config.json      the resolved config, versions, git revision, device
+metrics.jsonl    one row for each measurement; tensorboard/ has the same
+checkpoints/     <step>/ for each one kept
+result.json      the final numbers
+figure.png       curves, learning rate, predictions
 """
 
 import dataclasses
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from clu import parameter_overview
 
 from vit_scaling import config as config_lib
 from vit_scaling import figures, telemetry
@@ -125,26 +124,30 @@ def _git_revision() -> str | None:
 
 
 def describe(config: Config, program: Program, source: Source) -> str:
-    """Returns what a person wants to see before a run: parameters with their rules and sharding, data, devices."""
+    """Returns what a person wants to see before a run: each parameter with its rules, the data, the devices."""
     params = program.state_shape.params
-    decay = {row.path: row for row in chain.describe(config.optim, params)}
-    rows = [("optimizer's rule", "parameter")]
-    for row in decay.values():
-        rule = "frozen" if row.frozen else f"decay {row.decay:g}" + (", factored" if row.factored else "")
-        rows.append((rule, row.path))
-    width = max(len(rule) for rule, _ in rows)
-    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(program.mesh.shape)}"
+    rules = {row.path: row for row in chain.describe(config.optim, params)}
+    header = ("parameter", "shape", "decay", "factored", "split over", "MB a device")
+    table = [header]
+    for row in sharding.describe(params, program.mesh):
+        rule = rules[row.path]
+        decay = "frozen" if rule.frozen else f"{rule.decay:g}"
+        split = ", ".join(f"{axis} {dim}" for dim, axis in enumerate(row.spec) if axis) or "-"
+        factored = "yes" if rule.factored else "-"
+        table.append((row.path, str(row.shape), decay, factored, split, f"{row.bytes_a_device / 1e6:.3f}"))
+    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    steps = int(config.duration.amount)
+    epochs = steps * config.data.batch_size / len(source)
+    axes = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
     return "\n".join(
         [
-            parameter_overview.get_parameter_overview(params, include_stats=False),
-            "\n".join(f"{rule.ljust(width)}  {path}" for rule, path in rows),
+            *lines,
             "",
-            sharding.describe(params, program.mesh),
-            "",
-            f"devices: {devices}",
-            f"data: {len(source):,} examples of {source.num_classes} classes; batch {config.data.batch_size}, "
-            f"{int(config.duration.amount):,} steps, "
-            f"{config.duration.amount * config.data.batch_size / len(source):.1f} epochs",
+            f"parameters: {sum(leaf.size for leaf in jax.tree.leaves(params)):,}",
+            f"devices:    {program.mesh.size} x {program.mesh.devices.flat[0].device_kind}; mesh: {axes}",
+            f"data:       {len(source):,} examples of {source.num_classes} classes",
+            f"run:        {steps:,} steps of {config.data.batch_size} images, {epochs:.1f} epochs",
         ]
     )
 

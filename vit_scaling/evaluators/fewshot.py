@@ -25,13 +25,13 @@ STD_FLOOR = 1e-5
 class Classifier(NamedTuple):
     """A linear classifier of standardised features, and the bias feature."""
 
-    mean_D: np.ndarray
-    std_D: np.ndarray
-    weights_EM: np.ndarray  # E = D + 1, the bias feature last
+    mean: np.ndarray  # [D]
+    std: np.ndarray  # [D]
+    weights: np.ndarray  # [D + 1, M], the bias feature last
 
     def predict(self, features_ND: Float[np.ndarray, "N D"]) -> Int[np.ndarray, "N"]:
         """Returns the most likely class of each row."""
-        return np.argmax(_standardise(features_ND, self.mean_D, self.std_D) @ self.weights_EM, axis=1)
+        return np.argmax(_standardise(features_ND, self.mean, self.std) @ self.weights, axis=1)
 
 
 def _standardise(features_ND: np.ndarray, mean_D: np.ndarray, std_D: np.ndarray) -> np.ndarray:
@@ -80,7 +80,9 @@ def choose(labels: Int[np.ndarray, "N"], shots: int, seed: int, num_classes: int
     for label in range(num_classes):
         members = np.flatnonzero(labels == label)
         if len(members) < shots:
-            raise ValueError(f"few-shot evaluation wants {shots} examples of each class; class {label} has {len(members)}")
+            raise ValueError(
+                f"few-shot evaluation wants {shots} examples of each class; class {label} has {len(members)}"
+            )
         chosen.append(generator.permutation(members)[:shots])
     return np.concatenate(chosen)
 
@@ -139,24 +141,18 @@ class FewShot:
         """
 
         def extract(source: Source) -> np.ndarray:
-            return _features(
-                program, params, statistics, source, self._config, batch_size=batch_size, threads=threads
-            )
+            return _features(program, params, statistics, source, self._config, batch_size=batch_size, threads=threads)
 
         train_ND, test_ND = extract(self._train), extract(self._test)
         result = {}
         for shots in self._config.shots:
-            accuracies = [
-                self._accuracy(train_ND, rows[:, :shots].reshape(-1), test_ND) for rows in self._rows
-            ]
+            accuracies = [self._accuracy(train_ND, rows[:, :shots].reshape(-1), test_ND) for rows in self._rows]
             result[f"{shots}shot"] = float(np.mean(accuracies))
             result[f"{shots}shot_std"] = float(np.std(accuracies))
         return result
 
     def _accuracy(self, train_ND: np.ndarray, rows: np.ndarray, test_ND: np.ndarray) -> float:
-        classifier = ridge(
-            train_ND[rows], self._train_labels[rows], num_classes=self._num_classes, l2=self._config.l2
-        )
+        classifier = ridge(train_ND[rows], self._train_labels[rows], num_classes=self._num_classes, l2=self._config.l2)
         return float(np.mean(classifier.predict(test_ND) == self._test_labels))
 
 

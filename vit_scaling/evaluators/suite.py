@@ -51,9 +51,7 @@ class Suite:
         values: dict[str, float] = {}
         for name, source in self._sources.items():
             if name == "validation" or final:
-                result = classification.evaluate(
-                    self._program, params, statistics, source, self._transform, **common
-                )
+                result = classification.evaluate(self._program, params, statistics, source, self._transform, **common)
                 values[f"{name}{suffix}/accuracy"] = result.accuracy
                 values[f"{name}{suffix}/loss"] = result.loss
                 self._pictured = source, result.predictions
@@ -75,5 +73,3 @@ class Suite:
         names = source.class_names or tuple(str(label) for label in range(source.num_classes))
         labels = [names[int(record["label"])] for record in records]
         return [record["image"] for record in records], labels, [names[label] for label in predictions[: len(records)]]
-
-

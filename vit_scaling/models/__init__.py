@@ -10,11 +10,11 @@ from typing import Any
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
-from vit_scaling.models import vit
+from vit_scaling.models import swin, vit
 
-MODELS: dict[type, Any] = {vit.ViTConfig: vit.ViT}
+MODELS: dict[type, Any] = {vit.ViTConfig: vit.ViT, swin.SwinConfig: swin.Swin}
 
-ModelConfig = vit.ViTConfig
+ModelConfig = vit.ViTConfig | swin.SwinConfig
 
 
 def build(model_config: ModelConfig, *, image_size: tuple[int, int], num_classes: int, key: PRNGKeyArray) -> nnx.Module:

@@ -6,6 +6,7 @@ Shapes: B batch, H W image, L tokens, D width, N heads, K head dim, F hidden, Z 
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -125,7 +126,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: ViTConfig, *, key: PRNGKeyArray):
         attention_key, mlp_key = jax.random.split(key)
-        norm = lambda: layers.LayerNorm(config.width, eps=config.norm_eps, bias=config.norm_bias)  # noqa: E731
+        norm = functools.partial(layers.LayerNorm, config.width, eps=config.norm_eps, bias=config.norm_bias)
         self.norm1 = norm()
         self.attention = layers.Attention(
             config.width,

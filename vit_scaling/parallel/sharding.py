@@ -6,7 +6,7 @@ mesh axis that splits each. Leading axes that the table does not name, the stack
 
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -95,8 +95,8 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
         divisible = [dim for dim in free if shape[dim] % mesh.shape["data"] == 0]
         if not divisible:
             raise ValueError(
-                f"{path} with shape {shape} is large and no axis of it can be divided by mesh.data="
-                f"{mesh.shape['data']}; choose a data axis that divides one, and put the rest of the devices on mesh.replica"
+                f"{path} with shape {shape} is large and mesh.data={mesh.shape['data']} divides no axis of it; "
+                "choose a data axis that divides one, and put the rest of the devices on mesh.replica"
             )
         spec[preferred if preferred in divisible else max(divisible, key=lambda dim: shape[dim])] = "data"
     return PartitionSpec(*spec)
@@ -116,13 +116,20 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def describe(tree: Any, mesh: Mesh) -> str:
-    """Returns a table of every leaf of nested dicts: path, shape, how it is split, bytes on one device."""
+class Row(NamedTuple):
+    """How one parameter is split."""
+
+    path: str
+    shape: tuple[int, ...]
+    spec: PartitionSpec
+    bytes_a_device: int
+
+
+def describe(tree: Any, mesh: Mesh) -> list[Row]:
+    """Returns a row for every leaf of nested dicts of arrays or shapes."""
     rows = []
     for path, leaf in paths.flatten(tree).items():
         spec = partition_spec(path, leaf.shape, mesh)
         parts = math.prod(mesh.shape[axis] for axis in spec if axis)
-        rows.append((path, str(tuple(leaf.shape)), str(tuple(spec)), f"{leaf.size * leaf.dtype.itemsize // parts:,}"))
-    header = ("parameter", "shape", "split over", "bytes a device")
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(4)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in [header, *rows])
+        rows.append(Row(path, tuple(leaf.shape), spec, leaf.size * leaf.dtype.itemsize // parts))
+    return rows
