@@ -38,7 +38,7 @@ def split(x_BHWD: Float[Array, "B H W D"], window: int, shift: int = 0) -> Float
     """
     B, H, W, D = x_BHWD.shape
     rows, columns = -(-H // window), -(-W // window)
-    padding = ((0, 0), (0, rows * window - H), (0, columns * window - W), (0, 0))
+    padding = ((0, 0), (0, -H % window), (0, -W % window), (0, 0))
     x_BHWD = jnp.pad(x_BHWD, padding) if any(after for _, after in padding) else x_BHWD
     x_BHWD = jnp.roll(x_BHWD, (-shift, -shift), axis=(1, 2)) if shift else x_BHWD
     x = x_BHWD.reshape(B, rows, window, columns, window, D)
@@ -67,9 +67,20 @@ def regions(height: int, width: int, window: int, shift: int) -> Int[np.ndarray,
         padded = -(-length // window) * window
         return np.searchsorted([padded - window, padded - shift], np.arange(padded), side="right")
 
-    number_HW = (3 * part(height)[:, None] + part(width)[None, :]).astype(np.int32)
-    rows, columns = number_HW.shape[0] // window, number_HW.shape[1] // window
-    return number_HW.reshape(rows, window, columns, window).transpose(0, 2, 1, 3).reshape(-1, window * window)
+    return tile((3 * part(height)[:, None] + part(width)[None, :]).astype(np.int32), window)
+
+
+def places(height: int, width: int, window: int, shift: int) -> Int[np.ndarray, "G n"]:
+    """Returns which token of the grid, counted row by row, stands where in the shifted windows; -1 is padding."""
+    padding = (0, -height % window), (0, -width % window)
+    place_HW = np.pad(np.arange(height * width, dtype=np.int32).reshape(height, width), padding, constant_values=-1)
+    return tile(np.roll(place_HW, (-shift, -shift), axis=(0, 1)), window)
+
+
+def tile(grid_HW: Int[np.ndarray, "H W"], window: int) -> Int[np.ndarray, "G n"]:
+    """Returns the windows of a grid of numbers that they fill."""
+    rows, columns = grid_HW.shape[0] // window, grid_HW.shape[1] // window
+    return grid_HW.reshape(rows, window, columns, window).transpose(0, 2, 1, 3).reshape(-1, window * window)
 
 
 def masked_pairs(regions_Gn: Int[np.ndarray, "G n"]) -> Bool[Array, "G n n"]:
