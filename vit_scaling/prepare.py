@@ -15,7 +15,7 @@ from absl import app, flags
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
-from vit_scaling.data import records, sources
+from vit_scaling.data import files, records
 
 _INPUT = flags.DEFINE_string("input", None, "Folder of IDX files.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write shards and manifest to.", required=True)
@@ -26,7 +26,7 @@ def prepare_idx(folder: Path, output: Path, shard_examples: int) -> None:
     """Writes every split of a folder of IDX files, in an order that is shuffled once and for all."""
     manifest = {"format": records.FORMAT, "num_classes": 0, "class_names": None, "multi_label": False, "splits": {}}
     output.mkdir(parents=True, exist_ok=True)
-    for split, (images, labels) in sources.read_idx_folder(folder).items():
+    for split, (images, labels) in files.read_idx_folder(folder).items():
         order = np.random.default_rng(0).permutation(len(labels))
         starts = range(0, len(order), shard_examples)
         shards = []

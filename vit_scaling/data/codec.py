@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import simplejpeg
 from jaxtyping import UInt8
 
 MAX_PIXELS = 100_000_000
@@ -34,7 +35,8 @@ class Header(NamedTuple):
     format: str
     height: int
     width: int
-    orientation: int  # EXIF's, 1 to 8
+    orientation: int = 1  # EXIF's, 1 to 8
+    components: int = 3  # of a JPEG: 1 is grey, 3 colour, 4 CMYK
 
 
 def read_header(data: bytes) -> Header:
@@ -50,14 +52,14 @@ def read_header(data: bytes) -> Header:
             header = _jpeg_header(data)
         elif data[:8] == b"\x89PNG\r\n\x1a\n":
             width, height = struct.unpack_from(">II", data, 16)
-            header = Header("png", height, width, 1)
+            header = Header("png", height, width)
             complete = b"IEND" in data[-16:]
         elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
             header = _webp_header(data)
             complete = len(data) >= struct.unpack_from("<I", data, 4)[0]
         elif data[:2] == b"BM":
             width, height = struct.unpack_from("<ii", data, 18)
-            header = Header("bmp", abs(height), abs(width), 1)
+            header = Header("bmp", abs(height), abs(width))
             complete = len(data) >= struct.unpack_from("<I", data, 2)[0]
         else:
             raise CorruptImageError(f"it begins with {data[:8]!r} and is no JPEG, PNG, WebP or BMP image")
@@ -77,6 +79,9 @@ def read_header(data: bytes) -> Header:
 def decode(data: bytes, header: Header | None = None, reduce: int = 1) -> UInt8[np.ndarray, "H W 3"]:
     """Decodes an image to uint8 RGB, upright.
 
+    JPEG goes through libjpeg-turbo's fast inverse DCT and plain chroma upsampling (a few grey levels from the slow way,
+    where colours have edges); everything else through OpenCV.
+
     Args:
         data: the encoded file.
         header: `read_header(data)`, if it is at hand.
@@ -87,20 +92,27 @@ def decode(data: bytes, header: Header | None = None, reduce: int = 1) -> UInt8[
         CorruptImageError: see the table above.
     """
     header = header or read_header(data)
-    flags = {
-        1: cv2.IMREAD_COLOR_RGB,
-        2: cv2.IMREAD_REDUCED_COLOR_2,
-        4: cv2.IMREAD_REDUCED_COLOR_4,
-        8: cv2.IMREAD_REDUCED_COLOR_8,
-    }[reduce if header.format == "jpeg" else 1]
+    if header.format == "jpeg" and header.components != 4:
+        height, width = (header.width, header.height) if header.orientation > 4 else (header.height, header.width)
+        try:
+            image = simplejpeg.decode_jpeg(
+                data,
+                fastdct=True,
+                fastupsample=True,
+                min_height=-(-height // reduce),
+                min_width=-(-width // reduce),
+                min_factor=reduce,
+            )
+        except ValueError as error:
+            raise CorruptImageError(f"the JPEG decoder says: {error}") from None
+        return upright(image, header.orientation)
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
+        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
         raise CorruptImageError(f"the {header.format} decoder says: {error.err}") from None
     if image is None:
         raise CorruptImageError(f"the {header.format} decoder refuses it")
-    if flags != cv2.IMREAD_COLOR_RGB:
-        image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
     return upright(image, header.orientation)
 
 
@@ -131,7 +143,7 @@ def _jpeg_header(data: bytes) -> Header:
             continue
         (length,) = struct.unpack_from(">H", data, position + 2)
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            size = struct.unpack_from(">HH", data, position + 5)
+            size = struct.unpack_from(">HHB", data, position + 5)
         elif marker == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
             orientation = _exif_orientation(data[position + 10 : position + 2 + length])
         position += 2 + length
@@ -139,8 +151,10 @@ def _jpeg_header(data: bytes) -> Header:
         raise CorruptImageError("the JPEG file has no frame header before its first scan")
     if data.rfind(b"\xff\xd9") < position:
         raise CorruptImageError("the JPEG file is cut off: it has no end-of-image marker")
-    height, width = size
-    return Header("jpeg", *((width, height) if orientation > 4 else (height, width)), orientation)
+    height, width, components = size
+    if orientation > 4:
+        height, width = width, height
+    return Header("jpeg", height, width, orientation, components)
 
 
 def _exif_orientation(tiff: bytes) -> int:
@@ -164,11 +178,11 @@ def _webp_header(data: bytes) -> Header:
     kind = data[12:16]
     if kind == b"VP8 ":
         width, height = struct.unpack_from("<HH", data, 26)
-        return Header("webp", height & 0x3FFF, width & 0x3FFF, 1)
+        return Header("webp", height & 0x3FFF, width & 0x3FFF)
     if kind == b"VP8L":
         (bits,) = struct.unpack_from("<I", data, 21)
-        return Header("webp", (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1, 1)
+        return Header("webp", (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1)
     if kind == b"VP8X":
         width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
-        return Header("webp", height, width, 1)
+        return Header("webp", height, width)
     raise CorruptImageError(f"its first WebP chunk is {kind!r}")

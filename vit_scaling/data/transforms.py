@@ -25,19 +25,19 @@ bilinear, whose filter widens when it shrinks, as torchvision's.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from vit_scaling.data import codec, randaugment
+from vit_scaling.data import codec, pixels, randaugment
 
 RANDOM_CROPS = ("inception", "inception_torchvision", "random", "pad")
 CROPS = (*RANDOM_CROPS, "central", "square_central", "resize", "none")
-RESIZES = {"linear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA, "antialias": None}
+RESIZES = ("linear", "area", "antialias")
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 
@@ -73,9 +73,15 @@ class TransformConfig:
     randaugment_magnitude: float = 10.0
     randaugment_std: float = 0.0
     """Standard deviation of the magnitude, drawn for each operation."""
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """Colour jitter's strengths: brightness, contrast, saturation, hue."""
+    erase: float = 0.0
+    """Probability of random erasing: a rectangle of noise."""
+    erase_area: tuple[float, float] = (0.02, 1 / 3)
+    erase_aspect: tuple[float, float] = (0.3, 10 / 3)
 
 
-def transform(config: TransformConfig, train: bool) -> Callable[[dict[str, Any], np.random.Generator | None], dict]:
+def transform(config: TransformConfig, train: bool) -> "Transform":
     """Returns the function (record, generator) -> {"image": uint8 [height, width, 3], "label": ...} of `config`.
 
     Args:
@@ -98,23 +104,29 @@ class Transform:
 
     def __call__(self, record: dict[str, Any], rng: np.random.Generator | None) -> dict[str, Any]:
         config = self.config
-        image = crop(config, record["image"], rng)
-        if config.flip and rng.random() < config.flip:
+        draw = cast(np.random.Generator, rng)  # None where nothing is random: `validate` has seen to it
+        image = crop(config, record["image"], draw)
+        if config.flip and draw.random() < config.flip:
             image = image[:, ::-1]
         if config.rotate or config.scale or config.shear or config.shift:
-            image = small_affine(config, image, rng)
+            image = small_affine(config, image, draw)
+        image = np.ascontiguousarray(image)
         if image.ndim == 2:
-            image = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_GRAY2RGB)
+            image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
         if config.randaugment != "none":
             image = randaugment.apply(
                 image,
-                rng,
+                draw,
                 operations=config.randaugment,
                 layers=config.randaugment_layers,
                 magnitude=config.randaugment_magnitude,
                 std=config.randaugment_std,
             )
-        return {"image": np.ascontiguousarray(image), "label": record["label"]}
+        if any(config.jitter):
+            image = pixels.jitter(image, config.jitter, draw)
+        if config.erase and draw.random() < config.erase:
+            image = pixels.erase(image, config.erase_area, config.erase_aspect, draw)
+        return {"image": image, "label": record["label"]}
 
 
 def validate(config: TransformConfig, train: bool) -> None:
@@ -124,57 +136,60 @@ def validate(config: TransformConfig, train: bool) -> None:
         if not condition:
             raise ValueError(message)
 
-    need(config.crop in CROPS, f"crop {config.crop!r} is unknown; choose one of {', '.join(CROPS)}")
-    need(config.resize in RESIZES, f"resize {config.resize!r} is unknown; choose one of {', '.join(RESIZES)}")
+    for name, choices in (("crop", CROPS), ("resize", RESIZES), ("randaugment", ("none", *randaugment.SETS))):
+        value = getattr(config, name)
+        need(value in choices, f"{name} {value!r} is unknown; choose one of {', '.join(choices)}")
     need(min(config.size) >= 1, f"size {config.size} must be a height and a width of at least 1")
-    need(
-        config.randaugment in ("none", *randaugment.SETS),
-        f"randaugment {config.randaugment!r} is unknown; choose one of none, {', '.join(randaugment.SETS)}",
-    )
-    low, high = config.area
-    need(0 < low <= high <= 1, f"area {config.area} must be two shares with 0 < low <= high <= 1")
-    low, high = config.aspect
-    need(0 < low <= high, f"aspect {config.aspect} must be two ratios of width to height with 0 < low <= high")
-    need(0 <= config.flip <= 1, f"flip {config.flip} is a probability; give a number from 0 to 1")
-    need(config.pad >= 0, f"pad {config.pad} is a number of pixels and cannot be negative")
-    for name in ("rotate", "scale", "shear", "shift"):
-        need(getattr(config, name) >= 0, f"{name} {getattr(config, name)} is a range and cannot be negative")
+    for name in ("area", "erase_area"):
+        low, high = getattr(config, name)
+        need(0 < low <= high <= 1, f"{name} {(low, high)} must be two shares with 0 < low <= high <= 1")
+    for name in ("aspect", "erase_aspect"):
+        low, high = getattr(config, name)
+        need(0 < low <= high, f"{name} {(low, high)} must be two ratios with 0 < low <= high")
+    for name in ("flip", "erase"):
+        value = getattr(config, name)
+        need(0 <= value <= 1, f"{name} {value} is a probability; give a number from 0 to 1")
+    for name in ("pad", "rotate", "scale", "shear", "shift", "randaugment_magnitude", "randaugment_std"):
+        value = getattr(config, name)
+        need(value >= 0, f"{name} {value} cannot be negative")
     need(config.scale < 1, f"scale {config.scale} must be below 1: the image would vanish")
+    need(min(config.jitter) >= 0, f"jitter {config.jitter} cannot be negative")
+    need(config.jitter[3] <= 0.5, f"jitter {config.jitter} turns the hue by more than half a circle, which is 0.5")
     if config.crop in ("random", "central", "square_central"):
         need(
             config.resize_to >= max(config.size),
             f"resize_to {config.resize_to} is smaller than size {config.size}: the window does not fit",
         )
     if not train:
-        random = [name for name in ("flip", "rotate", "scale", "shear", "shift") if getattr(config, name)]
+        random = [name for name in ("flip", "rotate", "scale", "shear", "shift", "erase") if getattr(config, name)]
         random += [f"crop={config.crop!r}"] if config.crop in RANDOM_CROPS else []
         random += ["randaugment"] if config.randaugment != "none" else []
+        random += ["jitter"] if any(config.jitter) else []
         need(not random, f"an evaluation transform cannot be random, and {', '.join(random)} is set")
 
 
-def crop(config: TransformConfig, image: bytes | np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+def crop(config: TransformConfig, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Decodes, crops and resizes to `config.size`. Grey arrays stay grey ([H, W]) until the end, which is faster."""
     height, width = config.size
-    encoded = image if isinstance(image, bytes) else None
-    if encoded is not None:
-        header = codec.read_header(encoded)
+    if isinstance(image, bytes):
+        header = codec.read_header(image)
         h, w = header.height, header.width
+        decode = functools.partial(codec.decode, image, header)
     else:
-        image = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
-        h, w = image.shape[:2]
+        array = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
+        h, w = array.shape[:2]
+        decode = functools.partial(_as_it_is, array)
 
     if config.crop == "none":
         if (h, w) != config.size:
             raise ValueError(f"crop='none' leaves an image of {h} x {w} as it is, and size is {height} x {width}")
-        return image if encoded is None else codec.decode(encoded, header)
+        return decode()
     if config.crop == "pad":
-        image = image if encoded is None else codec.decode(encoded, header)
-        image = cv2.copyMakeBorder(image, *[config.pad] * 4, cv2.BORDER_CONSTANT, value=(0, 0, 0))
-        if h + 2 * config.pad < height or w + 2 * config.pad < width:
-            raise ValueError(
-                f"crop='pad' cannot cut {height} x {width} from an image of {h} x {w} with pad {config.pad}"
-            )
-        return _window(image, config.size, rng)
+        pad = config.pad
+        if h + 2 * pad < height or w + 2 * pad < width:
+            raise ValueError(f"crop='pad' cannot cut {height} x {width} from an image of {h} x {w} with pad {pad}")
+        padded = cv2.copyMakeBorder(decode(), pad, pad, pad, pad, cv2.BORDER_CONSTANT, value=(0, 0, 0))
+        return _window(padded, config.size, rng)
 
     # Every other crop is a box of the image and the size it is resized to; then, for some, a window of that.
     box: Box = (0, 0, h, w)
@@ -188,14 +203,17 @@ def crop(config: TransformConfig, image: bytes | np.ndarray, rng: np.random.Gene
     elif config.crop in ("central", "random"):
         ratio = config.resize_to / min(h, w)
         target = (max(round(h * ratio), config.resize_to), max(round(w * ratio), config.resize_to))
-    if encoded is not None:
-        # The codec can shrink by 2, 4 or 8 inside the inverse DCT: the smallest image that still covers the target.
-        reduce = next(r for r in (8, 4, 2, 1) if r == 1 or (box[2] >= r * target[0] and box[3] >= r * target[1]))
-        image = codec.decode(encoded, header, reduce)
-        box = _reduced(box, h, w, image.shape[0], image.shape[1])
-    top, left, crop_h, crop_w = box
-    image = resize(image[top : top + crop_h, left : left + crop_w], target, config.resize)
-    return _window(image, config.size, rng if config.crop == "random" else None) if target != config.size else image
+
+    # The JPEG codec can shrink by 2, 4 or 8 inside the inverse DCT: the smallest image that still covers the target.
+    reduce = next(r for r in (8, 4, 2, 1) if r == 1 or (box[2] >= r * target[0] and box[3] >= r * target[1]))
+    decoded = decode(reduce)
+    top, left, crop_h, crop_w = _reduced(box, h, w, decoded.shape[0], decoded.shape[1])
+    resized = resize(decoded[top : top + crop_h, left : left + crop_w], target, config.resize)
+    return _window(resized, config.size, rng if config.crop == "random" else None)
+
+
+def _as_it_is(array: np.ndarray, reduce: int = 1) -> np.ndarray:
+    return array
 
 
 def resize(image: np.ndarray, size: tuple[int, int], method: str) -> np.ndarray:
@@ -204,7 +222,7 @@ def resize(image: np.ndarray, size: tuple[int, int], method: str) -> np.ndarray:
         return image
     if method == "antialias":
         return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
-    return cv2.resize(image, size[::-1], interpolation=RESIZES[method])
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if method == "area" else cv2.INTER_LINEAR)
 
 
 def inception_box(
