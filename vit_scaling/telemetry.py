@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import tensorboardX
@@ -35,6 +35,7 @@ def peak_flops(device: jax.Device, given: float | None) -> float | None:
     return given if given is not None else PEAK_FLOPS.get(device.device_kind)
 
 
+@runtime_checkable
 class Writer(Protocol):
     """The part of clu's MetricWriter interface that a run uses; clu's own package imports only with TensorFlow."""
 

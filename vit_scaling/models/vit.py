@@ -138,10 +138,8 @@ class Block(nnx.Module):
         )
         self.norm2 = None if config.parallel else norm()
         self.mlp = layers.Mlp(config.width, config.mlp, key=mlp_key, gelu=config.gelu)
-        self.layerscale1 = self.layerscale2 = None
-        if config.layerscale is not None:
-            self.layerscale1 = nnx.Param(jnp.full((config.width,), config.layerscale))
-            self.layerscale2 = nnx.Param(jnp.full((config.width,), config.layerscale))
+        scales = [None, None] if config.layerscale is None else [jnp.full(config.width, config.layerscale)] * 2
+        self.layerscale1, self.layerscale2 = (None if scale is None else nnx.Param(scale) for scale in scales)
 
     def __call__(self, x_BLD: Float[Array, "B L D"], rate: Array, key: PRNGKeyArray | None) -> Float[Array, "B L D"]:
         x_BLD = constrain(x_BLD)
