@@ -11,6 +11,7 @@ In tables labels are class indices if all of them are whole numbers, else class 
 image has any number of them, separated by semicolons, and the set is multi-label. Files are relative to the folder.
 """
 
+import collections
 import csv
 import gzip
 import os
@@ -101,12 +102,19 @@ def _list_tables(tables: list[Path]) -> Listing:
                 splits[table.stem].append((row["file"], labels))
     if len(headings) > 1:
         raise ValueError(f"of the tables {', '.join(map(str, tables))} some have the column label and some labels")
+    return number_labels(splits, multi_label=headings == {"labels"}, where=str(tables[0].parent))
+
+
+def number_labels(splits: dict[str, list[tuple[str, list[str]]]], multi_label: bool, where: str) -> Listing:
+    """Turns labels as they are written into class indices: whole numbers are indices, anything else a class name."""
     written = {label for rows in splits.values() for _, labels in rows for label in labels}
     if not written:
-        raise ValueError(f"{tables[0]} lists no labelled image")
+        raise ValueError(f"{where} lists no labelled image")
+    for split, rows in splits.items():
+        if len(files := collections.Counter(file for file, _ in rows)) < len(rows):
+            raise ValueError(f"{where} lists {files.most_common(1)[0][0]} twice in {split}")
     names = None if all(label.isdecimal() for label in written) else class_order(written)
     index = {label: int(label) for label in written} if names is None else {name: i for i, name in enumerate(names)}
-    multi_label = headings == {"labels"}
     numbered: dict = {
         split: [(file, sorted(index[x] for x in labels) if multi_label else index[labels[0]]) for file, labels in rows]
         for split, rows in splits.items()

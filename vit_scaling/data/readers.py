@@ -148,6 +148,8 @@ class Batches:
                 raise RuntimeError(f"no batch for {self._timeout:g} s; being read: {self._names(reading)}")
         try:
             return self._ahead.take()
+        except ValueError as error:
+            raise type(error)(*error.args) from error  # raised here too: a worker's traceback leads nowhere
         except RuntimeError as error:
             if self._workers is None:
                 raise
