@@ -53,7 +53,7 @@ def test_clock_adds_to_what_was_booked_before() -> None:
     assert 10.0 < clock.seconds["step"] < 10.1
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(42.4, "42s"), (190, "3m10s"), (7500, "2h05m"), (math.nan, "?")])
+@pytest.mark.parametrize(("seconds", "text"), [(42.4, "42s"), (190.0, "3m10s"), (7500.0, "2h05m"), (math.nan, "?")])
 def test_durations_as_people_read_them(seconds: float, text: str) -> None:
     assert telemetry.duration(seconds) == text
 

@@ -59,9 +59,7 @@ def restore(checkpoint: Path, state_shape: Any) -> tuple[Any, dict[str, Any]]:
         _refuse_other_model(checkpoint, stored, _shapes(state_shape))
         item = checkpointer.restore(
             path,
-            args=ocp.args.Composite(
-                **{STATE: ocp.args.StandardRestore(state_shape), RECORD: ocp.args.JsonRestore()}
-            ),
+            args=ocp.args.Composite(**{STATE: ocp.args.StandardRestore(state_shape), RECORD: ocp.args.JsonRestore()}),
         )
     return item[STATE], item[RECORD]
 

@@ -196,7 +196,9 @@ class StepLog:
         self._progress.advance()
         in_row = int(values.pop("skipped_in_row"))
         if in_row:
-            self._progress.say(f"step {step}: loss or gradient is not finite; the update is left out ({in_row} in a row)")
+            self._progress.say(
+                f"step {step}: loss or gradient is not finite; the update is left out ({in_row} in a row)"
+            )
         if in_row >= self._config.log.stop_after_skipped:
             raise FloatingPointError(
                 f"loss or gradient was not finite for {in_row} steps in a row, up to step {step}; lower optim.lr or "

@@ -58,9 +58,7 @@ def sigmoid_cross_entropy(logits_BM: Float[Array, "B M"], targets_BM: Float[Arra
     return -jnp.sum(targets_BM * log_p_BM + (1 - targets_BM) * log_not_p_BM, axis=-1)
 
 
-def loss(
-    config: LossConfig, logits_BM: Float[Array, "B M"], targets_BM: Float[Array, "B M"]
-) -> Float[Array, "B"]:
+def loss(config: LossConfig, logits_BM: Float[Array, "B M"], targets_BM: Float[Array, "B M"]) -> Float[Array, "B"]:
     """Returns the loss of each example that `config` names."""
     if config.kind == "sigmoid":
         return sigmoid_cross_entropy(logits_BM, targets_BM)

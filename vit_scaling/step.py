@@ -67,7 +67,9 @@ def batch_shape(config: Config, num_classes: int, multi_label: bool, mesh: Mesh)
 
 def global_norm(tree: Any) -> Array:
     """Returns the L2 norm over all leaves; zero for none."""
-    return jnp.sqrt(sum((jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)), jnp.float32(0)))
+    return jnp.sqrt(
+        sum((jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)), jnp.float32(0))
+    )
 
 
 def build(config: Config, *, num_classes: int, total_steps: int, mesh: Mesh) -> Program:
@@ -134,7 +136,11 @@ def build(config: Config, *, num_classes: int, total_steps: int, mesh: Mesh) -> 
         def add_part(carry: Any, part: Any) -> tuple[Any, None]:
             loss, statistics, grads = carry
             (part_loss, statistics), part_grads = value_and_grad(state.params, statistics, *part)
-            return (loss + part_loss / parts, statistics, jax.tree.map(lambda a, b: a + b / parts, grads, part_grads)), None
+            return (
+                loss + part_loss / parts,
+                statistics,
+                jax.tree.map(lambda a, b: a + b / parts, grads, part_grads),
+            ), None
 
         start = (jnp.float32(0), state.statistics, jax.tree.map(jnp.zeros_like, state.params))
         (loss, statistics, grads), _ = jax.lax.scan(

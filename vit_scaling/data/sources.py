@@ -22,7 +22,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -44,6 +44,7 @@ class SourceConfig:
     """Mixture: each part's share of the training examples, in any unit."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """What every source offers."""
 

@@ -30,6 +30,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r".*/down/kernel", ("model", "data")),
     (r"head/kernel", ("data", "model")),
     (r"head/bias", ("model",)),
+    # Position tables have an odd number of rows and few heads: they stay whole.
+    (r".*/relative_bias", ()),
 )
 
 
@@ -81,6 +83,8 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     free = list(range(paths.stacked_dims(path), len(shape)))
     spec: list[str | None] = [None] * len(shape)
     named = next((axes for pattern, axes in RULES if re.fullmatch(pattern, path) and len(axes) <= len(free)), None)
+    if named == ():
+        return PartitionSpec()
     if named and mesh.shape["model"] > 1 and "model" in named:
         dim = len(shape) - len(named) + named.index("model")
         if shape[dim] % mesh.shape["model"]:
