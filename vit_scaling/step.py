@@ -27,15 +27,18 @@ Metrics = dict[str, Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """Everything that a step reads and writes; nested dicts of arrays, known by the paths of the parameters."""
+    """Everything that a step reads and writes: nested dicts of arrays, known by the paths of the parameters.
 
-    step: Array  # int32: updates attempted so far, skipped ones included; it alone drives data order and schedule
-    params: dict[str, Any]
-    statistics: dict[str, Any]  # running statistics of batch normalisation; empty for other models
+    JAX also makes it of their shapes and of their shardings, so the fields' types are said in words.
+    """
+
+    step: Any  # int32: updates attempted so far, skipped ones included; it alone drives data order and schedule
+    params: Any  # nested dict
+    statistics: Any  # nested dict: running statistics of batch normalisation; empty for other models
     opt_state: Any
-    ema: dict[str, Any] | None  # Polyak average of params, where optim.ema is set
-    skipped: Array  # int32: updates left out because loss or gradient was not finite
-    skipped_in_row: Array  # int32: of those, how many since the last finite one
+    ema: Any  # Polyak average of params, where optim.ema is set; else None
+    skipped: Any  # int32: updates left out because loss or gradient was not finite
+    skipped_in_row: Any  # int32: of those, how many since the last finite one
 
 
 @dataclasses.dataclass(frozen=True)
