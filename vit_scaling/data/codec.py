@@ -13,6 +13,7 @@
 | 1 x 1                                   | an image like any other                                          |
 """
 
+import re
 import struct
 from typing import NamedTuple
 
@@ -37,6 +38,8 @@ class Header(NamedTuple):
     width: int
     orientation: int = 1  # EXIF's, 1 to 8
     components: int = 3  # of a JPEG: 1 is grey, 3 colour, 4 CMYK
+    frame: int = 0  # where a JPEG whose rows are stored from top to bottom, in one scan, says its height; else 0
+    block_rows: int = 0  # rows in a row of its blocks
 
 
 def read_header(data: bytes) -> Header:
@@ -76,7 +79,9 @@ def read_header(data: bytes) -> Header:
     return header
 
 
-def decode(data: bytes, header: Header | None = None, reduce: int = 1) -> UInt8[np.ndarray, "H W 3"]:
+def decode(
+    data: bytes, header: Header | None = None, *, reduce: int = 1, rows: int | None = None
+) -> UInt8[np.ndarray, "H W 3"]:
     """Decodes an image to uint8 RGB, upright.
 
     JPEG goes through libjpeg-turbo's fast inverse DCT and plain chroma upsampling (a few grey levels from the slow way,
@@ -87,25 +92,23 @@ def decode(data: bytes, header: Header | None = None, reduce: int = 1) -> UInt8[
         header: `read_header(data)`, if it is at hand.
         reduce: 1, 2, 4 or 8: a JPEG is decoded at 1/reduce of its size (rounded up), which scales inside the inverse
             DCT and saves most of the work. Other formats ignore it.
+        rows: only so many rows (of the unreduced image) are needed; fewer than all may come back, and those are equal
+            to the full image's. None: all.
 
     Raises:
         CorruptImageError: see the table above.
     """
     header = header or read_header(data)
     if header.format == "jpeg" and header.components != 4:
+        if rows is not None and header.frame:
+            needed = -(-rows // header.block_rows) * header.block_rows
+            if needed < header.height:
+                return _decode_top(data, header, needed, reduce)
         height, width = (header.width, header.height) if header.orientation > 4 else (header.height, header.width)
         try:
-            image = simplejpeg.decode_jpeg(
-                data,
-                fastdct=True,
-                fastupsample=True,
-                min_height=-(-height // reduce),
-                min_width=-(-width // reduce),
-                min_factor=reduce,
-            )
+            return upright(_decode_jpeg(data, height, width, reduce), header.orientation)
         except ValueError as error:
             raise CorruptImageError(f"the JPEG decoder says: {error}") from None
-        return upright(image, header.orientation)
     try:
         flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -114,6 +117,34 @@ def decode(data: bytes, header: Header | None = None, reduce: int = 1) -> UInt8[
     if image is None:
         raise CorruptImageError(f"the {header.format} decoder refuses it")
     return upright(image, header.orientation)
+
+
+def _decode_jpeg(data: bytes, height: int, width: int, reduce: int, buffer: np.ndarray | None = None) -> np.ndarray:
+    return simplejpeg.decode_jpeg(
+        data,
+        fastdct=True,
+        fastupsample=True,
+        min_height=-(-height // reduce),
+        min_width=-(-width // reduce),
+        min_factor=reduce,
+        buffer=buffer,
+    )
+
+
+def _decode_top(data: bytes, header: Header, rows: int, reduce: int) -> np.ndarray:
+    """Decodes the first `rows` rows, whole rows of blocks, by telling the decoder that the image ends there.
+
+    At the end it then complains, once and about nothing else, that bytes are left before the next marker. By that time
+    the pixels are in the buffer. Any other complaint is of the data.
+    """
+    shortened = b"".join((data[: header.frame], rows.to_bytes(2, "big"), data[header.frame + 2 :]))
+    pixels = np.empty((rows // reduce, -(-header.width // reduce), 3), np.uint8)
+    try:
+        _decode_jpeg(shortened, rows, header.width, reduce, pixels)
+    except ValueError as error:
+        if not re.fullmatch(r"Corrupt JPEG data: \d+ extraneous bytes before marker 0xd\d", str(error)):
+            raise CorruptImageError(f"the JPEG decoder says: {error}") from None
+    return pixels
 
 
 def upright(image: np.ndarray, orientation: int) -> np.ndarray:
@@ -129,7 +160,7 @@ def upright(image: np.ndarray, orientation: int) -> np.ndarray:
 
 def _jpeg_header(data: bytes) -> Header:
     """Walks the segments up to the first scan; the image data must then run to an end-of-image marker."""
-    orientation, size, position = 1, None, 2
+    orientation, frame, sequential, position = 1, 0, False, 2
     while True:
         while data[position] == 0xFF and data[position + 1] == 0xFF:  # fill bytes before a marker
             position += 1
@@ -143,18 +174,22 @@ def _jpeg_header(data: bytes) -> Header:
             continue
         (length,) = struct.unpack_from(">H", data, position + 2)
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            size = struct.unpack_from(">HHB", data, position + 5)
+            frame, sequential = position + 5, marker in (0xC0, 0xC1)
         elif marker == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
             orientation = _exif_orientation(data[position + 10 : position + 2 + length])
         position += 2 + length
-    if size is None:
+    if not frame:
         raise CorruptImageError("the JPEG file has no frame header before its first scan")
     if data.rfind(b"\xff\xd9") < position:
         raise CorruptImageError("the JPEG file is cut off: it has no end-of-image marker")
-    height, width, components = size
+    height, width, components = struct.unpack_from(">HHB", data, frame)
+    vertical = max(data[frame + 6 + 3 * component] & 15 for component in range(components)) if components > 1 else 1
+    one_scan = data[position + 4] == components
     if orientation > 4:
         height, width = width, height
-    return Header("jpeg", height, width, orientation, components)
+    if orientation != 1 or not sequential or not one_scan:
+        frame = 0
+    return Header("jpeg", height, width, orientation, components, frame, 8 * vertical)
 
 
 def _exif_orientation(tiff: bytes) -> int:

@@ -18,24 +18,25 @@ IMAGENET_STD = (58, 57, 57)
 
 def autocontrast(image: np.ndarray) -> np.ndarray:
     """Stretches every channel to [0, 255]."""
-    ramp = np.arange(256, dtype=np.float64)
-    tables = []
-    for channel in range(3):
-        low, high, _, _ = cv2.minMaxLoc(image[..., channel])
-        tables.append(np.clip((ramp - low) * (255.0 / (high - low)), 0, 255) if high > low else ramp)
-    return _lookup(image, np.stack(tables, -1))
+    return cv2.merge([_stretch(channel) for channel in cv2.split(image)])
+
+
+def _stretch(channel: np.ndarray) -> np.ndarray:
+    low, high, _, _ = cv2.minMaxLoc(channel)
+    return _lookup(channel, np.clip((np.arange(256) - low) * (255.0 / (high - low)), 0, 255)) if high > low else channel
 
 
 def equalize(image: np.ndarray) -> np.ndarray:
     """Makes every channel's histogram flat, by Pillow's integer rule."""
-    tables = []
-    for channel in range(3):
-        histogram = cv2.calcHist([image], [channel], None, [256], [0, 256]).ravel().astype(np.int64)
-        filled = histogram[histogram > 0]
-        step = (filled.sum() - filled[-1]) // 255
-        before = np.cumsum(histogram) - histogram
-        tables.append(np.clip((before + step // 2) // step, 0, 255) if step else np.arange(256))
-    return _lookup(image, np.stack(tables, -1))
+    return cv2.merge([_flatten(channel) for channel in cv2.split(image)])
+
+
+def _flatten(channel: np.ndarray) -> np.ndarray:
+    histogram = cv2.calcHist([channel], [0], None, [256], [0, 256]).ravel().astype(np.int64)
+    filled = histogram[histogram > 0]
+    step = (filled.sum() - filled[-1]) // 255
+    before = np.cumsum(histogram) - histogram
+    return _lookup(channel, np.clip((before + step // 2) // step, 0, 255)) if step else channel
 
 
 def invert(image: np.ndarray) -> np.ndarray:
@@ -165,9 +166,8 @@ def _grey(image: np.ndarray) -> np.ndarray:
 
 
 def _lookup(image: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Maps every value through a table of 256, or of [256, 3] for the three channels; fractions are cut off."""
-    table = np.ascontiguousarray(table.astype(np.uint8))
-    return cv2.LUT(np.ascontiguousarray(image), table if table.ndim == 1 else table.reshape(1, 256, 3))
+    """Maps every value through a table of 256; fractions are cut off."""
+    return cv2.LUT(np.ascontiguousarray(image), table.astype(np.uint8))
 
 
 def _blend(zero: np.ndarray, one: np.ndarray, factor: float) -> np.ndarray:

@@ -19,9 +19,9 @@ ordered at random, once and for all, so that a cut holds every class.
 import dataclasses
 import functools
 import json
+import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -207,7 +207,7 @@ class FolderSource:
         self.num_classes = listing.num_classes
         self.class_names = listing.class_names
         self.multi_label = listing.multi_label
-        self._folder = Path(config.name)
+        self._folder = config.name
         self._files: list[tuple[str, int | list[int]]] = []
         for split, start, stop in ranges:
             rows = listing.splits[split]
@@ -219,10 +219,11 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         file, label = self._files[index]
-        return {"image": (self._folder / file).read_bytes(), "label": make_label(label, self.num_classes)}
+        with open(os.path.join(self._folder, file), "rb", buffering=0) as stream:
+            return {"image": stream.readall(), "label": make_label(label, self.num_classes)}
 
     def id(self, index: int) -> str:
-        return str(self._folder / self._files[index][0])
+        return os.path.join(self._folder, self._files[index][0])
 
 
 class ArrayRecordSource:

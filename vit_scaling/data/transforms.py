@@ -107,7 +107,7 @@ class Transform:
         draw = cast(np.random.Generator, rng)  # None where nothing is random: `validate` has seen to it
         image = crop(config, record["image"], draw)
         if config.flip and draw.random() < config.flip:
-            image = image[:, ::-1]
+            image = cv2.flip(image, 1)
         if config.rotate or config.scale or config.shear or config.shift:
             image = small_affine(config, image, draw)
         image = np.ascontiguousarray(image)
@@ -205,14 +205,17 @@ def crop(config: TransformConfig, image: bytes | np.ndarray, rng: np.random.Gene
         target = (max(round(h * ratio), config.resize_to), max(round(w * ratio), config.resize_to))
 
     # The JPEG codec can shrink by 2, 4 or 8 inside the inverse DCT: the smallest image that still covers the target.
-    reduce = next(r for r in (8, 4, 2, 1) if r == 1 or (box[2] >= r * target[0] and box[3] >= r * target[1]))
-    decoded = decode(reduce)
-    top, left, crop_h, crop_w = _reduced(box, h, w, decoded.shape[0], decoded.shape[1])
+    shrinks = isinstance(image, bytes) and header.format == "jpeg"
+    reduce = next(
+        r for r in (8, 4, 2, 1) if r == 1 or (shrinks and box[2] >= r * target[0] and box[3] >= r * target[1])
+    )
+    top, left, crop_h, crop_w = _reduced(box, h, w, reduce)
+    decoded = decode(reduce=reduce, rows=min((top + crop_h) * reduce, h))
     resized = resize(decoded[top : top + crop_h, left : left + crop_w], target, config.resize)
     return _window(resized, config.size, rng if config.crop == "random" else None)
 
 
-def _as_it_is(array: np.ndarray, reduce: int = 1) -> np.ndarray:
+def _as_it_is(array: np.ndarray, **_: int) -> np.ndarray:
     return array
 
 
@@ -296,9 +299,11 @@ def _window(image: np.ndarray, size: tuple[int, int], rng: np.random.Generator |
     return image[top : top + size[0], left : left + size[1]]
 
 
-def _reduced(box: Box, height: int, width: int, reduced_height: int, reduced_width: int) -> Box:
-    """The box of an image of `height` x `width` in its reduced copy, rounded to whole pixels."""
-    fy, fx = reduced_height / height, reduced_width / width
+def _reduced(box: Box, height: int, width: int, reduce: int) -> Box:
+    """The box of an image of `height` x `width` in its copy at 1/reduce of the size, rounded to whole pixels."""
+    if reduce == 1:
+        return box
+    fy, fx = -(-height // reduce) / height, -(-width // reduce) / width
     top, left = round(box[0] * fy), round(box[1] * fx)
     bottom, right = round((box[0] + box[2]) * fy), round((box[1] + box[3]) * fx)
     return top, left, max(bottom - top, 1), max(right - left, 1)

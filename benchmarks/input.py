@@ -1,0 +1,222 @@
+"""Images per second and core of the input pipeline, beside tf.data and torch, on the same files in the same run.
+
+    pip install tensorflow-cpu torch scikit-image
+    python benchmarks/input.py              throughput: decode, inception crop to 224, flip, batch
+    python benchmarks/input.py --memory     memory of the loader over 20,000 steps
+
+The files are JPEGs of 500 x 375 (4:2:0), cut from photographs that scikit-learn and scikit-image carry.
+Every pipeline reads them from disk with one thread, in turns of a few hundred images, and what counts is the CPU time
+of the whole process in its turns, so that neither a busy machine nor a lucky minute decides. A peer that is not
+installed is left out.
+
+    bare          libjpeg-turbo (simplejpeg, fast DCT) and OpenCV's resize of a fixed central crop: nothing else
+    vit_scaling   FolderSource, the loader and the transforms of this project
+    tf.data       big_vision's decode_jpeg_and_inception_crop(224)|flip_lr|value_range(-1, 1), which hands over float32;
+                  and the same without the last step, as we apply it on the device
+    torch         DataLoader, Pillow's draft decode, crop, bilinear resize and flip
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import cv2
+import numpy as np
+import simplejpeg
+
+from vit_scaling.data import loader, sources, transforms
+
+BATCH = 50
+Pipeline = Callable[[], object]  # makes one batch
+
+
+def write_photographs(folder: Path, count: int, quality: int) -> list[Path]:
+    """Cuts `count` JPEGs of 500 x 375 from the photographs of scikit-learn and scikit-image, in four classes."""
+    import skimage.data
+    from sklearn.datasets import load_sample_images
+
+    photographs = [*load_sample_images().images]
+    photographs += [skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea(), skimage.data.rocket()]
+    rng = np.random.default_rng(0)
+    paths = []
+    for number in range(count):
+        photograph = photographs[number % len(photographs)]
+        height, width = photograph.shape[:2]
+        h = int(min(height, width * 3 / 4) * rng.uniform(0.7, 1))
+        w = h * 4 // 3
+        top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
+        image = cv2.resize(photograph[top : top + h, left : left + w], (500, 375), interpolation=cv2.INTER_CUBIC)
+        path = folder / "all" / str(number % 4) / f"{number:04d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=quality, colorsubsampling="420"))
+        paths.append(path)
+    return paths
+
+
+def ours(folder: Path, **fields) -> Pipeline:
+    source = sources.open_source(sources.SourceConfig("folder", str(folder), "all"))
+    transform = transforms.transform(transforms.TransformConfig(crop="inception", flip=0.5, **fields), train=True)
+    batches = loader.train_batches(source, transform, batch_size=BATCH, seed=0, threads=1, prefetch=1)
+    return lambda: next(batches)
+
+
+def bare(paths: list[Path]) -> Pipeline:
+    def read(path: Path) -> np.ndarray:
+        image = simplejpeg.decode_jpeg(path.read_bytes(), fastdct=True, fastupsample=True)
+        return cv2.resize(image[37:337, 50:450], (224, 224))
+
+    endless = cycle(paths)
+    return lambda: [read(next(endless)) for _ in range(BATCH)]
+
+
+def tf_data(paths: list[Path], value_range: bool) -> Pipeline:
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")
+
+    def read(path):
+        data = tf.io.read_file(path)
+        shape = tf.image.extract_jpeg_shape(data)
+        begin, size, _ = tf.image.sample_distorted_bounding_box(
+            shape,
+            tf.zeros([0, 0, 4], tf.float32),
+            area_range=(0.05, 1.0),
+            min_object_covered=0,
+            use_image_if_no_bounding_boxes=True,
+        )
+        window = tf.stack([begin[0], begin[1], size[0], size[1]])
+        image = tf.image.decode_and_crop_jpeg(data, window, channels=3)
+        image = tf.cast(tf.image.resize(image, (224, 224), "bilinear"), tf.uint8)
+        image = tf.image.random_flip_left_right(image)
+        return tf.cast(image, tf.float32) / 127.5 - 1.0 if value_range else image
+
+    data = tf.data.Dataset.from_tensor_slices([str(path) for path in paths]).shuffle(len(paths)).repeat()
+    data = data.map(read, num_parallel_calls=1).batch(BATCH)
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = 1
+    options.threading.max_intra_op_parallelism = 1
+    batches = data.with_options(options).as_numpy_iterator()
+    return lambda: next(batches)
+
+
+def torch_pillow(paths: list[Path]) -> Pipeline:
+    import torch
+    from PIL import Image
+
+    torch.set_num_threads(1)
+
+    class Photographs(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(paths)
+
+        def __getitem__(self, index):
+            rng = np.random.default_rng()
+            with Image.open(paths[index]) as image:
+                top, left, height, width = transforms.inception_box_torchvision(
+                    image.height, image.width, (0.05, 1.0), (3 / 4, 4 / 3), rng
+                )
+                image = image.convert("RGB").resize(
+                    (224, 224), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height)
+                )
+            if rng.random() < 0.5:
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            return torch.from_numpy(np.array(image))
+
+    data = torch.utils.data.DataLoader(Photographs(), batch_size=BATCH, shuffle=True, drop_last=True)
+    batches = cycle(data)
+    return lambda: next(batches)
+
+
+def cycle(items) -> Iterator:
+    while True:
+        yield from items
+
+
+def measure_throughput(rounds: int, images: int, quality: int) -> None:
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one core, for every library alike
+    cv2.setNumThreads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        paths = write_photographs(Path(temporary), 240, quality)
+        size = sum(path.stat().st_size for path in paths) / len(paths)
+        print(
+            f"{len(paths)} JPEGs of 500 x 375, {size / 1000:.0f} kB each; one core; {rounds} turns of {images} images"
+        )
+        pipelines: dict[str, Pipeline] = {
+            "bare": bare(paths),
+            "vit_scaling": ours(Path(temporary)),
+            "vit_scaling, antialias": ours(Path(temporary), resize="antialias"),
+            "vit_scaling + RandAugment(2,10)": ours(Path(temporary), randaugment="big_vision"),
+        }
+        if importlib.util.find_spec("tensorflow"):
+            pipelines["tf.data"] = tf_data(paths, value_range=True)
+            pipelines["tf.data, uint8"] = tf_data(paths, value_range=False)
+        if importlib.util.find_spec("torch"):
+            pipelines["torch + Pillow"] = torch_pillow(paths)
+        seconds: dict[str, list[float]] = {name: [] for name in pipelines}
+        for make in pipelines.values():
+            for _ in range(3):
+                make()
+        for _ in range(rounds):
+            for name, make in pipelines.items():
+                start = time.process_time()
+                for _ in range(images // BATCH):
+                    make()
+                seconds[name].append((time.process_time() - start) / images)
+    rates = {name: 1 / float(np.median(values)) for name, values in seconds.items()}
+    for name, rate in rates.items():
+        spread = np.quantile(1 / np.array(seconds[name]), [0.1, 0.9])
+        print(f"{name:34s} {rate:6.0f} images/s a core (10 to 90%: {spread[0]:.0f} to {spread[1]:.0f})")
+    rand = 1e6 * (1 / rates["vit_scaling + RandAugment(2,10)"] - 1 / rates["vit_scaling"])
+    print(f"vit_scaling against bare: {rates['vit_scaling'] / rates['bare']:.2f}")
+    print(f"RandAugment(2,10): {rand:.0f} us an image")
+    for peer in ("tf.data", "tf.data, uint8", "torch + Pillow"):
+        if peer in rates:
+            print(f"vit_scaling against {peer}: {rates['vit_scaling'] / rates[peer]:.2f}")
+    print(json.dumps({"images_per_second_and_core": rates}))
+
+
+def measure_memory(steps: int) -> None:
+    """Resident memory of the loader while it reads `steps` batches of small JPEGs, threads and all."""
+    with tempfile.TemporaryDirectory() as temporary:
+        for path in write_photographs(Path(temporary), 60, 92):
+            image = cv2.resize(simplejpeg.decode_jpeg(path.read_bytes()), (80, 60))
+            path.write_bytes(simplejpeg.encode_jpeg(image))
+        source = sources.open_source(sources.SourceConfig("folder", temporary, "all"))
+        config = transforms.TransformConfig(
+            (32, 32), flip=0.5, randaugment="big_vision", erase=0.25, jitter=(0.4, 0.4, 0.4, 0)
+        )
+        transform = transforms.transform(config, train=True)
+        batches = loader.train_batches(source, transform, batch_size=8, seed=0, threads=2)
+        page = os.sysconf("SC_PAGESIZE")
+        readings = []
+        for step in range(1, steps + 1):
+            next(batches)
+            if step % (steps // 10) == 0:
+                readings.append(int(Path("/proc/self/statm").read_text().split()[1]) * page / 1e6)
+                print(f"step {step:6d}: {readings[-1]:.1f} MB")
+        batches.close()
+    print(f"growth from step {steps // 10} to {steps}: {100 * (readings[-1] / readings[0] - 1):+.2f}%")
+    print(f"peak: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000:.1f} MB")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memory", action="store_true", help="measure memory, not throughput")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--images", type=int, default=200, help="images in a turn")
+    parser.add_argument("--quality", type=int, default=92, help="of the JPEG files")
+    parser.add_argument("--steps", type=int, default=20_000)
+    arguments = parser.parse_args()
+    if arguments.memory:
+        measure_memory(arguments.steps)
+    else:
+        measure_throughput(arguments.rounds, arguments.images, arguments.quality)
