@@ -90,8 +90,8 @@ def decode(
     Args:
         data: the encoded file.
         header: `read_header(data)`, if it is at hand.
-        reduce: 1, 2, 4 or 8: a JPEG is decoded at 1/reduce of its size (rounded up), which scales inside the inverse
-            DCT and saves most of the work. Other formats ignore it.
+        reduce: 1, 2, 4 or 8: a JPEG is decoded at 1/reduce of its size (rounded down, but at least 1), which scales
+            inside the inverse DCT and saves most of the work. Other formats ignore it.
         rows: only so many rows (of the unreduced image) are needed; fewer than all may come back, and those are equal
             to the full image's. None: all.
 
@@ -106,9 +106,12 @@ def decode(
                 return _decode_top(data, header, needed, reduce)
         height, width = (header.width, header.height) if header.orientation > 4 else (header.height, header.width)
         try:
-            return upright(_decode_jpeg(data, height, width, reduce), header.orientation)
+            image = _decode_jpeg(data, height, width, reduce)
         except ValueError as error:
             raise CorruptImageError(f"the JPEG decoder says: {error}") from None
+        if reduce > 1:  # the last row and column stand for fewer pixels than the others
+            image = image[: max(height // reduce, 1), : max(width // reduce, 1)]
+        return upright(image, header.orientation)
     try:
         flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -144,7 +147,7 @@ def _decode_top(data: bytes, header: Header, rows: int, reduce: int) -> np.ndarr
     except ValueError as error:
         if not re.fullmatch(r"Corrupt JPEG data: \d+ extraneous bytes before marker 0xd\d", str(error)):
             raise CorruptImageError(f"the JPEG decoder says: {error}") from None
-    return pixels
+    return pixels[:, : max(header.width // reduce, 1)]
 
 
 def upright(image: np.ndarray, orientation: int) -> np.ndarray:

@@ -27,7 +27,7 @@ bilinear, whose filter widens when it shrinks, as torchvision's.
 import dataclasses
 import functools
 import math
-from typing import Any, cast
+from typing import Any
 
 import cv2
 import numpy as np
@@ -104,7 +104,7 @@ class Transform:
 
     def __call__(self, record: dict[str, Any], rng: np.random.Generator | None) -> dict[str, Any]:
         config = self.config
-        draw = cast(np.random.Generator, rng)  # None where nothing is random: `validate` has seen to it
+        draw = np.random.default_rng(0) if rng is None else rng  # without one nothing is drawn: `validate` saw to it
         image = crop(config, record["image"], draw)
         if config.flip and draw.random() < config.flip:
             image = cv2.flip(image, 1)
@@ -209,7 +209,7 @@ def crop(config: TransformConfig, image: bytes | np.ndarray, rng: np.random.Gene
     reduce = next(
         r for r in (8, 4, 2, 1) if r == 1 or (shrinks and box[2] >= r * target[0] and box[3] >= r * target[1])
     )
-    top, left, crop_h, crop_w = _reduced(box, h, w, reduce)
+    top, left, crop_h, crop_w = _reduced(box, reduce)
     decoded = decode(reduce=reduce, rows=min((top + crop_h) * reduce, h))
     resized = resize(decoded[top : top + crop_h, left : left + crop_w], target, config.resize)
     return _window(resized, config.size, rng if config.crop == "random" else None)
@@ -299,11 +299,7 @@ def _window(image: np.ndarray, size: tuple[int, int], rng: np.random.Generator |
     return image[top : top + size[0], left : left + size[1]]
 
 
-def _reduced(box: Box, height: int, width: int, reduce: int) -> Box:
-    """The box of an image of `height` x `width` in its copy at 1/reduce of the size, rounded to whole pixels."""
-    if reduce == 1:
-        return box
-    fy, fx = -(-height // reduce) / height, -(-width // reduce) / width
-    top, left = round(box[0] * fy), round(box[1] * fx)
-    bottom, right = round((box[0] + box[2]) * fy), round((box[1] + box[3]) * fx)
-    return top, left, max(bottom - top, 1), max(right - left, 1)
+def _reduced(box: Box, reduce: int) -> Box:
+    """The box in the image's copy at 1/reduce of the size, to whole pixels."""
+    top, left, bottom, right = (round(x / reduce) for x in (box[0], box[1], box[0] + box[2], box[1] + box[3]))
+    return top, left, bottom - top, right - left
