@@ -50,6 +50,9 @@ CASES = [
     ("blocks/norm1/scale", (4096, 768), PartitionSpec(None, "data")),
     ("blocks/norm1/scale", (12, 768), PartitionSpec(None, None)),
     ("embedding/kernel", (14, 14, 3, 1408), PartitionSpec(None, None, None, "data")),
+    # Factored moments keep the rank of their parameter, with length one where they were averaged.
+    ("opt/row/blocks/mlp/up/kernel", (12, 768, 1), PartitionSpec(None, None, None)),
+    ("blocks/attention/relative_position_bias_table", (2, 2209, 48), PartitionSpec(None, None, None)),
     # `data` does not divide the width: it moves to an axis that it divides.
     ("embedding/kernel", (16, 16, 3, 1409), PartitionSpec("data", None, None, None)),
 ]

@@ -67,7 +67,7 @@ def restore(checkpoint: Path, state_shape: Any) -> tuple[Any, dict[str, Any]]:
 def _refuse_other_model(checkpoint: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
     differing = [
         f"{name} is {_shape(stored, name)} there and {_shape(wanted, name)} here"
-        for name in sorted(stored.keys() | wanted.keys())
+        for name in sorted(stored.keys() | wanted.keys(), key=lambda name: (not name.startswith("params/"), name))
         if stored.get(name) != wanted.get(name)
     ]
     if differing:

@@ -21,7 +21,9 @@ MIN_SHARDED_SIZE = 2**16
 
 # "data" is storage (gathered before use), "model" is tensor parallelism (each device computes its heads or hidden
 # units). Width is an input of query, key, value and up, and an output of out and down.
-RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+RULES: tuple[tuple[str, tuple[str | None, ...] | None], ...] = (
+    # Relative positions in windows: an odd number of rows and few heads, small beside the kernels. They stay whole.
+    (r".*/(relative_position_bias_table|cpb_mlp/.*)", ()),
     (r".*/(query|key|value)/kernel", ("data", "model", None)),
     (r".*/(query|key|value)/bias", ("model", None)),
     (r".*/out/kernel", ("model", None, "data")),
@@ -30,8 +32,6 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r".*/down/kernel", ("model", "data")),
     (r"head/kernel", ("data", "model")),
     (r"head/bias", ("model",)),
-    # Position tables have an odd number of rows and few heads: they stay whole.
-    (r".*/relative_bias", ()),
 )
 
 
@@ -73,20 +73,24 @@ def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1, name: str = "d
 def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """Returns how the leaf `path` of this shape is split over the mesh.
 
-    A rule's mesh axis that does not divide its dimension moves to the largest later dimension that it divides; a
-    leaf that no rule names is split over `data` on its largest divisible axis. Small leaves stay whole.
+    `data` goes to the axis that the rule names, or where it does not divide that or no rule names the leaf, to the
+    largest axis that it divides. Small leaves are not split over `data`.
 
     Raises:
-        ValueError: the leaf is large and `data` divides none of its axes, or `model` does not divide the heads or
+        ValueError: the leaf is large and no mesh axis divides any of its axes, or `model` does not divide the heads or
             hidden units that it is to split.
     """
-    free = list(range(paths.stacked_dims(path), len(shape)))
+    # An axis of length one is one over which a factored second moment was averaged: nothing to split.
+    free = [dim for dim in range(paths.stacked_dims(path), len(shape)) if shape[dim] > 1]
     spec: list[str | None] = [None] * len(shape)
-    named = next((axes for pattern, axes in RULES if re.fullmatch(pattern, path) and len(axes) <= len(free)), None)
-    if named == ():
-        return PartitionSpec()
-    if named and mesh.shape["model"] > 1 and "model" in named:
-        dim = len(shape) - len(named) + named.index("model")
+    rank = len(shape) - paths.stacked_dims(path)
+    rules = (axes for pattern, axes in RULES if re.fullmatch(pattern, path))
+    named = next((axes for axes in rules if axes is None or len(axes) == rank), ())
+    if named is None:
+        return PartitionSpec(*spec)
+    preferred = {axis: len(shape) - rank + dim for dim, axis in enumerate(named) if axis}
+    dim = preferred.get("model")
+    if dim in free and mesh.shape["model"] > 1:
         if shape[dim] % mesh.shape["model"]:
             raise ValueError(
                 f"mesh.model={mesh.shape['model']} does not divide axis {dim} of {path} with shape {shape}; "
@@ -95,14 +99,15 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
         spec[dim] = "model"
         free.remove(dim)
     if math.prod(shape) >= MIN_SHARDED_SIZE and mesh.shape["data"] > 1:
-        preferred = len(shape) - len(named) + named.index("data") if named and "data" in named else None
         divisible = [dim for dim in free if shape[dim] % mesh.shape["data"] == 0]
-        if not divisible:
+        if divisible:
+            dim = preferred.get("data")
+            spec[dim if dim in divisible else max(divisible, key=lambda dim: shape[dim])] = "data"
+        elif "model" not in spec:
             raise ValueError(
                 f"{path} with shape {shape} is large and mesh.data={mesh.shape['data']} divides no axis of it; "
                 "choose a data axis that divides one, and put the rest of the devices on mesh.replica"
             )
-        spec[preferred if preferred in divisible else max(divisible, key=lambda dim: shape[dim])] = "data"
     return PartitionSpec(*spec)
 
 
