@@ -1,0 +1,123 @@
+"""Run a scaling study, fit its laws and draw its figures; or go on where one stopped.
+
+    python -m vit_scaling.study --config=configs/study.py --workdir=studies/digits
+    python -m vit_scaling.study --config=configs/study.py --workdir=/shared/study --print=slurm > study.sh
+
+The study runs on this machine, one process a run, --parallel at a time (with more than one, process i sees GPU i).
+Killed, it continues where it was when the same command is given again. A run that fails is reported, and tried again
+by the next call. Whatever has finished is in <workdir>/runs.csv, <workdir>/report.md and <workdir>/figures/.
+"""
+
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from vit_scaling import cli
+
+_CONFIG = cli.define_config()
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the study.", required=True)
+_PARALLEL = flags.DEFINE_integer("parallel", 1, "Runs at a time on this machine.", lower_bound=1)
+_PRINT = flags.DEFINE_enum(
+    "print", None, ["commands", "slurm"], "Print the runs' commands for a cluster instead of running them."
+)
+_ONLY = flags.DEFINE_string("only", None, "Run this one run of the study, here.")
+_REPORT = flags.DEFINE_bool("report", False, "Run nothing; gather what has finished and report.")
+_OWN_FLAGS = ("parallel", "print", "only", "report")
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    # Heavy imports wait until the flags are known to be good, so that a typo is answered at once.
+    from vit_scaling import sweep
+    from vit_scaling.scaling import report, runs
+
+    workdir, study = Path(_WORKDIR.value), _CONFIG.value
+    if not isinstance(study, sweep.StudyConfig):
+        raise ValueError("--config names no study but a single run's config; train.py runs those")
+    jobs = sweep.plan(study, workdir)
+    if _ONLY.value:
+        _run_one(jobs, workdir, _ONLY.value)
+        return
+    if _PRINT.value:
+        print(_slurm(jobs) if _PRINT.value == "slurm" else _commands(jobs))
+        return
+
+    failed: dict[str, str] = {}
+    if not _REPORT.value:
+        work = sum(sweep.work(job) for job in jobs)
+        print(f"{len(jobs)} runs of {work:.1e} training FLOPs in all; logs are in {workdir / 'logs'}", flush=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # both ask for an orderly stop
+        try:
+            failed = sweep.run_all(
+                jobs, workdir, _command, parallel=_PARALLEL.value, say=lambda line: print(line, flush=True)
+            )
+        except KeyboardInterrupt:
+            print("stopped; the same command continues from there")
+            sys.exit(130)
+    table = sweep.gather(study, jobs, workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    runs.write(workdir / "runs.csv", table)
+    path = report.write(workdir, f"Scaling study {workdir.name}", table, study.budgets, failed)
+    print(path.read_text().split("\n## ")[1])
+    print(f"report:  {path}\ntable:   {workdir / 'runs.csv'}\nfigures: {workdir / 'figures'}")
+    if failed:
+        print(f"{len(failed)} of {len(jobs)} runs failed; the report says why, and the same command tries them again")
+        sys.exit(1)
+
+
+def _run_one(jobs: Sequence, workdir: Path, name: str) -> None:
+    from vit_scaling import loop, sweep
+
+    job = next((job for job in jobs if job.name == name), None)
+    if job is None:
+        raise ValueError(f"--only={name} names no run of the study; the first is {jobs[0].name}")
+    with sweep.lock(workdir, name):
+        result = loop.train(job.config, sweep.folder(workdir, name))
+    if "interrupted" in result:
+        sys.exit(1)
+
+
+def _command(job) -> list[str]:
+    """Returns the command of one run: this process's own, with --only."""
+    own = [argument for argument in sys.argv[1:] if argument.lstrip("-").partition("=")[0] not in _OWN_FLAGS]
+    return [sys.executable, "-m", "vit_scaling.study", *own, f"--only={job.name}"]
+
+
+def _commands(jobs: Sequence) -> str:
+    """Returns one command a line; those after the second comment need the ones before it."""
+    first = [shlex.join(_command(job)) for job in jobs if job.needs is None]
+    second = [shlex.join(_command(job)) for job in jobs if job.needs is not None]
+    report = shlex.join([*_command(jobs[0])[:-1], "--report"])
+    return "\n".join(
+        ["# These in any order:", *first, "# Then these in any order:", *second, "# Then, anywhere:", report]
+    )
+
+
+def _slurm(jobs: Sequence) -> str:
+    """Returns a script that submits two job arrays and the report, each after the one before it."""
+    stages = [[job for job in jobs if job.needs is None], [job for job in jobs if job.needs is not None]]
+    lines = [
+        "#!/bin/sh",
+        "# Submits a scaling study; add partition, GPUs and time to SBATCH as the cluster asks.",
+        "set -e",
+    ]
+    after = ""
+    for index, stage in enumerate(stages):
+        names = " ".join(job.name for job in stage)
+        command = shlex.join(_command(stage[0])[:-1])
+        body = f"set -- {names}; shift $SLURM_ARRAY_TASK_ID; {command} --only=$1"
+        lines.append(
+            f"STAGE{index}=$(sbatch --parsable $SBATCH{after} --array=0-{len(stage) - 1} --wrap={shlex.quote(body)})"
+        )
+        after = f" --dependency=afterany:$STAGE{index}"
+    report = shlex.quote(shlex.join([*_command(jobs[0])[:-1], "--report"]))
+    lines.append(f"sbatch $SBATCH{after} --wrap={report}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)
