@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,13 @@ def test_rows_after_the_restored_step_are_dropped_and_none_before_it(tmp_path: P
     # Written at once: a process that is killed now has lost nothing.
     assert telemetry.read_jsonl(path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 7.0}]
     writer.close()
+
+
+def test_a_run_that_begins_anew_keeps_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "validation/accuracy": 0.1}\n')
+    telemetry.JsonlWriter(path, resume_step=None).close()
+    assert path.read_text() == ""
 
 
 def test_what_is_no_number_is_written_as_null(tmp_path: Path) -> None:
@@ -51,6 +59,8 @@ def test_clock_adds_to_what_was_booked_before() -> None:
     with clock.book("step"):
         pass
     assert 10.0 < clock.seconds["step"] < 10.1
+    clock.book_rest("start", since=time.perf_counter() - 3.0)
+    assert clock.seconds["start"] == pytest.approx(3.0, abs=0.1)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(42.4, "42s"), (190.0, "3m10s"), (7500.0, "2h05m"), (math.nan, "?")])

@@ -178,9 +178,14 @@ def resolve(config: Config, examples_per_epoch: int) -> Config:
     """Returns the config with every duration in whole steps.
 
     Raises:
-        ValueError: a duration that cannot be counted in steps; the sentence names its field.
+        ValueError: a field that `check` refuses, a batch larger than the training set, or a duration that cannot be
+            counted in steps; the sentence names the field.
     """
     check(config)
+    if config.data.batch_size > examples_per_epoch:
+        raise ValueError(
+            f"data.batch_size {config.data.batch_size} is larger than the training set of {examples_per_epoch} examples"
+        )
 
     def steps(name: str, duration: Duration, least: int) -> Duration:
         try:

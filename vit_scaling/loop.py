@@ -3,6 +3,7 @@
 Read `train` from top to bottom: its order is the order of a run.
 """
 
+import contextlib
 import signal
 import time
 from collections.abc import Mapping
@@ -68,7 +69,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     state, record = (program.init(), {}) if begin is None else checkpoint.restore(begin, program.state_shape)
     start_step = int(jax.device_get(state.step))
     clock = telemetry.Clock(record["seconds"] if own else {})
-    writer = telemetry.create_writer(workdir, start_step)
+    writer = telemetry.create_writer(workdir, start_step if own else None)
     progress = telemetry.Progress(start_step, total_steps)
     if begin is not None:
         progress.say(f"continuing from {begin}")
@@ -98,14 +99,19 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         progress.show(step, {name: value for name, value in values.items() if not name.endswith(("loss", "std"))})
         return values
 
-    if start_step == 0:
-        evaluate(0, state)
-
     # ---- Steps. Do not reorder: step n + 1 is dispatched before the metrics of step n are read, and rows and result
     # are written before the checkpoint that makes them part of the run's past.
-    log = StepLog(config, source, writer, progress, clock, start_step)
-    clock.seconds["start"] = clock.seconds.get("start", 0.0) + log.since - started
-    with StopRequest() as stop, jax.transfer_guard("disallow"):
+    with (
+        contextlib.closing(checkpoints),
+        contextlib.closing(writer),
+        contextlib.closing(progress),
+        StopRequest() as stop,
+        jax.transfer_guard("disallow"),
+    ):
+        if start_step == 0:
+            evaluate(0, state)
+        clock.book_rest("start", since=started)
+        log = StepLog(config, source, writer, progress, clock, start_step)
         for step in range(start_step + 1, total_steps + 1):
             _profile(config, workdir, step)
             with clock.book("data"):
@@ -130,9 +136,6 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
                 break
             log.since = time.perf_counter()
 
-    progress.close()
-    writer.close()
-    checkpoints.close()
     if step < total_steps:
         print(f"stopped at step {step} and saved it; the same command continues from there")
         return {"interrupted": step}

@@ -47,12 +47,12 @@ class Writer(Protocol):
 class JsonlWriter:
     """One JSON object a line: {"step": the step at which it was measured, name: value, ...}.
 
-    Rows after `resume_step` are dropped on opening: the run that wrote them died before it saved that far, and this
-    one will write the same rows again.
+    Rows after `resume_step`, or all where it is None, are dropped on opening: the run that wrote them died before it
+    saved that far, and this one will write the same rows again.
     """
 
-    def __init__(self, path: Path, resume_step: int):
-        rows = [row for row in read_jsonl(path) if row["step"] <= resume_step]
+    def __init__(self, path: Path, resume_step: int | None):
+        rows = [row for row in read_jsonl(path) if resume_step is not None and row["step"] <= resume_step]
         replacement = path.with_suffix(".tmp")
         replacement.write_text("".join(json.dumps(row) + "\n" for row in rows))
         replacement.replace(path)
@@ -74,8 +74,9 @@ class JsonlWriter:
 class TensorBoardWriter:
     """TensorBoard event files, written without TensorFlow."""
 
-    def __init__(self, directory: Path, resume_step: int):
-        self._writer = tensorboardX.SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else None)
+    def __init__(self, directory: Path, resume_step: int | None):
+        purge_step = 0 if resume_step is None else resume_step + 1
+        self._writer = tensorboardX.SummaryWriter(str(directory), purge_step=purge_step)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():
@@ -107,8 +108,11 @@ class Writers:
             writer.close()
 
 
-def create_writer(workdir: Path, resume_step: int) -> Writers:
-    """Returns the writer of a run; silent on all processes but the first."""
+def create_writer(workdir: Path, resume_step: int | None) -> Writers:
+    """Returns the writer of a run that goes on from its own checkpoint of `resume_step`, or begins where it is None.
+
+    Silent on all processes but the first.
+    """
     if jax.process_index() != 0:
         return Writers()
     return Writers(
@@ -132,6 +136,7 @@ class Clock:
 
     def __init__(self, seconds: Mapping[str, float] | None = None):
         self.seconds = dict(seconds or {})
+        self._before = sum(self.seconds.values())
 
     @contextlib.contextmanager
     def book(self, name: str) -> Iterator[None]:
@@ -140,6 +145,11 @@ class Clock:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def book_rest(self, name: str, *, since: float) -> None:
+        """Books what passed since `since` (of time.perf_counter) and was booked on nothing else in this process."""
+        rest = time.perf_counter() - since - (sum(self.seconds.values()) - self._before)
+        self.seconds[name] = self.seconds.get(name, 0.0) + max(0.0, rest)
 
 
 class Progress:

@@ -23,7 +23,7 @@ MIN_SHARDED_SIZE = 2**16
 # units). Width is an input of query, key, value and up, and an output of out and down.
 RULES: tuple[tuple[str, tuple[str | None, ...] | None], ...] = (
     # Relative positions in windows: an odd number of rows and few heads, small beside the kernels. They stay whole.
-    (r".*/(relative_position_bias_table|cpb_mlp/.*)", ()),
+    (r".*/(relative_position_bias_table|cpb_mlp/.*)", None),
     (r".*/(query|key|value)/kernel", ("data", "model", None)),
     (r".*/(query|key|value)/bias", ("model", None)),
     (r".*/out/kernel", ("model", None, "data")),
