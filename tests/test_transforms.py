@@ -329,7 +329,7 @@ def test_small_affine_is_pillows_affine(photograph):
     forward = size * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ [[1, shear], [0, 1]]
     inverse = np.linalg.inv(forward)
     centre = np.array([403 / 2, 301 / 2])
-    offset = centre - inverse @ (centre + [dx, dy])
+    offset = centre - inverse @ (centre + np.array([dx, dy]))
     reference = Image.fromarray(photograph).transform(
         (403, 301), Image.Transform.AFFINE, (*inverse[0], offset[0], *inverse[1], offset[1]), Image.Resampling.BILINEAR
     )

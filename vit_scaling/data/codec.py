@@ -114,12 +114,12 @@ def decode(
         return upright(image, header.orientation)
     try:
         flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        decoded = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
         raise CorruptImageError(f"the {header.format} decoder says: {error.err}") from None
-    if image is None:
+    if decoded is None:
         raise CorruptImageError(f"the {header.format} decoder refuses it")
-    return upright(image, header.orientation)
+    return upright(decoded, header.orientation)
 
 
 def _decode_jpeg(data: bytes, height: int, width: int, reduce: int, buffer: np.ndarray | None = None) -> np.ndarray:

@@ -25,6 +25,7 @@ from vit_scaling.data.readers import Batch, Batches, Board
 from vit_scaling.data.sources import MixtureSource, Source, SourceConfig
 from vit_scaling.data.transforms import Transform, TransformConfig
 
+_ENDLESS = 2**60  # examples: more than any run reads, and still an index everywhere
 ON_CORRUPT = ("error", "skip")
 _ATTEMPTS = 100  # so many corrupt records in a row are no accident
 
@@ -165,12 +166,17 @@ def to_device(
 def _order(source: Source, seed: int) -> grain.MapDataset:
     """The endless sequence of record indices."""
     if not isinstance(source, MixtureSource):
-        return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+        return _endless(0, len(source), seed)
     parts = []
     for number, (start, part) in enumerate(zip(source.starts, source.parts, strict=True)):
         part_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-        parts.append(grain.MapDataset.range(start, start + len(part)).seed(part_seed).shuffle().repeat())
+        parts.append(_endless(start, start + len(part), part_seed))
     return grain.MapDataset.mix(parts, source.weights)
+
+
+def _endless(start: int, stop: int, seed: int) -> grain.MapDataset:
+    """The numbers from `start` to `stop`, again and again, in another order every time."""
+    return grain.MapDataset.range(start, stop).seed(seed).shuffle().repeat(_ENDLESS // (stop - start))
 
 
 class _Repeated:

@@ -23,6 +23,8 @@ from vit_scaling.data.sources import Source
 
 Batch = dict[str, np.ndarray]
 
+_START_SECONDS = 120.0  # worker processes may take so long to start on a busy host
+
 PID, RECORD, SINCE, SKIPPED = range(4)
 _worker = 0  # the number of this worker process, 0 in the training process
 
@@ -111,6 +113,7 @@ class Batches:
         self._source = source
         self._board = board
         self._timeout = timeout
+        self._closed = False
         self._workers: Any = None  # Grain's iterator over worker processes
         if workers:
             if not flags.FLAGS.is_parsed():
@@ -143,9 +146,9 @@ class Batches:
                     f"{self._source.id(reading[0].record)} has been read for {reading[0].seconds:.0f} s, longer than "
                     f"data.timeout = {self._timeout:g} s: see whether its file system answers"
                 )
-            if time.monotonic() - asked > self._timeout:
+            if not reading and time.monotonic() - asked > self._timeout + _START_SECONDS:
                 self._abandon()
-                raise RuntimeError(f"no batch for {self._timeout:g} s; being read: {self._names(reading)}")
+                raise RuntimeError(f"no batch for {time.monotonic() - asked:.0f} s, and nobody reads")
         try:
             return self._ahead.take()
         except ValueError as error:
@@ -161,19 +164,24 @@ class Batches:
 
     def close(self) -> None:
         """Stops the readers, after what they are reading now."""
-        self._ahead.close(seconds=5.0)
-        if self._workers is not None:
-            self._workers.close()
-
-    def _abandon(self, pid: int | None = None) -> None:
-        """Stops without waiting for a reader that is stuck: a thread is left behind, a worker process is ended."""
-        if pid is not None and self._workers is not None:
-            os.kill(pid, signal.SIGKILL)
-        self._ahead.close(seconds=0.0)
+        if not self._closed:
+            self._closed = True
+            self._ahead.close(seconds=5.0)
+            if self._workers is not None:
+                self._workers.close()
 
     def __del__(self):
         if hasattr(self, "_ahead"):
             self.close()
+
+    def _abandon(self, pid: int | None = None) -> None:
+        """Stops without waiting for a reader that is stuck: a thread is left behind, a worker process is ended."""
+        self._closed = True
+        self._ahead.close(seconds=0.0)
+        if self._workers is not None:
+            if pid is not None:
+                os.kill(pid, signal.SIGKILL)
+            threading.Thread(target=self._workers.close, daemon=True).start()
 
     def _names(self, reading: list[Reading]) -> str:
         return "; ".join(self._source.id(row.record) for row in reading) or "nothing"

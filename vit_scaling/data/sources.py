@@ -16,8 +16,10 @@ A split may be cut as TFDS cuts it: "train[:99%]", "train[1000:2000]", "train+va
 ordered at random, once and for all, so that a cut holds every class.
 """
 
+import bisect
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
@@ -44,6 +46,7 @@ class SourceConfig:
     """Mixture: each part's share of the training examples, in any unit."""
 
 
+@runtime_checkable
 @runtime_checkable
 class Source(Protocol):
     """What every source offers."""
@@ -356,14 +359,14 @@ class MixtureSource:
         self.num_classes = first.num_classes
         self.class_names = first.class_names
         self.multi_label = first.multi_label
-        self.starts = list(np.cumsum([0] + [len(part) for part in self.parts[:-1]]))
+        self.starts = list(itertools.accumulate([len(part) for part in self.parts[:-1]], initial=0))
 
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)
 
     def _locate(self, index: int) -> tuple[Source, int]:
-        number = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self.parts[number], index - int(self.starts[number])
+        number = bisect.bisect_right(self.starts, index) - 1
+        return self.parts[number], index - self.starts[number]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         part, index = self._locate(index)

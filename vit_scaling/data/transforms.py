@@ -27,7 +27,7 @@ bilinear, whose filter widens when it shrinks, as torchvision's.
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import cv2
 import numpy as np
@@ -91,11 +91,20 @@ def transform(config: TransformConfig, train: bool) -> "Transform":
     Raises:
         ValueError: a field is out of range, or `train` is False and a step is random.
     """
-    return Transform(config, train)
+    return _ConfiguredTransform(config, train)
 
 
-class Transform:
-    """What `transform` returns: callable, picklable, and knows its output's `size`."""
+@runtime_checkable
+class Transform(Protocol):
+    """From one record to one example; whatever does that can take the place of this file's."""
+
+    size: tuple[int, int]
+
+    def __call__(self, record: dict[str, Any], rng: np.random.Generator | None) -> dict[str, Any]: ...
+
+
+class _ConfiguredTransform:
+    """What `transform` returns. It can be pickled."""
 
     def __init__(self, config: TransformConfig, train: bool):
         validate(config, train)
