@@ -61,7 +61,8 @@ def main(argv: Sequence[str]) -> None:
     table = sweep.gather(study, jobs, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     runs.write(workdir / "runs.csv", table)
-    path = report.write(workdir, f"Scaling study {workdir.name}", table, study.budgets, failed)
+    unfinished = {job.name: failed.get(job.name, "has not run yet") for job in jobs if not sweep.done(job, workdir)}
+    path = report.write(workdir, f"Scaling study {workdir.name}", table, study.budgets, unfinished)
     print(path.read_text().split("\n## ")[1])
     print(f"report:  {path}\ntable:   {workdir / 'runs.csv'}\nfigures: {workdir / 'figures'}")
     if failed:

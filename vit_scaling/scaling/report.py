@@ -38,20 +38,21 @@ def find(runs: Sequence[Run]) -> Findings:
     return Findings(frontier, two, tuple(problems))
 
 
-def write(folder: Path, title: str, runs: Sequence[Run], budgets: Sequence[float], failed: Mapping[str, str]) -> Path:
+def write(
+    folder: Path, title: str, runs: Sequence[Run], budgets: Sequence[float], unfinished: Mapping[str, str]
+) -> Path:
     """Writes folder/report.md and the figures beside it, and returns the report's path.
 
     Args:
         budgets: training FLOPs to answer for; if empty 1, 3 and 10 times the dearest run.
-        failed: {run: reason} of those that did not finish.
+        unfinished: {run: reason} of those that did not finish.
     """
     found = find(runs)
     sweep = [run for run in runs if run.group == SWEEP]
     dearest = max((run.compute for run in sweep), default=0.0)
     parts = [f"# {title}", _answer(found, sweep, budgets or [dearest, 3 * dearest, 10 * dearest])]
-    if failed:
-        rows = [(name, reason) for name, reason in failed.items()]
-        parts.append("## Runs that failed\n\n" + _table(("run", "why"), rows))
+    if unfinished:
+        parts.append("## Runs that have not finished\n\n" + _table(("run", "why"), list(unfinished.items())))
     parts.append(_law_section(found))
     if sweep:
         figures = {
