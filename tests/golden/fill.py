@@ -13,7 +13,7 @@ RULES = {
     "kernel": (0.0, None),
     "bias": (0.0, 0.1),
     "scale": (1.0, 0.2),
-    "relative_bias": (0.0, 1.0),
+    "relative_position_bias_table": (0.0, 1.0),
     "logit_scale": (np.log(10.0), 0.5),
     "position_embedding": (0.0, 0.5),
     "class_token": (0.0, 0.5),

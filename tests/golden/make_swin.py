@@ -33,8 +33,8 @@ NAMES = (
     (r".*attention.k_proj", "attention/key"),
     (r".*attention.v_proj", "attention/value"),
     (r".*attention.(?:o_proj|output.dense)", "attention/out"),
-    (r".*continuous_position_bias_mlp.0", "attention/position/up"),
-    (r".*continuous_position_bias_mlp.2", "attention/position/down"),
+    (r".*continuous_position_bias_mlp.0", "attention/cpb_mlp/up"),
+    (r".*continuous_position_bias_mlp.2", "attention/cpb_mlp/down"),
     (r".*(?:mlp.fc1|intermediate.dense)", "mlp/up"),
     (r".*(?:mlp.fc2|output.dense)", "mlp/down"),
 )
@@ -68,7 +68,7 @@ def our_value(name, shape, heads):
         if found[2] is not None:
             place += f"blocks/{int(found[2]) // 2}/{('plain', 'shifted')[int(found[2]) % 2]}/"
     if name.endswith("relative_position_bias_table"):
-        return fill.leaf(place + "attention/relative_bias", shape)
+        return fill.leaf(place + "attention/relative_position_bias_table", shape)
     if name.endswith("logit_scale"):
         return fill.leaf(place + "attention/logit_scale", (shape[0],)).reshape(shape)
     if name == "embeddings.position_embeddings":
