@@ -32,8 +32,8 @@ def run_figure(
     """
     figure = Figure(figsize=(11, 6), layout="constrained")
     figure.suptitle(title)
-    curves, shown = figure.subfigures(2, 1, height_ratios=[4, 1])
-    left, middle, right = curves.subfigures(1, 3)
+    curves, shown = figure.subfigures(2, 1, squeeze=False, height_ratios=[4, 1])[:, 0]
+    left, middle, right = curves.subfigures(1, 3, squeeze=False)[0]
 
     loss = left.subplots()
     for name, label, style in (

@@ -165,7 +165,7 @@ def build(config: Config, *, num_classes: int, total_steps: int, mesh: Mesh) -> 
         direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updates = jax.tree.map(lambda d: (-learning_rate * d).astype(d.dtype), direction)
         params = optax.apply_updates(state.params, updates)
-        ema = None if state.ema is None else chain.ema_update(state.ema, params, config.optim.ema)
+        ema = None if config.optim.ema is None else chain.ema_update(state.ema, params, config.optim.ema)
 
         def if_finite(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)

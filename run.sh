@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# Everything starts here; `./run.sh help` says what there is.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+usage() {
+  cat <<'TEXT'
+./run.sh              make the environment, pretrain a small ViT on real digits, show what came of it (minutes)
+./run.sh train ARGS   the same trainer with your own flags: --config=configs/vit_imagenet.py:S/16 --workdir=runs/s16
+./run.sh test [ARGS]  run the tests; arguments go to pytest
+./run.sh lint         check format, style and types
+./run.sh python       print the Python that is used
+./run.sh help         this text
+
+The environment lies in .venv and is made once; it is made anew when requirements.txt or pyproject.toml change.
+TEXT
+}
+
+say() { printf '\033[1m==> %s\033[0m\n' "$*" >&2; }
+fail() {
+  printf 'error: %s\n' "$*" >&2
+  exit 1
+}
+
+# The newest Python from 3.11 on that really runs: a version manager's shim can exist and fail.
+find_python() {
+  local name
+  for name in python3.14 python3.13 python3.12 python3.11 python3 python; do
+    if command -v "$name" >/dev/null 2>&1 &&
+      "$name" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' >/dev/null 2>&1; then
+      command -v "$name"
+      return
+    fi
+  done
+  fail "no Python from 3.11 to 3.14 that runs (with venv and pip) was found on PATH; install one, then call this again"
+}
+
+# prepare EXTRAS: makes .venv and installs the project with these extras, unless that was done already.
+prepare() {
+  local extras=$1 stamp wanted
+  if [ -x .venv/bin/python ] && ! .venv/bin/python -c '' 2>/dev/null; then
+    say "the Python behind .venv is gone: making .venv anew"
+    rm -rf .venv
+  fi
+  if [ ! -x .venv/bin/python ]; then
+    local python
+    python=$(find_python)
+    say "making .venv with $python ($("$python" --version))"
+    "$python" -m venv .venv
+  fi
+  stamp=.venv/installed-${extras:-run}
+  wanted=$(cat requirements.txt pyproject.toml | cksum)
+  if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    say "installing requirements.txt${extras:+ and the extra \"$extras\"} (about a minute, 1 GB)"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
+    printf '%s\n' "$wanted" >"$stamp"
+  fi
+}
+
+command=${1:-smoke}
+[ $# -eq 0 ] || shift
+case $command in
+smoke)
+  prepare ""
+  say "pretraining a small ViT on 4,000 handwritten digits: python -m vit_scaling.train --config=configs/smoke.py --workdir=runs/smoke"
+  exec .venv/bin/python -m vit_scaling.train --config=configs/smoke.py --workdir=runs/smoke
+  ;;
+train)
+  prepare ""
+  exec .venv/bin/python -m vit_scaling.train "$@"
+  ;;
+test)
+  prepare test
+  say "running the tests: python -m pytest $*"
+  exec .venv/bin/python -m pytest "$@"
+  ;;
+lint)
+  prepare test
+  say "checking format, style and types"
+  .venv/bin/ruff format --check .
+  .venv/bin/ruff check .
+  .venv/bin/mypy
+  ;;
+python) find_python ;;
+help | --help | -h) usage ;;
+*)
+  usage >&2
+  fail "there is no command '$command'"
+  ;;
+esac

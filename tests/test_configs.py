@@ -1,0 +1,125 @@
+"""Every config: its smoke trains two steps by the real loop, and its whole size can be traced."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from vit_scaling import config as c
+from vit_scaling import loop, telemetry
+from vit_scaling.parallel import mesh as mesh_lib
+from vit_scaling.step import batch_shape, build
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+# The variants of each experiment; a config that is not named here fails a test below.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "smoke": ("",),
+    "vit_imagenet": ("S/16", "B/16"),
+    "vit_jft": ("g/14", "G/14"),
+    "vit_fashion_mnist": ("", "tfds"),
+}
+# A scaling study is no experiment of its own: tests/test_study.py has it.
+STUDIES = {"study"}
+
+WHOLE = [(name, variant) for name, variants in VARIANTS.items() for variant in variants]
+
+
+def load(name: str, argument: str) -> c.Config:
+    spec = importlib.util.spec_from_file_location(f"config_{name}", CONFIGS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.__doc__
+    assert "python -m vit_scaling.train" in module.__doc__
+    return module.get_config(argument)
+
+
+def test_every_config_is_tested() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.py")} - STUDIES == set(VARIANTS)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_smoke_trains_two_steps(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    variant = VARIANTS[name][0]
+    config = load(name, f"{variant},smoke" if variant else "smoke")
+    create = mesh_lib.create
+    monkeypatch.setattr(mesh_lib, "create", lambda config: create(config, jax.devices()[:1]))
+    config = dataclasses.replace(config, duration=c.Duration(2))
+    result = loop.train(config, tmp_path / "run")
+    assert result["step"] == 2
+    rows = [row for row in telemetry.read_jsonl(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["loss"] is not None and row["gradient_norm"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(("name", "variant"), WHOLE)
+def test_the_whole_experiment_can_be_traced(name: str, variant: str) -> None:
+    """Shapes only: no parameter is made, no data read."""
+    config = c.resolve(load(name, variant), 1_281_167)
+    # One device in each position of the mesh is enough for shapes; the batch stays the config's own.
+    mesh = mesh_lib.create(config.mesh, jax.devices()[:1])
+    program = build(config, num_classes=1000, total_steps=int(config.duration.amount), mesh=mesh)
+    shapes: Any = batch_shape(config, 1000, False, mesh)
+    state, metrics = jax.eval_shape(program.train_step, program.state_shape, shapes)
+    before = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), program.state_shape)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == before
+    assert metrics["loss"].shape == ()
+
+
+def test_configs_say_the_published_recipes() -> None:
+    jft = load("vit_jft", "G/14")
+    assert (jft.data.batch_size, jft.optim.lr, jft.optim.weight_decay, jft.optim.head_weight_decay) == (
+        16_384,
+        8e-4,
+        0.03,
+        3.0,
+    )
+    assert (jft.loss.kind, jft.loss.head_bias, jft.model.pool, jft.model.depth) == ("sigmoid", -10.0, "map", 48)
+    plain = load("vit_imagenet", "S/16")
+    assert (plain.optim.name, plain.optim.lr, plain.optim.weight_decay) == ("adam", 1e-3, 0.1)
+    assert (plain.model.pool, plain.model.position, plain.schedule.kind) == ("gap", "sincos2d", "cosine")
+
+
+def test_arguments() -> None:
+    assert c.arguments("S/16,smoke", variants=None) == c.Arguments("S/16", True)
+    assert c.arguments("", variants=(), default="") == c.Arguments("", False)
+    assert c.arguments("smoke", variants=("a",), default="a") == c.Arguments("a", True)
+    with pytest.raises(ValueError, match="no variant 'b'; choose one of a"):
+        c.arguments("b", variants=("a",))
+
+
+def test_differences_name_the_fields() -> None:
+    config = load("smoke", "")
+    other = dataclasses.replace(config, seed=1, mesh=c.MeshConfig(data=2), log=c.LogConfig(stop_after_skipped=1))
+    assert c.differences(c.to_dict(config), c.to_dict(other)) == ["seed is 0 there and 1 here"]
+    assert c.differences(c.to_dict(config), c.to_dict(config)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"duration": c.Duration(0)}, "duration is 0 steps; it must be at least 1 step"),
+        ({"duration": c.Duration(1, "weeks")}, "duration: unit is 'weeks'"),
+        ({"checkpoint": c.CheckpointConfig(every=c.Duration(0))}, "checkpoint.every is 0 steps"),
+        ({"checkpoint": c.CheckpointConfig(every=c.Duration(1), keep=0)}, "checkpoint.keep is 0"),
+        ({"log": c.LogConfig(stop_after_skipped=0)}, "log.stop_after_skipped is 0"),
+        ({"loss": c.LossConfig(kind="hinge")}, "loss.kind is 'hinge'"),
+    ],
+)
+def test_configs_that_cannot_work(change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        c.resolve(dataclasses.replace(load("smoke", ""), **change), 4000)
+    with pytest.raises(ValueError, match="batch_size 100 is larger than the training set of 50"):
+        c.resolve(load("smoke", ""), 50)
+
+
+def test_durations_become_steps() -> None:
+    config = c.resolve(load("smoke", ""), 4000)
+    assert config.duration.unit == "steps"
+    assert config.duration.amount == load("smoke", "").duration.amount * 40
+    assert config.evaluation.every.unit == config.schedule.cooldown.unit == "steps"
