@@ -202,8 +202,7 @@ def test_real_runs_and_a_branch_equals_its_planned_twin(study, tmp_path):
     study = dataclasses.replace(study, sizes=(1,), images=(100,), comparisons=(Comparison("planned", 1, 100),))
     study.base.evaluation.test.split = "test[:20]"
     study.dial.width_a_layer = study.dial.head_dim = 8
-    study.base.mesh = config_lib.MeshConfig(replica=1, data=1, model=1)
-    study.base.data.batch_size = 8
+    study.base.data.batch_size, study.base.evaluation.batch_size = 8, 16  # the tests' eight devices divide them
     jobs = sweep.plan(study, tmp_path)
     for job in jobs:
         loop.train(job.config, sweep.folder(tmp_path, job.name))
