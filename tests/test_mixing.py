@@ -96,7 +96,7 @@ def test_coefficients_follow_their_distributions(many):
 def test_switch_and_probability_choose_how_often(many):
     images, _ = run(many, mixup=1.0, cutmix=1.0, switch=0.25, probability=0.5, per="example")
     images = np.asarray(images)[..., 0].reshape(N, -1)
-    same = images.std(1) == 0
+    same = np.ptp(images, axis=1) == 0
     untouched = same & np.isin(images[:, 0], (0, 1))
     pasted = ~same  # black and white side by side; mixup leaves one grey
     assert abs(1 - untouched.mean() - 0.5) < 0.05
@@ -108,10 +108,9 @@ def test_the_result_does_not_depend_on_the_sharding(batch):
     step = jax.jit(lambda key, *batch: mixing.mix(config, key, *batch))
     expected = step(jax.random.key(1), *batch)
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "model"))
-    for spec in (PartitionSpec(("data", "model")), PartitionSpec("data")):
-        sharded = (jax.device_put(x, NamedSharding(mesh, spec)) for x in batch)
-        for got, want in zip(step(jax.random.key(1), *sharded), expected, strict=True):
-            np.testing.assert_array_equal(got, want)
+    sharded = (jax.device_put(x, NamedSharding(mesh, PartitionSpec(("data", "model")))) for x in batch)
+    for got, want in zip(step(jax.random.key(1), *sharded), expected, strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize(

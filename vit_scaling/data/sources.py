@@ -103,8 +103,10 @@ def split_ranges(expression: str, sizes: dict[str, int]) -> list[tuple[str, int,
             raise ValueError(f"split {name!r} does not exist; there are {', '.join(sizes)}")
         size = sizes[name]
         start, stop = _bound(low, size, 0), _bound(high, size, size)
-        if start >= stop:
-            raise ValueError(f"split {part.strip()!r} is empty: it runs from {start} to {stop} of {size} examples")
+        if not 0 <= start < stop <= size:
+            raise ValueError(
+                f"split {part.strip()!r} runs from {start} to {stop} of {size} examples: it is empty or too long"
+            )
         ranges.append((name, start, stop))
     return ranges
 
@@ -113,7 +115,7 @@ def _bound(text: str | None, size: int, default: int) -> int:
     if text is None:
         return default
     value = round(int(text[:-1]) * size / 100) if text.endswith("%") else int(text)
-    return min(max(value + size if text.startswith("-") else value, 0), size)
+    return value + size if text.startswith("-") else value
 
 
 def make_label(label: int | list[int], num_classes: int) -> np.int32 | np.ndarray:
@@ -279,7 +281,7 @@ class ArrayRecordSource:
 
 
 class TfdsSource:
-    """A TFDS builder, prepared as ArrayRecord. Images stay encoded; every feature but image and label is dropped.
+    """A TFDS builder, prepared as ArrayRecord. Images stay encoded; features other than image and label are dropped.
 
     The features are called image and label, the label one class or a sequence of classes (multi-label).
     """
@@ -313,11 +315,8 @@ class TfdsSource:
         self.config = config
         self.num_classes: int = classes.num_classes
         self.class_names: tuple[str, ...] | None = tuple(classes.names)
-        kept = tfds.decode.PartialDecoding(
-            {"image": True, "label": True}, decoders={"image": tfds.decode.SkipDecoding()}
-        )
         try:
-            self._records = builder.as_data_source(config.split, decoders=kept)
+            self._records = builder.as_data_source(config.split, decoders={"image": tfds.decode.SkipDecoding()})
         except NotImplementedError as error:
             raise ValueError(f"the TFDS data set in {builder.data_dir} cannot be read at random: {error}") from None
 
