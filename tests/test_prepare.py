@@ -144,7 +144,7 @@ def test_large_images_shrink_and_small_ones_stay_as_they_are(images, tmp_path, w
         if size != (60, 80):
             smaller = cv2.resize(codec.decode(original), size[::-1], interpolation=cv2.INTER_AREA)
             reference = codec.decode(jpeg(smaller, 95))  # by OpenCV's encoder, 4:2:0 too
-            assert np.abs(image.astype(int) - reference).mean() < 1
+            assert np.abs(image.astype(int) - reference).mean() < 2  # two encoders of the same pixels
 
 
 # ---- interruption ----------------------------------------------------------------------------------------------------
