@@ -144,16 +144,16 @@ def test_forward_gradient_and_maps(position):
 
 def test_learned_logits_depend_on_the_offset_only():
     model = small("learned", dropout=0.0)
-    model.blocks.attention.rows[...] *= 50
-    model.blocks.attention.columns[...] *= 50
+    model.blocks.attention.rel_row[...] *= 50
+    model.blocks.attention.rel_col[...] *= 50
     logits = jnp.log(model.attention_maps(images()))[0, 0, 1].reshape(4, 6, 4, 6)
     # The same offset (1, 2) from two queries, against each query's own offset (0, 0).
     np.testing.assert_allclose(
         logits[0, 1, 1, 3] - logits[0, 1, 0, 1], logits[2, 3, 3, 5] - logits[2, 3, 2, 3], atol=1e-4
     )
     block = jax.tree.map(lambda x: x[0], model.blocks).attention
-    rows = block.rows[...] @ block.row_score.kernel[...]
-    columns = block.columns[...] @ block.column_score.kernel[...]
+    rows = block.rel_row[...] @ block.row_score.kernel[...]
+    columns = block.rel_col[...] @ block.column_score.kernel[...]
     expected = rows[3 + 1, 1] - rows[3, 1] + columns[5 + 2, 1] - columns[5, 1]
     np.testing.assert_allclose(logits[0, 1, 1, 3] - logits[0, 1, 0, 1], expected, atol=1e-4)
 

@@ -10,11 +10,16 @@ from typing import Any
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
-from vit_scaling.models import swin, vit
+from vit_scaling.models import attention_cnn, resnet, swin, vit
 
-MODELS: dict[type, Any] = {vit.ViTConfig: vit.ViT, swin.SwinConfig: swin.Swin}
+MODELS: dict[type, Any] = {
+    vit.ViTConfig: vit.ViT,
+    swin.SwinConfig: swin.Swin,
+    resnet.ResNetConfig: resnet.ResNet,
+    attention_cnn.AttentionCNNConfig: attention_cnn.AttentionCNN,
+}
 
-ModelConfig = vit.ViTConfig | swin.SwinConfig
+ModelConfig = vit.ViTConfig | swin.SwinConfig | resnet.ResNetConfig | attention_cnn.AttentionCNNConfig
 
 
 def build(model_config: ModelConfig, *, image_size: tuple[int, int], num_classes: int, key: PRNGKeyArray) -> nnx.Module:

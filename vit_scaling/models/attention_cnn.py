@@ -109,8 +109,8 @@ class LearnedAttention(nnx.Module):
         init = layers.normal(0.02)
         by_query = position != "learned"
         offsets, dim = [2 * side - 1 for side in grid], width // 2 if by_query else width
-        self.rows = nnx.Param(init(keys[0], (offsets[0], dim)))
-        self.columns = nnx.Param(init(keys[1], (offsets[1], dim)))
+        self.rel_row = nnx.Param(init(keys[0], (offsets[0], dim)))
+        self.rel_col = nnx.Param(init(keys[1], (offsets[1], dim)))
         if by_query:
             self.query = layers.Linear(width, (heads, width), key=keys[2])
         else:
@@ -125,7 +125,7 @@ class LearnedAttention(nnx.Module):
         if self.by_query:
             q_BHWNK = self.query(x_BHWD)
             q_row_BHWNK, q_col_BHWNK = jnp.split(q_BHWNK, 2, axis=-1)
-            logits = relative.global_logits(q_row_BHWNK, q_col_BHWNK, self.rows[...], self.columns[...])
+            logits = relative.global_logits(q_row_BHWNK, q_col_BHWNK, self.rel_row[...], self.rel_col[...])
             if self.key is not None:
                 k_BIJNK = self.key(x_BHWD)
                 logits += jnp.einsum("BHWNK,BIJNK->BNHWIJ", q_BHWNK, k_BIJNK, preferred_element_type=jnp.float32)
@@ -136,7 +136,7 @@ class LearnedAttention(nnx.Module):
             q_row_BHWNK, q_col_BHWNK = (
                 jnp.broadcast_to(x_NK[None, None, None], (1, H, W, *x_NK.shape)) for x_NK in (row_NK, col_NK)
             )
-            logits = relative.global_logits(q_row_BHWNK, q_col_BHWNK, self.rows[...], self.columns[...])
+            logits = relative.global_logits(q_row_BHWNK, q_col_BHWNK, self.rel_row[...], self.rel_col[...])
         weights = jax.nn.softmax(logits, axis=(-2, -1))
         return jnp.broadcast_to(weights, (B, *weights.shape[1:]))
 

@@ -29,6 +29,8 @@ DECAY_RULES: tuple[tuple[str, str], ...] = (
     (r"(.*/)?kernel", "body"),
     (r"(.*/)?(bias|scale|gamma|probe|position_embedding|class_token|registers|mask_token)", "none"),
     (r"(.*/)?layerscale.*", "none"),
+    # Gaussian heads (attention_cnn); positions inside the blocks of the attention stem (resnet).
+    (r"(.*/)?(centers|spreads|block_row|block_col|mixture)", "none"),
 )
 
 

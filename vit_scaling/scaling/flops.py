@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import jax
 
 from vit_scaling import models, paths
-from vit_scaling.models import layers, vit
+from vit_scaling.models import attention_cnn, layers, resnet, swin, vit
+from vit_scaling.scaling import flops_resnet, flops_swin
 
 
 class Cost(NamedTuple):
@@ -50,7 +51,12 @@ def vit_forward(config: vit.ViTConfig, image_size: tuple[int, int], num_classes:
     return Forward(2.0 * macs, float(config.depth * kept + (inside if config.remat != "none" else 0)))
 
 
-FORWARD: dict[type, Callable[[Any, tuple[int, int], int], Forward]] = {vit.ViTConfig: vit_forward}
+FORWARD: dict[type, Callable[[Any, tuple[int, int], int], tuple[float, float]]] = {
+    vit.ViTConfig: vit_forward,
+    swin.SwinConfig: flops_swin.swin_forward,
+    resnet.ResNetConfig: flops_resnet.resnet_forward,
+    attention_cnn.AttentionCNNConfig: flops_resnet.attention_cnn_forward,
+}
 
 
 def parameters(
@@ -74,7 +80,7 @@ def count(model_config: models.ModelConfig, *, image_size: tuple[int, int], num_
         num_classes: length of the logits.
     """
     shapes = parameters(model_config, image_size=image_size, num_classes=num_classes)
-    forward = FORWARD[type(model_config)](model_config, image_size, num_classes)
+    forward = Forward(*FORWARD[type(model_config)](model_config, image_size, num_classes))
     return Cost(
         params=sum(leaf.size for leaf in shapes.values()),
         forward_flops=forward.flops,

@@ -1,0 +1,107 @@
+"""What residual networks, plain or with attention, and the attention-CNN cost: the formulas that `flops.count` calls.
+
+Convention of the papers of local and augmented attention: a multiply-add is 2 FLOPs; convolutions, projections and
+attention's products count, norms, pools and softmax do not. Relative logits of local attention count as one dot product
+a neighbour, which gives the published numbers; the code factorises them into rows and columns and needs fewer.
+"""
+
+from vit_scaling.models import attention_cnn, resnet, spatial
+
+
+def resnet_forward(config: resnet.ResNetConfig, image_size: tuple[int, int], num_classes: int) -> tuple[float, float]:
+    """Returns (FLOPs, bytes of activations) of the forward pass of one image."""
+    itemsize = 2 if config.dtype == "bfloat16" else 4
+    sizes = resnet.map_sizes(config, image_size)
+    macs, stem_elements = _stem(config, image_size, sizes[0])
+    kept, largest = float(stem_elements), 0.0
+    inputs = config.width
+    before = sizes[0]
+    for group, size in enumerate(sizes, start=1):
+        width, outputs = resnet.group_width(config, group), resnet.EXPANSION * resnet.group_width(config, group)
+        for layer in range(resnet.DEPTHS[config.depth][group - 1]):
+            pixels_in, pixels = before[0] * before[1], size[0] * size[1]
+            spatial_macs, spatial_elements = _spatial(config, group, width, before, size)
+            macs += pixels_in * inputs * width + spatial_macs + pixels * width * outputs
+            macs += pixels * inputs * outputs if layer == 0 else 0
+            # Inputs of the convolutions and of the norms, and what the spatial layer keeps for itself.
+            elements = pixels_in * (inputs + 2 * width) + pixels * (2 * width + 2 * outputs) + spatial_elements
+            kept += pixels_in * inputs if config.remat else elements
+            largest = max(largest, elements)
+            inputs, before = outputs, size
+        if group in config.nonlocal_after:
+            pixels = size[0] * size[1]
+            macs += pixels * outputs * (outputs // 2) * 4 + 2 * pixels**2 * (outputs // 2)
+            kept += pixels * 4 * outputs + pixels**2
+    macs += inputs * num_classes
+    return 2.0 * macs, itemsize * (kept + (largest if config.remat else 0.0))
+
+
+def _stem(config: resnet.ResNetConfig, image_size: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:
+    """Returns multiply-adds and kept elements. The attention stem has a projection for each mixture, as published."""
+    pixels = image_size[0] * image_size[1]
+    if config.stem == "attention":
+        neighbours = spatial.AttentionStem.BLOCK**2
+        macs = pixels * config.width * (3 * (2 + config.stem_mixtures) + 2 * neighbours)
+        return macs, pixels * (5 * config.width + 2 * config.stem_heads * neighbours)
+    if config.stem == "small":
+        return pixels * 27 * config.width, 2 * pixels * config.width
+    half = (-(-image_size[0] // 2)) * (-(-image_size[1] // 2))
+    return half * 147 * config.width, 2 * half * config.width
+
+
+def _spatial(
+    config: resnet.ResNetConfig, group: int, width: int, before: tuple[int, int], size: tuple[int, int]
+) -> tuple[float, float]:
+    """Returns multiply-adds of one spatial layer from map `before` to map `size`, and the elements that it keeps."""
+    kind = resnet.spatial_kind(config, group)
+    pixels = size[0] * size[1]
+    if kind == "attention":  # on the incoming map; a pool reduces it afterwards
+        seen = before[0] * before[1]
+        # The default back end recomputes its logits, so q, k and v are all that is kept.
+        return seen * (3 * width**2 + 3 * config.kernel_size**2 * width), 3 * seen * width
+    if kind == "convolution":
+        return 9 * pixels * width**2, 0
+    keys, values = spatial.augmented_dims(width, config.heads, config.key_fraction, config.value_fraction)
+    rows, columns = size
+    if resnet.attends_to_half(config, size):
+        rows, columns = -(-rows // 2), -(-columns // 2)
+    seen = rows * columns
+    macs = 9 * pixels * width * (width - values) + seen * (width * (2 * keys + values) + values**2)
+    macs += seen**2 * (keys + values) + seen * (2 * rows + 2 * columns - 2) * keys
+    return macs, seen * (2 * keys + 2 * values) + 2 * config.heads * seen**2
+
+
+def attention_cnn_forward(
+    config: attention_cnn.AttentionCNNConfig, image_size: tuple[int, int], num_classes: int
+) -> tuple[float, float]:
+    """Returns (FLOPs, bytes of activations) of the forward pass of one image.
+
+    The published counts leave out the products of attention (weights x values, q·k, q·r): see `attention_cnn_linear`.
+    """
+    tokens = image_size[0] // 2 * (image_size[1] // 2)
+    by_query = config.position in ("learned+query", "learned+content")
+    products = config.heads * tokens**2 * config.width  # weights x values
+    if config.position == "learned+content":
+        products *= 2
+    if by_query:
+        # Half of a head's query against every row offset, half against every column offset.
+        offsets = image_size[0] // 2 * 2 - 1 + image_size[1] // 2 * 2 - 1
+        products += config.heads * tokens * offsets * (config.width // 2)
+    itemsize = 2 if config.dtype == "bfloat16" else 4
+    copies = config.heads * (1 + by_query + (config.position == "learned+content"))
+    elements = tokens * ((6 + copies) * config.width + 2 * config.mlp)
+    elements += 2 * config.heads * tokens**2 * by_query
+    kept = tokens * config.width * config.depth + elements if config.remat else elements * config.depth
+    linear = attention_cnn_linear(config, image_size, num_classes)
+    return linear + 2.0 * config.depth * products, float(itemsize * kept)
+
+
+def attention_cnn_linear(
+    config: attention_cnn.AttentionCNNConfig, image_size: tuple[int, int], num_classes: int
+) -> float:
+    """Returns the FLOPs of the affine maps alone: what Cordonnier et al. 2020, Table 1, reports."""
+    tokens, width = image_size[0] // 2 * (image_size[1] // 2), config.width
+    merged = config.heads * width**2
+    per_head = {"learned+query": 1, "learned+content": 2}.get(config.position, 0)
+    layer = merged * (1 + per_head) + width**2 + 2 * width * config.mlp
+    return 2.0 * (tokens * (12 * width + config.depth * layer) + width * num_classes)
