@@ -16,6 +16,7 @@ from vit_scaling.parallel import mesh as mesh_lib
 from vit_scaling.step import Program, build
 
 PLAIN = TransformConfig(size=(28, 28), crop="none")
+DATA = tiny.config().data
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_classification_is_exact_over_a_ragged_last_batch(program: Program, para
     accuracy, loss, predictions = by_hand(program, params, source)
     assert 0 < accuracy < 1
     for batch_size in (4, 8, 16, 32):  # 21 examples leave 1, 5, 5 and 21 in the last one
-        found = classification.evaluate(program, params, {}, source, PLAIN, batch_size=batch_size, threads=1)
+        found = classification.evaluate(program, params, {}, source, DATA, batch_size=batch_size)
         assert found.accuracy == accuracy
         assert found.loss == pytest.approx(loss, rel=1e-6)
         np.testing.assert_array_equal(found.predictions, predictions)
@@ -63,7 +64,7 @@ def test_classification_is_exact_over_a_ragged_last_batch(program: Program, para
 def test_a_batch_that_cannot_be_divided(program: Program, params: Any) -> None:
     source = open_source(tiny.digits("validation[:21]"))
     with pytest.raises(ValueError, match=r"evaluation.batch_size 6 cannot be divided over 4 devices"):
-        classification.evaluate(program, params, {}, source, PLAIN, batch_size=6, threads=1)
+        classification.evaluate(program, params, {}, source, DATA, batch_size=6)
 
 
 def slow_ridge(train: np.ndarray, labels: np.ndarray, test: np.ndarray, classes: int, l2: float) -> np.ndarray:
@@ -113,7 +114,7 @@ def test_the_evaluator_equals_the_protocol_done_by_hand(program: Program, params
     config = c.FewShotConfig(
         train=tiny.digits("train[:200]"), test=tiny.digits("validation[:50]"), transform=PLAIN, shots=(1, 5), seeds=2
     )
-    found = fewshot.FewShot(config).evaluate(program, params, {}, batch_size=8, threads=1)
+    found = fewshot.FewShot(config).evaluate(program, params, {}, DATA, batch_size=8)
 
     def features(source: Any) -> np.ndarray:
         images = np.stack([np.repeat(np.asarray(source[i]["image"])[:, :, None], 3, 2) for i in range(len(source))])

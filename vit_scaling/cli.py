@@ -46,7 +46,7 @@ def run(main: Callable[[Sequence[str]], Any], doc: str | None) -> None:
         _leave(str(mistake))
     except FloatingPointError as error:
         _leave(str(error))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
         if not _raised_here(error):
             raise
         _leave(str(error))

@@ -86,11 +86,14 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         start_step=start_step,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        repeats=config.data.repeats,
+        on_corrupt=config.data.on_corrupt,
         workers=config.data.workers,
         threads=config.data.threads,
         prefetch=config.data.prefetch,
+        timeout=config.data.timeout,
     )
-    on_devices = sharding.batch_sharding(mesh)
+    on_devices = loader.to_device(batches, sharding.batch_sharding(mesh), ahead=1)
 
     def evaluate(step: int, state: TrainState) -> dict[str, float]:
         with clock.book("evaluation"):
@@ -105,6 +108,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         contextlib.closing(checkpoints),
         contextlib.closing(writer),
         contextlib.closing(progress),
+        contextlib.closing(batches),
         StopRequest() as stop,
         jax.transfer_guard("disallow"),
     ):
@@ -115,8 +119,8 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         for step in range(start_step + 1, total_steps + 1):
             _profile(config, workdir, step)
             with clock.book("data"):
-                local = next(batches)
-            state, metrics = train_step(state, sharding.put_batch(local, on_devices))
+                batch = next(on_devices)
+            state, metrics = train_step(state, batch)
             log.dispatched(step, metrics)
 
             end = step == total_steps

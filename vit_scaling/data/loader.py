@@ -24,6 +24,7 @@ from vit_scaling.data.mixing import MixingConfig
 from vit_scaling.data.readers import Batch, Batches, Board
 from vit_scaling.data.sources import MixtureSource, Source, SourceConfig
 from vit_scaling.data.transforms import Transform, TransformConfig
+from vit_scaling.parallel.sharding import put_batch
 
 _ENDLESS = 2**60  # examples: more than any run reads, and still an index everywhere
 ON_CORRUPT = ("error", "skip")
@@ -154,7 +155,7 @@ def to_device(
     """
     flying: deque[dict[str, jax.Array]] = deque()
     for batch in batches:
-        flying.append({k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()})
+        flying.append(put_batch(batch, sharding))
         if len(flying) > ahead:
             yield flying.popleft()
     yield from flying

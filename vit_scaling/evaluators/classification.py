@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from vit_scaling.data import loader
+from vit_scaling.data.loader import DataConfig
 from vit_scaling.data.sources import Source
-from vit_scaling.data.transforms import TransformConfig, transform
-from vit_scaling.parallel import sharding
+from vit_scaling.evaluators.passes import one_pass
 from vit_scaling.step import Program
 
 
@@ -19,36 +18,19 @@ class Result(NamedTuple):
 
 
 def evaluate(
-    program: Program,
-    params: Any,
-    statistics: Any,
-    source: Source,
-    transform_config: TransformConfig,
-    *,
-    batch_size: int,
-    threads: int,
+    program: Program, params: Any, statistics: Any, source: Source, data: DataConfig, *, batch_size: int
 ) -> Result:
-    """Classifies every example of `source`.
+    """Classifies every example of `source` as `data.eval_transform` shows it.
 
     Every process must call it, with the same arguments; every process gets the same result.
 
     Raises:
         ValueError: the batch cannot be divided over the devices.
     """
-    sharding.check_batch(batch_size, program.mesh, name="evaluation.batch_size")
-    on = sharding.batch_sharding(program.mesh)
     correct: list[np.ndarray] = []
     losses: list[np.ndarray] = []
     predictions: list[np.ndarray] = []
-    for local in loader.eval_batches(
-        source,
-        transform(transform_config, train=False),
-        batch_size=batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        threads=threads,
-    ):
-        batch = sharding.put_batch(local, on)
+    for batch in one_pass(source, data.eval_transform, data, program.mesh, batch_size):
         row = jax.device_get(program.classify(params, statistics, batch))
         real = row["mask"]
         correct.append(row["correct"][real])

@@ -3,7 +3,6 @@
 Shapes: N examples, D width, M classes.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,10 +10,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vit_scaling.config import FewShotConfig
-from vit_scaling.data import loader
+from vit_scaling.data.loader import DataConfig
 from vit_scaling.data.sources import Source, open_source
 from vit_scaling.data.transforms import transform
-from vit_scaling.parallel import sharding
+from vit_scaling.evaluators.passes import one_pass
 from vit_scaling.step import Program
 
 # Appended to every feature vector: so large that the bias it makes is hardly regularised.
@@ -133,7 +132,7 @@ class FewShot:
         self._test_labels = np.asarray([test[index]["label"] for index in range(len(test))])
 
     def evaluate(
-        self, program: Program, params: Any, statistics: Any, *, batch_size: int, threads: int
+        self, program: Program, params: Any, statistics: Any, data: DataConfig, *, batch_size: int
     ) -> dict[str, float]:
         """Returns {"10shot": mean accuracy over the seeds, "10shot_std": their spread, ...}.
 
@@ -141,7 +140,9 @@ class FewShot:
         """
 
         def extract(source: Source) -> np.ndarray:
-            return _features(program, params, statistics, source, self._config, batch_size=batch_size, threads=threads)
+            batches = one_pass(source, self._config.transform, data, program.mesh, batch_size)
+            parts = [jax.device_get(program.features(params, statistics, batch["image"])) for batch in batches]
+            return np.concatenate(parts)[: len(source)]
 
         train_ND, test_ND = extract(self._train), extract(self._test)
         result = {}
@@ -154,30 +155,3 @@ class FewShot:
     def _accuracy(self, train_ND: np.ndarray, rows: np.ndarray, test_ND: np.ndarray) -> float:
         classifier = ridge(train_ND[rows], self._train_labels[rows], num_classes=self._num_classes, l2=self._config.l2)
         return float(np.mean(classifier.predict(test_ND) == self._test_labels))
-
-
-def _features(
-    program: Program,
-    params: Any,
-    statistics: Any,
-    source: Source,
-    config: FewShotConfig,
-    *,
-    batch_size: int,
-    threads: int,
-) -> np.ndarray:
-    """Returns the features [N, D] of every example of `source`, in its order, on every process."""
-    sharding.check_batch(batch_size, program.mesh, name="evaluation.batch_size")
-    on = sharding.batch_sharding(program.mesh)
-    parts: Sequence[np.ndarray] = [
-        jax.device_get(program.features(params, statistics, sharding.put_batch(local, on)["image"]))
-        for local in loader.eval_batches(
-            source,
-            transform(config.transform, train=False),
-            batch_size=batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            threads=threads,
-        )
-    ]
-    return np.concatenate(parts)[: len(source)]

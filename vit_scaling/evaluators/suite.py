@@ -23,9 +23,9 @@ class Suite:
     def __init__(self, config: Config, program: Program):
         self._program = program
         self._batch_size = config.evaluation.batch_size or config.data.batch_size
-        self._transform, self._threads = config.data.eval_transform, config.data.threads
+        self._data = config.data
         sharding.check_batch(self._batch_size, program.mesh, name="evaluation.batch_size")
-        transform(self._transform, train=False)
+        transform(self._data.eval_transform, train=False)
         self._sources = {
             name: open_source(source)
             for name, source in (("validation", config.evaluation.validation), ("test", config.evaluation.test))
@@ -47,16 +47,17 @@ class Suite:
         return values
 
     def _measure(self, params: Any, statistics: Any, suffix: str, final: bool) -> dict[str, float]:
-        common = {"batch_size": self._batch_size, "threads": self._threads}
         values: dict[str, float] = {}
         for name, source in self._sources.items():
             if name == "validation" or final:
-                result = classification.evaluate(self._program, params, statistics, source, self._transform, **common)
+                result = classification.evaluate(
+                    self._program, params, statistics, source, self._data, batch_size=self._batch_size
+                )
                 values[f"{name}{suffix}/accuracy"] = result.accuracy
                 values[f"{name}{suffix}/loss"] = result.loss
                 self._pictured = source, result.predictions
         if self._fewshot is not None:
-            scores = self._fewshot.evaluate(self._program, params, statistics, **common)
+            scores = self._fewshot.evaluate(self._program, params, statistics, self._data, batch_size=self._batch_size)
             values |= {f"fewshot{suffix}/{name}": score for name, score in scores.items()}
         return values
 
@@ -68,7 +69,7 @@ class Suite:
         if self._pictured is None or self._pictured[0].multi_label:
             return [], [], []
         source, predictions = self._pictured
-        prepare = transform(self._transform, train=False)
+        prepare = transform(self._data.eval_transform, train=False)
         records = [prepare(source[index], None) for index in range(min(count, len(source)))]
         names = source.class_names or tuple(str(label) for label in range(source.num_classes))
         labels = [names[int(record["label"])] for record in records]

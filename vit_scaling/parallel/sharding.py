@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from vit_scaling import paths
 
@@ -54,7 +54,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def put_batch(local: dict[str, np.ndarray], on: NamedSharding) -> dict[str, jax.Array]:
+def put_batch(local: dict[str, np.ndarray], on: Sharding) -> dict[str, jax.Array]:
     """Returns the global batch of which `local` is this process's part, on the devices."""
     return {name: jax.make_array_from_process_local_data(on, value) for name, value in local.items()}
 

@@ -1,0 +1,37 @@
+"""One pass over a set: what every evaluator reads."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+
+from vit_scaling.data import loader
+from vit_scaling.data.loader import DataConfig
+from vit_scaling.data.sources import Source
+from vit_scaling.data.transforms import TransformConfig, transform
+from vit_scaling.parallel import sharding
+
+
+def one_pass(
+    source: Source, transform_config: TransformConfig, data: DataConfig, mesh: jax.sharding.Mesh, batch_size: int
+) -> Iterator[dict[str, jax.Array]]:
+    """Yields global batches on the devices; over all processes every example once, in order, "mask" telling fillers.
+
+    Raises:
+        ValueError: the batch cannot be divided over the devices.
+    """
+    sharding.check_batch(batch_size, mesh, name="evaluation.batch_size")
+    batches = loader.eval_batches(
+        source,
+        transform(transform_config, train=False),
+        batch_size=batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        on_corrupt=data.on_corrupt,
+        workers=data.workers,
+        threads=data.threads,
+        prefetch=data.prefetch,
+        timeout=data.timeout,
+    )
+    with contextlib.closing(batches):
+        yield from loader.to_device(batches, sharding.batch_sharding(mesh), ahead=1)
