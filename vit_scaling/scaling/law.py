@@ -19,7 +19,9 @@ from vit_scaling.scaling.robust import Floats, Values
 LOSSES = ("huber", "squares")
 COEFFICIENTS = ("a", "b", "c", "d")
 LEAST_POINTS = 5
-STARTS = 3
+# Where the search begins: values of b, and of d over the least compute.
+GRID = np.array([(b, d) for b in (0.1, 0.2, 0.35, 0.6, 1.0, 2.0) for d in (0.0, 0.3, 1.0, 3.0, 10.0, 100.0)])
+STARTS = 4
 
 
 class Interval(NamedTuple):
@@ -264,55 +266,23 @@ def _solve(x_P: Floats, y_P: Floats, weight_RP: Floats, loss: str) -> Floats:
     x, y = x_P / unit_x, y_P / unit_y
 
     def curve(theta_RK: Floats) -> tuple[Floats, Floats]:
-        rise, b, c, d = (column[:, None] for column in theta_RK.T)
+        b, d, c, rise = (column[:, None] for column in theta_RK.T)
         u = (x + d) / (1.0 + d)
         power = u**-b
-        down = (1.0 - x) / (1.0 + d) ** 2
-        slopes = [power, -rise * power * np.log(u), np.ones_like(power), -rise * b * power / u * down]
-        return c + rise * power, np.stack(slopes, axis=-1)
+        fall = rise * power
+        slopes = [-fall * np.log(u), -b * fall / u * (1.0 - x) / (1.0 + d) ** 2, np.ones_like(power), power]
+        return c + fall, np.stack(slopes, axis=-1)
 
-    lower, upper = np.array([0.0, 1e-3, 0.0, 0.0]), np.array([10.0, 20.0, 1.0, 10.0 * float(np.max(x))])
-    grid = np.array(
-        [(0.0, b, 0.0, d) for b in (0.1, 0.2, 0.35, 0.6, 1.0, 2.0) for d in (0.0, 0.3, 1.0, 3.0, 10.0, 100.0)]
-    )
-    start = _linear_parts(curve, grid, y, weight_RP)  # [R, nodes, K]
-    value = curve(start.reshape(-1, 4))[0].reshape(*start.shape[:2], -1)
-    size = np.sum(weight_RP[:, None] * np.abs(value - y), axis=-1)
-    nodes = np.argsort(size, axis=1)[:, :STARTS]
-    theta = np.take_along_axis(start, nodes[..., None], 1).reshape(-1, 4)
+    def basis(exponents: Floats) -> Floats:
+        b, d = exponents
+        return np.stack([np.ones_like(x), ((x + d) / (1.0 + d)) ** -b], axis=1)
 
-    def limit_at(theta: Floats, weight: Floats) -> Floats:
-        if loss == "squares":
-            return np.full(len(theta), np.inf)
-        return robust.limits(curve(theta)[0] - y, weight)
-
-    # All starts of one fit compete under one limit, that of its best node; then the limit follows the best fit.
-    weight = np.repeat(weight_RP, STARTS, axis=0)
-    limit = np.repeat(limit_at(theta[::STARTS], weight_RP), STARTS)
-    theta, cost = robust.minimize(curve, y, weight, theta, lower, upper, limit)
-    best = cost.reshape(-1, STARTS).argmin(axis=1)
-    theta = theta.reshape(-1, STARTS, 4)[np.arange(len(best)), best]
-    for _ in range(0 if loss == "squares" else 3):
-        theta, _ = robust.minimize(curve, y, weight_RP, theta, lower, upper, limit_at(theta, weight_RP))
-    rise, b, c, d = theta.T
+    seen = np.flatnonzero(weight_RP.sum(axis=0))  # a start should not heed points that no fit sees
+    one = np.ones(len(seen))
+    start = robust.nodes(lambda node: basis(node)[seen], GRID, y[seen], one, STARTS)
+    lower, upper = np.array([1e-3, 0.0, 0.0, 0.0]), np.array([20.0, 10.0 * float(np.max(x)), 1.0, 10.0])
+    b, d, c, rise = robust.refine(curve, y, weight_RP, start, lower, upper, squares=loss == "squares").T
     return np.stack([rise * unit_y * ((1.0 + d) * unit_x) ** b, b, c * unit_y, d * unit_x], axis=-1)
-
-
-def _linear_parts(curve: robust.Curve, grid_SK: Floats, y_P: Floats, weight_RP: Floats) -> Floats:
-    """Returns [R, S, K]: at every node the rise and asymptote, not negative, of least weighted squares."""
-    power_SP = curve(np.where(np.arange(4) == 0, 1.0, grid_SK))[0]
-    w = weight_RP / weight_RP.sum(axis=1, keepdims=True)
-    mean = w @ power_SP.T
-    square = w @ (power_SP**2).T
-    mean_y = (w @ y_P)[:, None]
-    cross = (w * y_P) @ power_SP.T
-    rise = np.maximum(0.0, (cross - mean * mean_y) / np.maximum(square - mean**2, 1e-300))
-    level = mean_y - rise * mean
-    rise = np.where(level < 0, cross / square, rise)
-    result = np.broadcast_to(grid_SK, (len(w), *grid_SK.shape)).copy()
-    result[..., 0] = rise
-    result[..., 2] = np.maximum(level, 0.0)
-    return result
 
 
 def _checked(

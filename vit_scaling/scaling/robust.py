@@ -78,11 +78,6 @@ def minimize(
     return theta_RK, loss_R
 
 
-def limits(residual_RP: Floats, weight_RP: Floats) -> Floats:
-    """Returns [R] the knee of each fit's loss from its own residuals."""
-    return np.maximum(KNEE * spread(residual_RP, weight_RP), 1e-12)
-
-
 def nodes(basis: Callable[[Floats], Floats], grid_SJ: Floats, y_P: Floats, scale_P: Floats, keep: int) -> Floats:
     """Returns [keep, J + M] the best nodes of a grid of exponents, with the M linear coefficients that fit there.
 
@@ -97,17 +92,35 @@ def nodes(basis: Callable[[Floats], Floats], grid_SJ: Floats, y_P: Floats, scale
     return np.array(sorted(found)[:keep])[:, 1:]
 
 
-def refine(curve: Curve, y_P: Floats, weight_RP: Floats, start_SK: Floats, lower_K: Floats, upper_K: Floats) -> Floats:
-    """Returns [R, K] the best fit of every row of weights from all the given starts, with a loss of its own knee."""
+def refine(
+    curve: Curve,
+    y_P: Floats,
+    weight_RP: Floats,
+    start_SK: Floats,
+    lower_K: Floats,
+    upper_K: Floats,
+    *,
+    squares: bool = False,
+) -> Floats:
+    """Returns [R, K] the best fit of every row of weights from all the given starts.
+
+    The knee of each fit's loss follows its own residuals; with `squares` there is none.
+    """
+
+    def limits(theta: Floats, weight: Floats) -> Floats:
+        if squares:
+            return np.full(len(theta), np.inf)
+        return np.maximum(KNEE * spread(curve(theta)[0] - y_P, weight), 1e-12)
+
     fits, starts = len(weight_RP), len(start_SK)
     theta = np.tile(start_SK, (fits, 1))
     weight = np.repeat(weight_RP, starts, axis=0)
-    limit = limits(curve(theta)[0] - y_P, weight).reshape(fits, starts).min(axis=1)
-    theta, cost = minimize(curve, y_P, weight, theta, lower_K, upper_K, np.repeat(limit, starts))
+    # All starts of one fit compete under one limit, the least of theirs.
+    limit = np.repeat(limits(theta, weight).reshape(fits, starts).min(axis=1), starts)
+    theta, cost = minimize(curve, y_P, weight, theta, lower_K, upper_K, limit)
     theta = theta.reshape(fits, starts, -1)[np.arange(fits), cost.reshape(fits, starts).argmin(axis=1)]
-    for _ in range(3):
-        limit = limits(curve(theta)[0] - y_P, weight_RP)
-        theta, _ = minimize(curve, y_P, weight_RP, theta, lower_K, upper_K, limit)
+    for _ in range(0 if squares else 3):
+        theta, _ = minimize(curve, y_P, weight_RP, theta, lower_K, upper_K, limits(theta, weight_RP))
     return theta
 
 
