@@ -10,7 +10,8 @@ of the whole process in its turns, so that neither a busy machine nor a lucky mi
 installed is left out.
 
     bare          libjpeg-turbo (simplejpeg, fast DCT) and OpenCV's resize of a fixed central crop: nothing else
-    vit_scaling   FolderSource, the loader and the transforms of this project
+    vit_scaling   a folder source, the loader and the transforms of this project; once from the same files as a TFDS
+                  data set, which the benchmark builds with TFDS's own tools
     tf.data       big_vision's decode_jpeg_and_inception_crop(224)|flip_lr|value_range(-1, 1), which hands over float32;
                   and the same without the last step, as we apply it on the device
     torch         DataLoader, Pillow's draft decode, crop, bilinear resize and flip
@@ -55,15 +56,37 @@ def write_photographs(folder: Path, count: int, quality: int) -> list[Path]:
         w = h * 4 // 3
         top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
         image = cv2.resize(photograph[top : top + h, left : left + w], (500, 375), interpolation=cv2.INTER_CUBIC)
-        path = folder / "all" / str(number % 4) / f"{number:04d}.jpg"
+        path = folder / "files" / "all" / str(number % 4) / f"{number:04d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=quality, colorsubsampling="420"))
         paths.append(path)
     return paths
 
 
-def ours(folder: Path, **fields) -> Pipeline:
-    source = sources.open_source(sources.SourceConfig("folder", str(folder), "all"))
+def write_tfds(folder: Path, paths: list[Path]) -> None:
+    """Writes the same files as a TFDS data set called photographs, with TFDS's own builder, as ArrayRecord."""
+    import tensorflow_datasets as tfds
+
+    class Photographs(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        url_infos = {}  # noqa: RUF012 (nothing to download)
+
+        def _info(self):
+            features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=4)}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for path in paths:
+                yield path.name, {"image": path.read_bytes(), "label": int(path.parent.name)}
+
+    Photographs(data_dir=str(folder), file_format="array_record").download_and_prepare()
+
+
+def ours(config: sources.SourceConfig, **fields) -> Pipeline:
+    source = sources.open_source(config)
     transform = transforms.transform(transforms.TransformConfig(crop="inception", flip=0.5, **fields), train=True)
     batches = loader.train_batches(source, transform, batch_size=BATCH, seed=0, threads=1, prefetch=1)
     return lambda: next(batches)
@@ -150,11 +173,15 @@ def measure_throughput(rounds: int, images: int, quality: int) -> None:
         print(
             f"{len(paths)} JPEGs of 500 x 375, {size / 1000:.0f} kB each; one core; {rounds} turns of {images} images"
         )
+        files = sources.SourceConfig("folder", f"{temporary}/files", "all")
+        write_tfds(Path(temporary) / "tfds", paths)
+        tfds = sources.SourceConfig("tfds", "photographs", "train", f"{temporary}/tfds")
         pipelines: dict[str, Pipeline] = {
             "bare": bare(paths),
-            "vit_scaling": ours(Path(temporary)),
-            "vit_scaling, antialias": ours(Path(temporary), resize="antialias"),
-            "vit_scaling + RandAugment(2,10)": ours(Path(temporary), randaugment="big_vision"),
+            "vit_scaling": ours(files),
+            "vit_scaling from TFDS": ours(tfds),
+            "vit_scaling, antialias": ours(files, resize="antialias"),
+            "vit_scaling + RandAugment(2,10)": ours(files, randaugment="big_vision"),
         }
         if importlib.util.find_spec("tensorflow"):
             pipelines["tf.data"] = tf_data(paths, value_range=True)
@@ -190,7 +217,7 @@ def measure_memory(steps: int) -> None:
         for path in write_photographs(Path(temporary), 60, 92):
             image = cv2.resize(simplejpeg.decode_jpeg(path.read_bytes()), (80, 60))
             path.write_bytes(simplejpeg.encode_jpeg(image))
-        source = sources.open_source(sources.SourceConfig("folder", temporary, "all"))
+        source = sources.open_source(sources.SourceConfig("folder", f"{temporary}/files", "all"))
         config = transforms.TransformConfig(
             (32, 32), flip=0.5, randaugment="big_vision", erase=0.25, jitter=(0.4, 0.4, 0.4, 0)
         )

@@ -144,6 +144,8 @@ def test_the_same_image_is_augmented_anew_in_every_epoch(folder):
     one = sources.open_source(SourceConfig("folder", str(folder), "all[:1]"))
     images = [batch["image"].tobytes() for batch in take(8, one, AUGMENT, batch_size=1)]
     assert len(set(images)) > 5
+    other = train_batches(one, AUGMENT, batch_size=1, seed=6)
+    assert [next(other)["image"].tobytes() for _ in range(8)] != images
 
 
 def test_repeats_follow_each_other_with_different_augmentation(source, folder):
@@ -253,6 +255,13 @@ def test_a_record_that_cannot_be_read_or_used_is_named(folder):
             list(eval_batches(lost, PLAIN, batch_size=4))
     finally:
         os.rename(path + ".away", path)
+    broken = Numbers(8)
+    broken.__class__ = type(
+        "Broken", (Numbers,), {"__getitem__": lambda self, i: (_ for _ in ()).throw(RuntimeError("disk"))}
+    )
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match=r"number \d+ cannot be read: disk"):
+            take(1, broken, AsItIs(), batch_size=2, workers=workers)
     with pytest.raises(ValueError, match=r"number \d+ cannot be read: crop='none'"):
         take(1, Numbers(8), transforms.transform(TransformConfig((9, 9), crop="none"), train=True), batch_size=2)
 

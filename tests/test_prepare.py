@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from vit_scaling import prepare
 from vit_scaling.data import codec, records, shards, sources
@@ -51,9 +53,13 @@ def run(folder, output, *, shard_examples=6, workers=0, exclude=(), **work):
 
 
 def read(output, split):
-    """{id: (label, stored image)} of a prepared split."""
+    """{id: (label, stored image)} of a prepared split, in its order."""
     source = open_source(SourceConfig("array_record", str(output), split))
-    rows = [(source.id(i).split(" (record")[0], source[i]) for i in range(len(source))]
+    rows = []
+    for i in range(len(source)):
+        number, path = re.fullmatch(r"record (\d+) of (.*)", source.id(i)).groups()
+        header, _ = records.unpack(ArrayRecordDataSource(path)[int(number)])
+        rows.append((header["id"], source[i]))
     assert len({identity for identity, _ in rows}) == len(rows)
     return {identity: (np.asarray(row["label"]).tolist(), row["image"]) for identity, row in rows}
 

@@ -3,6 +3,7 @@
 import gzip
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -265,6 +266,7 @@ def test_tfds_gives_encoded_images_labels_and_splits(tfds_dir):
     assert set(range(20, 30)) <= set(seen)
     assert isinstance(source[0]["image"], bytes)
     assert set(source[0]) == {"image", "label"}
+    assert re.fullmatch(r"record 0 of .*/tiny-test\.array_record-00000-of-00001", source.id(15))
     several = open_source(SourceConfig("tfds", "tiny/several", "test", str(tfds_dir)))
     assert several.multi_label
     for i in range(10):

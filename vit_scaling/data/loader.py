@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
+import cv2
 import grain
 import jax
 import numpy as np
@@ -227,7 +228,7 @@ class _Read(grain.transforms.RandomMap):
             self._board.skip()
             logging.warning("%s; skipped", message)
             return None
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError, cv2.error) as error:
             raise ValueError(f"{self.source.id(index)} cannot be read: {error}") from error
         finally:
             self._board.end()

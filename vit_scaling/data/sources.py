@@ -23,7 +23,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -58,7 +58,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> dict[str, Any]: ...
     def id(self, index: int) -> str:
-        """Names the record for messages, so that a person finds it."""
+        """Names the record for messages, so that a person finds it. Reads nothing."""
         ...
 
 
@@ -203,6 +203,15 @@ class _Slice:
     examples_in_shard: int
 
 
+def _place(slices: Sequence[Any], index: int) -> str:
+    """Names a record by its place, without reading: the file may be what is stuck or damaged."""
+    for part in slices:
+        if index < part.take:
+            return f"record {part.skip + index} of {part.filename}"
+        index -= part.take
+    raise IndexError(index)
+
+
 class FolderSource:
     """Image files in class folders, or listed in tables; `files.py` describes the forms."""
 
@@ -254,15 +263,15 @@ class ArrayRecordSource:
         self.class_names = tuple(manifest["class_names"]) if manifest["class_names"] else None
         self.multi_label: bool = manifest["multi_label"]
         splits = manifest["splits"]
-        instructions = []
+        self._slices: list[_Slice] = []
         for split, start, stop in split_ranges(config.split, {name: s["num_examples"] for name, s in splits.items()}):
             for shard in splits[split]["shards"]:
                 first, last = max(start, 0), min(stop, shard["num_examples"])
                 if first < last:
                     path = str(folder / shard["file"])
-                    instructions.append(_Slice(path, first, last - first, shard["num_examples"]))
+                    self._slices.append(_Slice(path, first, last - first, shard["num_examples"]))
                 start, stop = start - shard["num_examples"], stop - shard["num_examples"]
-        self._records = ArrayRecordDataSource(instructions)
+        self._records = ArrayRecordDataSource(self._slices)
 
     def __reduce__(self):
         return open_source, (self.config,)
@@ -276,8 +285,7 @@ class ArrayRecordSource:
         return {"image": image, "label": make_label(label, self.num_classes)}
 
     def id(self, index: int) -> str:
-        header, _ = records.unpack(self._records[index])
-        return f"{header['id']} (record {index} of {self.config.name} {self.config.split})"
+        return _place(self._slices, index)
 
 
 class TfdsSource:
@@ -313,6 +321,7 @@ class TfdsSource:
             raise ValueError(f"the labels of the TFDS data set {config.name!r} are not classes but {classes}")
         split_ranges(config.split, {name: split.num_examples for name, split in splits.items()})  # better errors
         self.config = config
+        self._slices = splits[config.split].file_instructions
         self.num_classes: int = classes.num_classes
         self.class_names: tuple[str, ...] | None = tuple(classes.names)
         try:
@@ -333,7 +342,7 @@ class TfdsSource:
         return {"image": record["image"], "label": make_label(label, self.num_classes)}
 
     def id(self, index: int) -> str:
-        return f"record {index} of {self.config.name} {self.config.split}"
+        return _place(self._slices, index)
 
 
 class MixtureSource:
