@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from vit_scaling.scaling.joint import JointLaw
 from vit_scaling.scaling.law import Law
@@ -17,7 +18,7 @@ INK, BAND = "#253237", "#9db4c0"
 
 def error_by_compute(runs: Sequence[Run], law: Law | None) -> Figure:
     """Error against compute: every run, coloured by size and marked by data size; the frontier and its law."""
-    figure, axes = _axes("training FLOPs", "error, %")
+    figure, axes = _axes("training FLOPs", runs)
     _lines(axes, runs, lambda run: run.compute)
     if law is not None:
         x = np.geomspace(law.compute[0], 10 * law.compute[-1], 200)
@@ -34,7 +35,7 @@ def error_by_compute(runs: Sequence[Run], law: Law | None) -> Figure:
 
 def sample_efficiency(runs: Sequence[Run]) -> Figure:
     """Error against images seen, one line for each size and data size."""
-    figure, axes = _axes("images seen", "error, %")
+    figure, axes = _axes("images seen", runs)
     _lines(axes, runs, lambda run: run.images)
     _legend(axes)
     return figure
@@ -42,13 +43,16 @@ def sample_efficiency(runs: Sequence[Run]) -> Figure:
 
 def error_by_data(runs: Sequence[Run]) -> Figure:
     """Error of each size's best run against how many different images it was trained on."""
-    figure, axes = _axes("different training images", "error, %")
+    figure, axes = _axes("different training images", runs)
     for size, colour in _colours(runs).items():
         best: dict[int, float] = {}
         for run in (run for run in runs if run.size == size):
             best[run.data_images] = min(run.error, best.get(run.data_images, 1.0))
         data = sorted(best)
         axes.plot(data, [100 * best[count] for count in data], color=colour, marker="o", label=_label(runs, size))
+    amounts = sorted({run.data_images for run in runs})
+    axes.set_xticks(amounts, [f"{count:,}" for count in amounts])
+    axes.xaxis.set_minor_formatter(NullFormatter())
     _legend(axes)
     return figure
 
@@ -58,7 +62,7 @@ def iso_compute(runs: Sequence[Run], law: JointLaw) -> Figure:
 
     A measured point is a size's error at that compute, interpolated between its runs; never extrapolated.
     """
-    figure, axes = _axes("parameters", "error, %")
+    figure, axes = _axes("parameters", runs)
     compute = np.array([run.compute for run in runs])
     budgets = np.geomspace(compute.min() * 3, compute.max(), 4)
     for budget, colour in zip(budgets, matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 4)), strict=True):
@@ -86,12 +90,15 @@ def save(figure: Figure, folder: Path, name: str) -> Path:
     return path
 
 
-def _axes(x: str, y: str) -> tuple[Figure, Axes]:
+def _axes(x: str, runs: Sequence[Run]) -> tuple[Figure, Axes]:
+    """Returns logarithmic axes that show the runs' errors, whatever else is drawn."""
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.subplots()
-    axes.set(xlabel=x, ylabel=y, xscale="log", yscale="log")
+    errors = [100 * max(run.error, 1e-6) for run in runs]
+    axes.set(xlabel=x, ylabel="error, %", xscale="log", yscale="log", ylim=(min(errors) / 1.8, max(errors) * 1.3))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(which="major", color="#e5e9ec", linewidth=0.6)
     return figure, axes
 
