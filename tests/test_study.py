@@ -263,6 +263,12 @@ def test_report_answers_for_a_budget(tmp_path):
         assert (tmp_path / "figures" / f"{name}.svg").stat().st_size > 10_000
 
 
+def test_law_of_size_and_images_leaves_the_small_data_out():
+    found = report.find(known_runs())
+    assert (found.joint.e, found.joint.alpha, found.joint.beta) == pytest.approx((0.02, 0.5, 0.6), rel=1e-2)
+    assert found.problems == ()
+
+
 def test_report_of_too_little_says_so(tmp_path):
     text = report.write(tmp_path, "Digits", known_runs()[:2], [], {}).read_text()
     assert "not determined" in text
