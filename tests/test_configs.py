@@ -21,6 +21,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "vit_imagenet": ("S/16", "B/16"),
     "vit_jft": ("g/14", "G/14"),
     "vit_fashion_mnist": ("", "tfds"),
+    "swin_imagenet": ("T", "v2-B"),
+    "swin_digits": ("v2", "v1"),
 }
 # A scaling study is no experiment of its own: tests/test_study.py has it.
 STUDIES = {"study"}

@@ -15,6 +15,7 @@ from tests.golden import fill
 from vit_scaling import models, paths
 from vit_scaling.models import swin
 from vit_scaling.ops import windows
+from vit_scaling.optim import chain
 from vit_scaling.parallel import sharding
 from vit_scaling.scaling.flops_swin import swin_forward
 
@@ -139,6 +140,16 @@ def test_only_weights_are_parameters():
         whole = {name for name in whole if "/blocks/" not in name}
 
 
+def test_the_optimizer_decays_only_kernels_of_the_trunk_and_the_head():
+    """No decay of biases, norms, positions and temperatures, as the official recipe has it."""
+    optim = chain.OptimConfig(name="adam", weight_decay=0.05, head_weight_decay=0.05)
+    for version in (1, 2):
+        _, parameters = small(version, absolute_position=True)
+        for row in chain.describe(optim, parameters):
+            kernel = row.path.endswith("/kernel") and "cpb_mlp" not in row.path
+            assert row.decay == (0.05 if kernel else 0.0), row.path
+
+
 def test_initial_values():
     """Kernels: deviation .02 cut at two. V2's blocks begin as the identity, V1's do not."""
     x_BHWD = jax.random.normal(jax.random.key(1), (2, 10, 14, 8))
@@ -159,10 +170,10 @@ def test_initial_values():
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_block_sees_its_window_and_nothing_else(version):
-    """By gradient. The shifted block's windows are cut at 2, 6, 10, ...; what the roll joins must stay apart."""
+    """By gradient. The shifted block's windows are cut at 2, 6 and 10; what the roll joins must stay apart."""
     stage = models.merge(*small(version), {}).stage1
     pair = jax.tree.map(lambda leaf: leaf[0], stage.blocks)
-    height, width = 10, 13
+    height, width = 8, 11  # the roll joins real tokens of both ends, down and across, and padding with them
     x_BHWD = jax.random.normal(jax.random.key(0), (1, height, width, 8))
 
     @functools.partial(jax.jit, static_argnames="shift")
@@ -173,7 +184,7 @@ def test_a_block_sees_its_window_and_nothing_else(version):
 
     for shift in (0, 2):
         group = lambda at: (at + shift) // 4 if shift else at // 4  # noqa: B023, E731
-        for query in ((0, 0), (1, 5), (3, 9), (7, 12), (9, 2), (9, 12)):
+        for query in ((0, 0), (1, 5), (3, 9), (5, 10), (7, 2), (7, 10)):
             sees_HW = influence(x_BHWD, jnp.array(query), shift) > 0
             expected_HW = [
                 [group(y) == group(query[0]) and group(x) == group(query[1]) for x in range(width)]
@@ -373,15 +384,14 @@ def mesh_of(*sizes):
 
 
 def test_published_sizes_can_be_sharded():
-    """Tables, whose rows no mesh divides, stay whole; every other large parameter is split."""
+    """What speaks of relative positions stays whole, every other large parameter is split."""
     for name, window in (("L", 12), ("v2-G", 16)):
         config = swin.variant(name, window=window)
         build = lambda: swin.Swin(config, image_size=(512, 512), num_classes=1000, key=jax.random.key(0))  # noqa: B023, E731
         for path, leaf in paths.flatten(models.split(jax.eval_shape(build))[1]).items():
-            spec = sharding.partition_spec(path, leaf.shape, mesh_of(1, 4, 2))
-            assert ("data" in spec) == (
-                leaf.size >= 2**16 and not re.search("relative_position_bias_table|cpb_mlp", path)
-            ), path
+            spec = sharding.partition_spec(path, leaf.shape, mesh_of(1, 8, 1))
+            whole = re.search("relative_position_bias_table|cpb_mlp", path) or leaf.size < sharding.MIN_SHARDED_SIZE
+            assert ("data" in spec) == (not whole), path
 
 
 @pytest.mark.parametrize(
