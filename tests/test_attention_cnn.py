@@ -11,11 +11,6 @@ from vit_scaling.models import attention_cnn
 from vit_scaling.models.attention_cnn import AttentionCNN, AttentionCNNConfig, convolution_to_attention
 from vit_scaling.ops import relative
 
-# Compiling is most of this file's time; unoptimised it takes half.
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
-
 
 def fill(shape, a, b):
     return np.sin(a * np.arange(np.prod(shape)) + b).reshape(shape)
@@ -59,7 +54,7 @@ def test_theorem_for_random_kernels(size):
     x, kernel = jax.random.normal(keys[0], (2, 7, 6, 3)), jax.random.normal(keys[1], (*size, 3, 4))
     bias = jax.random.normal(keys[2], (4,))
 
-    @jit
+    @jax.jit
     def both(x, kernel, bias):
         return [
             (convolution_to_attention(kernel, bias, 46.0, padding=padding)(x), convolve(x, kernel, bias, mode))
@@ -110,7 +105,7 @@ def test_published_parameter_counts(position, heads, parameters):
     assert count == expected
 
 
-call = jit(lambda model, x, key=None: model(x, key))
+call = jax.jit(lambda model, x, key=None: model(x, key))
 
 
 def small(position, **fields):
@@ -127,7 +122,7 @@ def images():
 def test_forward_gradient_and_maps(position):
     model = small(position)
 
-    @jit
+    @jax.jit
     def everything(model, x):
         loss = lambda model: jnp.sum(jnp.square(model(x, jax.random.key(3))))  # noqa: E731
         return model(x), jax.grad(loss)(model), model.attention_maps(x)

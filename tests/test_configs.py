@@ -23,6 +23,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "vit_fashion_mnist": ("", "tfds"),
     "swin_imagenet": ("T", "v2-B"),
     "swin_digits": ("v2", "v1"),
+    "resnet_imagenet": ("50", "26"),
+    "sasa_imagenet": ("50,stem=attention", "26"),
+    "aa_resnet_imagenet": ("101", "50"),
+    "attention_cnn_cifar10": ("learned+content", "quadratic", "gaussian"),
 }
 # A scaling study is no experiment of its own: tests/test_study.py has it.
 STUDIES = {"study"}

@@ -16,11 +16,6 @@ from vit_scaling.ops import local, local_pallas, relative
 
 MEMORY_BACKENDS = ("blocks", "shifts", "rows")
 
-# Compiling is most of this file's time; unoptimised it takes half.
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
-
 
 def oracle(q, k, v, rel_row, rel_col, border="mask"):
     """Equation 3 of arXiv 1906.05909 over the whole map, in the inputs' dtype."""
@@ -63,7 +58,7 @@ def value_and_gradients(function, args):
         y, vjp = jax.vjp(function, *args)
         return y, *vjp(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
 
-    return jit(both)(*args)
+    return jax.jit(both)(*args)
 
 
 @pytest.fixture(scope="module", params=[(9, 10, 4, 3, "mask"), (4, 3, 8, 5, "zero")], ids=["9x10-k3", "4x3-k5"])
@@ -99,7 +94,7 @@ def test_pallas_program_with_all_heads_as_on_a_tpu(case, monkeypatch):
 def test_pallas_with_more_than_two_tiles_of_keys_a_side():
     args = inputs(3, 9, 1, 4, 11, batch=1)
     assert -(-(11 - 1) // local_pallas.TILE) + 1 == 3
-    np.testing.assert_allclose(jit(run("pallas"))(*args), oracle(*args), atol=1e-5, rtol=0)
+    np.testing.assert_allclose(jax.jit(run("pallas"))(*args), oracle(*args), atol=1e-5, rtol=0)
 
 
 def fill(shape, a, b):
@@ -136,7 +131,7 @@ def test_a_pixel_sees_exactly_its_neighbourhood(backend):
     H, W, size = 5, 9, 3
     q, k, v, *tables = inputs(H, W, 1, 4, size, batch=1)
 
-    @jit
+    @jax.jit
     def influence(i, j):
         def loss(k, v):
             return jnp.sum(run(backend)(q, k, v, *tables)[0, i, j] ** 2)
@@ -157,7 +152,7 @@ def test_bfloat16_inputs_have_a_float32_softmax(backend):
     k = jnp.array([[256, 0], [256, 1]], jnp.bfloat16).reshape(q.shape)
     v = jnp.array([[0, 0], [1, 1]], jnp.bfloat16).reshape(q.shape)
     tables = jnp.zeros((3, 1, 1)), jnp.full((3, 1, 1), 0.25)
-    y = jit(run(backend))(q, k, v, *tables)
+    y = jax.jit(run(backend))(q, k, v, *tables)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(y[0, 0, :, 0, 0].astype(jnp.float32), jax.nn.sigmoid(1.0), atol=4e-3)
 
@@ -170,7 +165,7 @@ def test_scale_multiplies_content_and_position():
 
 def test_weights_are_the_softmax_that_the_result_averages_with():
     q, k, v, *tables = inputs(4, 5, 2, 4, 3)
-    weights = jit(functools.partial(local.local_weights, kernel_size=3))(q, k, *tables)
+    weights = jax.jit(functools.partial(local.local_weights, kernel_size=3))(q, k, *tables)
     assert weights.shape == (2, 4, 5, 2, 3, 3)
     np.testing.assert_allclose(weights.sum((-2, -1)), 1, atol=1e-6)
     assert (weights[:, 0, :, :, 0] == 0).all()
@@ -190,10 +185,10 @@ def test_a_split_batch_stays_split():
     args = inputs(9, 8, 2, 4, 3)
     split, whole = (NamedSharding(mesh, PartitionSpec(spec)) for spec in (("replica", "data"), None))
     placed = [jax.device_put(x, split if x.ndim == 5 else whole) for x in args]
-    expected = jit(oracle)(*args)
+    expected = jax.jit(oracle)(*args)
     for backend in local.BACKENDS:
         with jax.set_mesh(mesh):
-            compiled = jit(run(backend), out_shardings=split).lower(*placed).compile()
+            compiled = jax.jit(run(backend), out_shardings=split).lower(*placed).compile()
             y = compiled(*placed)
         np.testing.assert_allclose(y, expected, atol=1e-5, err_msg=backend)
         if backend != "pallas":  # interpreted, its heads are divided too, and joined at the end

@@ -13,24 +13,21 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from vit_scaling.models import resnet, spatial
 from vit_scaling.models.attention_cnn import AttentionCNNConfig
 from vit_scaling.models.resnet import ResNet, ResNetConfig
-from vit_scaling.scaling.flops_resnet import attention_cnn_forward, attention_cnn_linear, resnet_forward
-
-# Compiling is most of this file's time; unoptimised it takes half.
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
+from vit_scaling.scaling import flops
+from vit_scaling.scaling.flops_resnet import attention_cnn_linear
 
 
-def count(config, num_classes=1000, image_size=(224, 224)):
-    def build():
-        model = ResNet(config, image_size=image_size, num_classes=num_classes, key=jax.random.key(0))
-        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+@functools.cache
+def _cost(fields):
+    return flops.count(ResNetConfig(**dict(fields)), image_size=(224, 224), num_classes=1000)
 
-    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(build)))
+
+def cost(config):
+    return _cost(tuple(dataclasses.asdict(config).items()))
 
 
 def gigaflops(config):
-    return resnet_forward(config, (224, 224), 1000)[0] / 1e9
+    return cost(config).forward_flops / 1e9
 
 
 SASA = functools.partial(ResNetConfig, spatial="attention")
@@ -53,7 +50,7 @@ AA = functools.partial(ResNetConfig, spatial="augmented", groups=(2, 3, 4))
 )
 def test_published_parameters_and_flops(config, parameters, published):
     """SASA, Table 1; AA, Table 2 and the sweep of ratios; GFLOPs of one 224x224 image within 2%."""
-    assert count(config) == parameters
+    assert cost(config).params == parameters
     np.testing.assert_allclose(gigaflops(config), published, rtol=0.02)
 
 
@@ -78,7 +75,7 @@ def test_flops_with_the_attention_stem(depth, published):
 def test_sasa_table_3(groups, published_flops, published_parameters):
     config = SASA(groups=groups)
     np.testing.assert_allclose(gigaflops(config), published_flops, rtol=0.02)
-    np.testing.assert_allclose(count(config) / 1e6, published_parameters, atol=0.1)
+    np.testing.assert_allclose(cost(config).params / 1e6, published_parameters, atol=0.1)
 
 
 @pytest.mark.parametrize(("size", "published"), [(3, 6.6), (5, 6.7), (7, 7.0), (9, 7.3), (11, 7.7)])
@@ -94,7 +91,7 @@ def test_attention_cnn_flops_are_those_of_its_linear_maps(position, published):
     products = 2 * 6 * 9 * 256 * 256 * 400 * (2 if position == "learned+content" else 1)
     if position == "learned+content":
         products += 2 * 6 * 9 * 256 * 62 * 200
-    forward = attention_cnn_forward(config, (32, 32), 10)[0]
+    forward = flops.count(config, image_size=(32, 32), num_classes=10).forward_flops
     assert forward == attention_cnn_linear(config, (32, 32), 10) + products
 
 
@@ -109,8 +106,8 @@ def features(channels=16, side=6):
 def test_strided_attention_runs_on_the_incoming_map_and_pools_after():
     x = features()
     layer, strided = (spatial.LocalAttention(16, 4, 3, key=jax.random.key(0), stride=s) for s in (1, 2))
-    whole = jit(layer)(x)
-    np.testing.assert_allclose(jit(strided)(x), whole.reshape(2, 3, 2, 3, 2, 16).mean((2, 4)), atol=1e-6)
+    whole = jax.jit(layer)(x)
+    np.testing.assert_allclose(jax.jit(strided)(x), whole.reshape(2, 3, 2, 3, 2, 16).mean((2, 4)), atol=1e-6)
 
 
 def test_average_pool_divides_by_the_pixels_that_are_there():
@@ -136,7 +133,7 @@ def test_attention_stem_against_a_loop_over_blocks():
             logits = np.stack([(q * np.einsum("C,CNK->NK", x[0][pixel], key)).sum(-1) for pixel in pixels])
             weights = np.exp(logits) / np.exp(logits).sum(0)
             expected[i, j] = sum(w[:, None] * v[pixel] for w, pixel in zip(weights, pixels, strict=True))
-    np.testing.assert_allclose(jit(stem)(jnp.asarray(x))[0], expected.reshape(8, 4, 8), atol=1e-5)
+    np.testing.assert_allclose(jax.jit(stem)(jnp.asarray(x))[0], expected.reshape(8, 4, 8), atol=1e-5)
 
 
 def fill(shape, a, b):
@@ -165,7 +162,7 @@ def test_pooled_augmented_attention_uses_every_second_offset():
     """Attending at half resolution, an offset of one pooled pixel is an offset of two of the table."""
     layer = spatial.AugmentedConv(16, 1, (6, 7), key=jax.random.key(0), key_fraction=0.2, value_fraction=0.5, pool=True)
     x = jax.random.normal(jax.random.key(1), (2, 6, 7, 16))
-    y, gradient = jit(lambda layer, x: (layer(x), jax.grad(lambda m: jnp.sum(m(x) ** 2))(layer)))(layer, x)
+    y, gradient = jax.jit(lambda layer, x: (layer(x), jax.grad(lambda m: jnp.sum(m(x) ** 2))(layer)))(layer, x)
     assert y.shape == (2, 6, 7, 16)
     used = [np.flatnonzero(np.abs(g[...]).max(1)) for g in (gradient.rel_row, gradient.rel_col)]
     np.testing.assert_array_equal(used[0] - 5, [-4, -2, 0, 2, 4])  # 3 rows
@@ -243,7 +240,7 @@ def step(model, *arguments):
     return {"loss": value, "gradient": gradient, "statistics": statistics}
 
 
-training_step = jit(lambda group, x: step(group, x, True))
+training_step = jax.jit(lambda group, x: step(group, x, True))
 
 KINDS = {
     "attention": {"spatial": "attention", "stem": "attention"},
@@ -259,7 +256,7 @@ def images():
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_learns_and_every_statistic_moves(kind):
     model = perturbed(small(**KINDS[kind]))
-    result = jit(lambda model, x: step(model, x, jax.random.key(0)))(model, images())
+    result = jax.jit(lambda model, x: step(model, x, jax.random.key(0)))(model, images())
     for path, leaf in jax.tree_util.tree_leaves_with_path(result["gradient"]):
         name = jax.tree_util.keystr(path)
         # Maps of one pixel (the last group's) have one key, whose weight is 1 whatever its logit.
@@ -312,7 +309,7 @@ def test_statistics_of_a_split_batch_are_those_of_the_whole(group):
 
 def test_maps_of_every_attention_layer():
     model = small(spatial="attention", groups=(1, 2), nonlocal_after=(2,))
-    maps = jit(lambda model, x: model.attention_maps(x))(model, images())
+    maps = jax.jit(lambda model, x: model.attention_maps(x))(model, images())
     assert {name: m.shape for name, m in maps.items()} == {
         "1/1": (8, 6, 4, 2, 3, 3),
         "2/1": (8, 6, 4, 2, 3, 3),  # on the incoming map

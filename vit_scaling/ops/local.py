@@ -44,8 +44,8 @@ def local_attention(
         kernel_size: odd side of the neighbourhood, in pixels.
         backend: how it is computed. "blocks": square blocks of queries against their block of keys with a halo, one
             row of blocks at a time (the default; fastest by measurement, see docs/local_attention.md). "shifts": one
-            shifted copy a neighbour. "rows": one row of the neighbourhood at a time, least memory. "pallas": a fused
-            kernel for TPU and GPU that keeps no logits.
+            shifted copy a neighbour. "rows": one row of the neighbourhood at a time, in little memory and without
+            halos. "pallas": a fused kernel for TPU and GPU that keeps no logits.
         border: "mask" (the paper's sets of pixels), or "zero": pixels outside the image are keys and values of zero,
             so they keep the logit q·r and their share of the softmax, as in zero-padded implementations.
         scale: factor on all logits; the paper has none.
@@ -105,6 +105,8 @@ def _check(
     border: str,
     block: int | None,
 ) -> None:
+    if q.ndim != 5:
+        raise ValueError(f"q has shape {q.shape}; queries, keys and values are [B, H, W, N, K]")
     N, K = q.shape[3:]
     if kernel < 1 or kernel % 2 == 0:
         raise ValueError(f"kernel_size is {kernel}; a neighbourhood around a pixel needs an odd, positive size")
