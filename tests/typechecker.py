@@ -1,4 +1,4 @@
-"""The run-time type checker of the tests: beartype, with an int where a float is asked for, as Python's typing has it."""
+"""The run-time type checker of the tests: beartype, taking an int for a float as Python's own typing does."""
 
 from beartype import BeartypeConf, beartype
 
