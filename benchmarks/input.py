@@ -5,9 +5,9 @@
     python benchmarks/input.py --memory     memory of the loader over 20,000 steps
 
 The files are JPEGs of 500 x 375 (4:2:0), cut from photographs that scikit-learn and scikit-image carry.
-Every pipeline reads them from disk with one thread, in turns of a few hundred images, and what counts is the CPU time
-of the whole process in its turns, so that neither a busy machine nor a lucky minute decides. A peer that is not
-installed is left out.
+Every pipeline reads them from disk with one thread in a process of its own, bound to the same core. They take turns of
+a hundred images, and what counts is each process's CPU time, all of its threads and all that it reads ahead included:
+neither a busy machine nor a lucky minute decides. A peer that is not installed is left out.
 
     bare          libjpeg-turbo (simplejpeg, fast DCT) and OpenCV's resize of a fixed central crop: nothing else
     vit_scaling   a folder source, the loader and the transforms of this project; once from the same files as a TFDS
@@ -19,9 +19,10 @@ installed is left out.
 
 import argparse
 import importlib.util
-import json
 import os
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -164,51 +165,89 @@ def cycle(items) -> Iterator:
         yield from items
 
 
-def measure_throughput(rounds: int, images: int, quality: int) -> None:
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one core, for every library alike
+def pipeline(name: str, folder: Path) -> Pipeline:
+    paths = sorted((folder / "files").rglob("*.jpg"))
+    files = sources.SourceConfig("folder", str(folder / "files"), "all")
+    tfds = sources.SourceConfig("tfds", "photographs", "train", str(folder / "tfds"))
+    make: dict[str, Callable[[], Pipeline]] = {
+        "bare": lambda: bare(paths),
+        "vit_scaling": lambda: ours(files),
+        "vit_scaling from TFDS": lambda: ours(tfds),
+        "vit_scaling, antialias": lambda: ours(files, resize="antialias"),
+        "vit_scaling + RandAugment(2,10)": lambda: ours(files, randaugment="big_vision"),
+        "tf.data": lambda: tf_data(paths, value_range=True),
+        "tf.data, uint8": lambda: tf_data(paths, value_range=False),
+        "torch + Pillow": lambda: torch_pillow(paths),
+    }
+    return make[name]()
+
+
+def take_turns(name: str, folder: Path) -> None:
+    """A pipeline's process: for every number that comes in, makes so many batches and says its CPU time so far."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     cv2.setNumThreads(1)
+    make = pipeline(name, folder)
+    for line in sys.stdin:
+        for _ in range(int(line)):
+            make()
+        print("CPU", time.process_time(), flush=True)
+
+
+class Turns:
+    """One pipeline's process, seen from outside."""
+
+    def __init__(self, name: str, folder: Path):
+        command = [sys.executable, __file__, "--pipeline", name, "--folder", str(folder)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._seconds = 0.0
+        self.turn(3)
+
+    def turn(self, batches: int) -> float:
+        """Returns the CPU seconds since the turn before."""
+        assert self._process.stdin
+        assert self._process.stdout
+        print(batches, file=self._process.stdin, flush=True)
+        for line in self._process.stdout:
+            if line.startswith("CPU "):
+                before, self._seconds = self._seconds, float(line.split()[1])
+                return self._seconds - before
+        raise RuntimeError("a pipeline's process died")
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def measure_throughput(rounds: int, images: int, quality: int) -> None:
+    names = [
+        "bare",
+        "vit_scaling",
+        "vit_scaling from TFDS",
+        "vit_scaling, antialias",
+        "vit_scaling + RandAugment(2,10)",
+    ]
+    names += ["tf.data", "tf.data, uint8"] if importlib.util.find_spec("tensorflow") else []
+    names += ["torch + Pillow"] if importlib.util.find_spec("torch") else []
     with tempfile.TemporaryDirectory() as temporary:
         paths = write_photographs(Path(temporary), 240, quality)
+        write_tfds(Path(temporary) / "tfds", paths)
         size = sum(path.stat().st_size for path in paths) / len(paths)
         print(
             f"{len(paths)} JPEGs of 500 x 375, {size / 1000:.0f} kB each; one core; {rounds} turns of {images} images"
         )
-        files = sources.SourceConfig("folder", f"{temporary}/files", "all")
-        write_tfds(Path(temporary) / "tfds", paths)
-        tfds = sources.SourceConfig("tfds", "photographs", "train", f"{temporary}/tfds")
-        pipelines: dict[str, Pipeline] = {
-            "bare": bare(paths),
-            "vit_scaling": ours(files),
-            "vit_scaling from TFDS": ours(tfds),
-            "vit_scaling, antialias": ours(files, resize="antialias"),
-            "vit_scaling + RandAugment(2,10)": ours(files, randaugment="big_vision"),
-        }
-        if importlib.util.find_spec("tensorflow"):
-            pipelines["tf.data"] = tf_data(paths, value_range=True)
-            pipelines["tf.data, uint8"] = tf_data(paths, value_range=False)
-        if importlib.util.find_spec("torch"):
-            pipelines["torch + Pillow"] = torch_pillow(paths)
-        seconds: dict[str, list[float]] = {name: [] for name in pipelines}
-        for make in pipelines.values():
-            for _ in range(3):
-                make()
-        for _ in range(rounds):
-            for name, make in pipelines.items():
-                start = time.process_time()
-                for _ in range(images // BATCH):
-                    make()
-                seconds[name].append((time.process_time() - start) / images)
-    rates = {name: 1 / float(np.median(values)) for name, values in seconds.items()}
-    for name, rate in rates.items():
-        spread = np.quantile(1 / np.array(seconds[name]), [0.1, 0.9])
-        print(f"{name:34s} {rate:6.0f} images/s a core (10 to 90%: {spread[0]:.0f} to {spread[1]:.0f})")
+        turns = {name: Turns(name, Path(temporary)) for name in names}
+        seconds = np.array([[turns[name].turn(images // BATCH) / images for name in names] for _ in range(rounds)])
+        for turn in turns.values():
+            turn.close()
+    rates = dict(zip(names, 1 / seconds.mean(0), strict=True))
+    for name, values in zip(names, seconds.T, strict=True):
+        low, high = 1 / np.quantile(values, [0.9, 0.1])
+        print(f"{name:34s} {rates[name]:6.0f} images/s a core (turns, 10 to 90%: {low:.0f} to {high:.0f})")
     rand = 1e6 * (1 / rates["vit_scaling + RandAugment(2,10)"] - 1 / rates["vit_scaling"])
-    print(f"vit_scaling against bare: {rates['vit_scaling'] / rates['bare']:.2f}")
     print(f"RandAugment(2,10): {rand:.0f} us an image")
-    for peer in ("tf.data", "tf.data, uint8", "torch + Pillow"):
+    for peer in ("bare", "tf.data", "tf.data, uint8", "torch + Pillow"):
         if peer in rates:
             print(f"vit_scaling against {peer}: {rates['vit_scaling'] / rates[peer]:.2f}")
-    print(json.dumps({"images_per_second_and_core": rates}))
 
 
 def measure_memory(steps: int) -> None:
@@ -238,12 +277,16 @@ def measure_memory(steps: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", action="store_true", help="measure memory, not throughput")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--images", type=int, default=200, help="images in a turn")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--images", type=int, default=100, help="images in a turn")
     parser.add_argument("--quality", type=int, default=92, help="of the JPEG files")
     parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--pipeline", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.memory:
+    if arguments.pipeline:
+        take_turns(arguments.pipeline, arguments.folder)
+    elif arguments.memory:
         measure_memory(arguments.steps)
     else:
         measure_throughput(arguments.rounds, arguments.images, arguments.quality)

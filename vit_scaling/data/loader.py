@@ -10,6 +10,7 @@ Whole batches are read ahead, in threads (the decoders release Python's lock) or
 """
 
 import dataclasses
+import threading
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +27,8 @@ from vit_scaling.data.readers import Batch, Batches, Board
 from vit_scaling.data.sources import MixtureSource, Source, SourceConfig
 from vit_scaling.data.transforms import Transform, TransformConfig
 from vit_scaling.parallel.sharding import put_batch
+
+Example = dict[str, Any]
 
 _ENDLESS = 2**60  # examples: more than any run reads, and still an index everywhere
 ON_CORRUPT = ("error", "skip")
@@ -105,12 +108,11 @@ def train_batches(
     if repeats < 1:
         raise ValueError(f"data.repeats is {repeats} and must be at least 1")
     board = _board(workers, threads, prefetch)
-    order = _order(source, seed)
-    if repeats > 1:
-        order = grain.MapDataset.source(_Repeated(order, repeats))
-    examples = order.seed(seed).random_map(_Read(source, transform, on_corrupt, board))
-    batches = examples.batch(local_size)[process_index::process_count][start_step:]
-    return Batches(batches, source, board, workers, threads, prefetch, timeout)
+    read = _Read(source, transform, on_corrupt, board)
+    examples = _TrainExamples(read, _order(source, seed), seed, repeats)
+    steps = range(start_step, _ENDLESS // batch_size)
+    parts = _Parts(examples, steps, batch_size, process_index * local_size, local_size)
+    return Batches(parts, source, board, workers, threads, prefetch, timeout)
 
 
 def eval_batches(
@@ -139,9 +141,10 @@ def eval_batches(
     if not len(source):
         raise ValueError("the evaluation set is empty")
     board = _board(workers, threads, prefetch)
-    positions = grain.MapDataset.range(-(-len(source) // batch_size) * batch_size)
-    batches = positions.map(_ReadOnce(source, transform, on_corrupt, board)).batch(local_size)
-    return Batches(batches[process_index::process_count], source, board, workers, threads, prefetch, timeout)
+    examples = _EvalExamples(_Read(source, transform, on_corrupt, board))
+    steps = range(-(-len(source) // batch_size))
+    parts = _Parts(examples, steps, batch_size, process_index * local_size, local_size)
+    return Batches(parts, source, board, workers, threads, prefetch, timeout)
 
 
 def to_device(
@@ -181,46 +184,49 @@ def _endless(start: int, stop: int, seed: int) -> grain.MapDataset:
     return grain.MapDataset.range(start, stop).seed(seed).shuffle().repeat(_ENDLESS // (stop - start))
 
 
-class _Repeated:
-    """A sequence in which every element of another follows itself `repeats` times."""
+class _Generators:
+    """A random generator for every position of the sequence: Philox, with the position in its counter.
 
-    def __init__(self, order: grain.MapDataset, repeats: int):
-        self._order = order
-        self._repeats = repeats
+    Each thread keeps one generator and moves it, which costs a tenth of making one.
+    """
 
-    def __len__(self) -> int:
-        return len(self._order)
+    def __init__(self, seed: int):
+        self._seed = seed
+        self._key = np.random.SeedSequence(seed).generate_state(2, np.uint64)
+        self._own = threading.local()
 
-    def __getitem__(self, position: int) -> int:
-        return self._order[position // self._repeats]
+    def __reduce__(self):
+        return _Generators, (self._seed,)
+
+    def at(self, position: int) -> np.random.Generator:
+        own = self._own
+        if not hasattr(own, "generator"):
+            own.generator = np.random.Generator(np.random.Philox(key=self._key))
+            own.state = own.generator.bit_generator.state
+        own.state["state"]["counter"][:] = 0, 0, 0, position
+        own.generator.bit_generator.state = own.state
+        return own.generator
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-class _Read(grain.transforms.RandomMap):
+class _Read:
     """From the index of a record to its transformed example."""
 
     def __init__(self, source: Source, transform: Transform, on_corrupt: str, board: Board):
         if on_corrupt not in ON_CORRUPT:
             raise ValueError(f"data.on_corrupt is {on_corrupt!r}; choose one of {', '.join(ON_CORRUPT)}")
         self.source = source
-        self._transform = transform
+        self.transform = transform
         self._skip = on_corrupt == "skip"
         self._board = board
 
-    def random_map(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        for attempt in range(_ATTEMPTS):  # the next record stands in for a corrupt one: the same in every run
-            example = self.read((int(index) + attempt) % len(self.source), rng)
-            if example is not None:
-                return example
-        raise CorruptImageError(f"{self.source.id(int(index))} and the {_ATTEMPTS - 1} records after it are corrupt")
-
-    def read(self, index: int, rng: np.random.Generator | None) -> dict[str, Any] | None:
+    def __call__(self, index: int, rng: np.random.Generator | None) -> Example | None:
         """Returns the example of a record, or None if it is corrupt and that is no error."""
         self._board.begin(index)
         try:
-            return self._transform(self.source[index], rng)
+            return self.transform(self.source[index], rng)
         except CorruptImageError as error:
             message = f"{self.source.id(index)} is corrupt: {error}"
             if not self._skip:
@@ -234,17 +240,66 @@ class _Read(grain.transforms.RandomMap):
             self._board.end()
 
 
-class _ReadOnce(grain.transforms.Map):
-    """From an index, which may lie behind the last record, to an example with its mask."""
+class _TrainExamples:
+    """From a position of the endless sequence to its example."""
 
-    def __init__(self, source: Source, transform: Transform, on_corrupt: str, board: Board):
-        self._read = _Read(source, transform, on_corrupt, board)
+    def __init__(self, read: _Read, order: grain.MapDataset, seed: int, repeats: int):
+        self._read = read
+        self._order = order
+        self._generators = _Generators(seed)
+        self._repeats = repeats
+
+    def __getitem__(self, position: int) -> Example:
+        first, count = int(self._order[position // self._repeats]), len(self._read.source)
+        rng = self._generators.at(position)
+        for attempt in range(_ATTEMPTS):  # the next record stands in for a corrupt one: the same in every run
+            example = self._read((first + attempt) % count, rng)
+            if example is not None:
+                return example
+        raise CorruptImageError(f"{self._read.source.id(first)} and the {_ATTEMPTS - 1} records after it are corrupt")
+
+
+class _EvalExamples:
+    """From a position, which may lie behind the last record, to an example with its mask."""
+
+    def __init__(self, read: _Read):
+        source = read.source
         label = np.zeros(source.num_classes, np.float32) if source.multi_label else np.int32(0)
-        self._nothing = {"image": np.zeros((*transform.size, 3), np.uint8), "label": label, "mask": np.bool_(False)}
+        image = np.zeros((*read.transform.size, 3), np.uint8)
+        self._read = read
+        self._nothing = {"image": image, "label": label, "mask": np.bool_(False)}
 
-    def map(self, index: int) -> dict[str, Any]:
-        example = self._read.read(int(index), None) if index < len(self._read.source) else None
+    def __getitem__(self, position: int) -> Example:
+        example = self._read(position, None) if position < len(self._read.source) else None
         return self._nothing if example is None else example | {"mask": np.bool_(True)}
+
+
+class _Parts:
+    """This process's part of every batch, at random access: number i is its part of batch `steps[i]`.
+
+    Examples are copied into the batch as they come, while they are still in the processor's cache.
+    """
+
+    def __init__(self, examples: Any, steps: range, batch_size: int, offset: int, size: int):
+        self._examples = examples
+        self._steps = steps
+        self._batch_size = batch_size
+        self._offset = offset
+        self._size = size
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __getitem__(self, number: int) -> Batch:
+        start = self._steps[number] * self._batch_size + self._offset
+        batch: Batch = {}
+        for row in range(self._size):
+            example = self._examples[start + row]
+            if not batch:
+                batch = {key: np.empty((self._size, *value.shape), value.dtype) for key, value in example.items()}
+            for key, value in example.items():
+                batch[key][row] = value
+        return batch
 
 
 def _board(workers: int, threads: int, prefetch: int) -> Board:

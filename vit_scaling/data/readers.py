@@ -101,7 +101,7 @@ class Batches:
 
     def __init__(
         self,
-        batches: grain.MapDataset,
+        parts: Any,
         source: Source,
         board: Board,
         workers: int,
@@ -119,14 +119,13 @@ class Batches:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain's workers ask for flags, also in a program that has none
             each = max(1, prefetch // workers)
-            dataset = batches.to_iter_dataset(
-                grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(each, threads))
-            )
+            read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(each, threads))
+            dataset = grain.MapDataset.source(parts).to_iter_dataset(read)
             options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=each)
             self._workers = reader = iter(dataset.mp_prefetch(options, worker_init_fn=_start_worker))
-            self._ahead = _Ahead(lambda step: next(reader), len(batches), threads=1, depth=1)
+            self._ahead = _Ahead(lambda step: next(reader), len(parts), threads=1, depth=1)
         else:
-            self._ahead = _Ahead(batches.__getitem__, len(batches), threads=threads, depth=prefetch)
+            self._ahead = _Ahead(parts.__getitem__, len(parts), threads=threads, depth=prefetch)
 
     @property
     def skipped(self) -> int:
