@@ -235,11 +235,14 @@ def test_a_crop_of_a_large_jpeg_is_decoded_small_and_looks_the_same(photograph, 
     decode = codec.decode
     monkeypatch.setattr(codec, "decode", lambda *args, **kw: asked.append(kw["reduce"]) or decode(*args, **kw))
     config = TransformConfig((64, 64), area=(0.03, 0.9), resize="area")
-    for seed in range(8):
+    off, one_pixel_off = [], []
+    for seed in range(12):
         got = transform(config, train=True)({"image": encode(large, quality=95), "label": 0}, rng(seed))["image"]
         want = transform(config, train=True)({"image": large, "label": 0}, rng(seed))["image"]
-        # The box is in whole pixels of the small image, so it may be off by half a pixel: closer than one pixel off.
-        assert distance(got, want)[1] < min(distance(np.roll(want, 1, axis), want)[1] for axis in (0, 1))
+        off.append(distance(got, want)[1])
+        one_pixel_off.append(min(distance(np.roll(want, 1, axis), want)[1] for axis in (0, 1)))
+    # The box is in whole pixels of the small image, so it may be off by half a pixel, and a quarter on average.
+    assert np.mean(off) < 0.5 * np.mean(one_pixel_off)
     assert set(asked) <= {2, 4, 8}
     assert len(set(asked)) > 1
 
