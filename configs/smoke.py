@@ -27,13 +27,13 @@ def get_config(arg: str | None = None) -> c.Config:
             mixing=MixingConfig(),
             batch_size=100,
         ),
-        duration=c.Duration(60, "epochs"),
+        duration=c.Duration(80, "epochs"),
         optim=c.OptimConfig(name="adafactor", lr=2e-3, weight_decay=0.1, head_weight_decay=0.1),
         schedule=c.ScheduleConfig(
             kind="rsqrt",
             warmup=c.Duration(200),
             timescale=c.Duration(1000),
-            cooldown=c.Duration(20, "epochs"),
+            cooldown=c.Duration(30, "epochs"),
         ),
         evaluation=c.EvaluationConfig(
             every=c.Duration(10, "epochs"),

@@ -33,10 +33,10 @@ def get_config(arg: str | None = None) -> c.Config:
             eval_transform=plain,
             batch_size=100,
         ),
-        duration=c.Duration(15, "epochs"),
+        duration=c.Duration(20, "epochs"),
         optim=c.OptimConfig(name="adafactor", lr=2e-3, weight_decay=0.1, head_weight_decay=0.1),
         schedule=c.ScheduleConfig(
-            kind="rsqrt", warmup=c.Duration(500), timescale=c.Duration(2000), cooldown=c.Duration(5, "epochs")
+            kind="rsqrt", warmup=c.Duration(500), timescale=c.Duration(2000), cooldown=c.Duration(7, "epochs")
         ),
         evaluation=c.EvaluationConfig(
             every=c.Duration(3, "epochs"),
