@@ -42,4 +42,4 @@ def get_config(arg: str | None = None) -> c.Config:
         ),
         checkpoint=c.CheckpointConfig(every=c.Duration(1, "epochs")),
     )
-    return c.smoke(config, augmented(depth=26, width=16)) if arguments.smoke else config
+    return c.smoke(config, augmented(depth=14, width=16)) if arguments.smoke else config

@@ -21,7 +21,7 @@ def get_config(arg: str | None = None) -> c.Config:
     """Takes a depth, 26, 38, 50 (the default) or 101, and `smoke`."""
     arguments = c.arguments(arg, variants=("26", "38", "50", "101"), default="50")
     config = recipe(ResNetConfig(depth=int(arguments.variant), bn_decay=0.9999, dtype="bfloat16"))
-    return c.smoke(config, ResNetConfig(depth=26, width=16)) if arguments.smoke else config
+    return c.smoke(config, ResNetConfig(depth=14, width=16)) if arguments.smoke else config
 
 
 def recipe(model: ResNetConfig) -> c.Config:

@@ -28,7 +28,7 @@ def get_config(arg: str | None = None) -> c.Config:
     arguments = c.arguments(rest, variants=("26", "38", "50"), default="50")
     attention = functools.partial(ResNetConfig, spatial="attention", heads=8, kernel_size=7)
     config = recipe(attention(depth=int(arguments.variant), stem=stem, bn_decay=0.9999, dtype="bfloat16"))
-    tiny = ResNetConfig(depth=26, width=16, spatial="attention", heads=4, kernel_size=3, stem=stem)
+    tiny = ResNetConfig(depth=14, width=16, spatial="attention", heads=4, kernel_size=3, stem=stem)
     return c.smoke(config, tiny) if arguments.smoke else config
 
 

@@ -255,7 +255,7 @@ def images():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_learns_and_every_statistic_moves(kind):
-    model = perturbed(small(**KINDS[kind]))
+    model = perturbed(small(depth=14, **KINDS[kind]))
     result = jax.jit(lambda model, x: step(model, x, jax.random.key(0)))(model, images())
     for path, leaf in jax.tree_util.tree_leaves_with_path(result["gradient"]):
         name = jax.tree_util.keystr(path)
@@ -308,7 +308,7 @@ def test_statistics_of_a_split_batch_are_those_of_the_whole(group):
 
 
 def test_maps_of_every_attention_layer():
-    model = small(spatial="attention", groups=(1, 2), nonlocal_after=(2,))
+    model = small(depth=26, spatial="attention", groups=(1, 2), nonlocal_after=(2,))
     maps = jax.jit(lambda model, x: model.attention_maps(x))(model, images())
     assert {name: m.shape for name, m in maps.items()} == {
         "1/1": (8, 6, 4, 2, 3, 3),
@@ -325,7 +325,7 @@ def test_maps_of_every_attention_layer():
 @pytest.mark.parametrize(
     ("action", "sentence"),
     [
-        (lambda: ResNetConfig(depth=34), "depth is 34; choose one of 26, 38, 50, 101"),
+        (lambda: ResNetConfig(depth=34), "depth is 34; choose one of 14, 26, 38, 50, 101"),
         (lambda: ResNetConfig(spatial="swin"), "spatial is 'swin'; choose one of convolution, attention, augmented"),
         (lambda: ResNetConfig(stem="patch"), "stem is 'patch'; choose one of convolution, attention, small"),
         (lambda: ResNetConfig(backend="cuda"), "backend is 'cuda'; choose one of blocks, shifts, rows, pallas"),

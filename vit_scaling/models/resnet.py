@@ -21,8 +21,8 @@ from vit_scaling.models import layers, spatial
 from vit_scaling.ops import local
 from vit_scaling.parallel.sharding import constrain
 
-# Bottlenecks in each group; 26 and 38 take two and one from each group of 50 (SASA, section 4.1).
-DEPTHS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+# Bottlenecks in each group; 26 and 38 take two and one from each group of 50 (SASA, section 4.1); 14 is for tries.
+DEPTHS = {14: (1, 1, 1, 1), 26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 SPATIAL = ("convolution", "attention", "augmented")
 # small: a 3x3 convolution at full resolution and no pool, for images of some 32 pixels.
 STEMS = ("convolution", "attention", "small")
@@ -33,7 +33,7 @@ EXPANSION = 4
 class ResNetConfig:
     """A residual network. Published forms: `spatial` attention with groups 1-4, augmented with groups 2-4."""
 
-    depth: int = 50  # 26 | 38 | 50 | 101
+    depth: int = 50  # 14 | 26 | 38 | 50 | 101
     width: int = 64  # of the stem and of group 1's spatial layers; doubles with each group
     spatial: str = "convolution"  # convolution | attention | augmented: the k x k layer of the groups named next
     groups: tuple[int, ...] = (1, 2, 3, 4)  # those groups; the others have 3x3 convolutions (SASA, Table 3)
