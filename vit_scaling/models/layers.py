@@ -22,6 +22,14 @@ GELUS = {
 }
 
 
+# What a block keeps for its backward pass: everything; the results of its matrix products with parameters; nothing.
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
 def zeros(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
     del key
     return jnp.zeros(shape)

@@ -19,7 +19,6 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vit_scaling import paths
 from vit_scaling.models import layers
-from vit_scaling.models.vit import REMAT_POLICIES
 from vit_scaling.ops import windows
 from vit_scaling.parallel.sharding import constrain
 
@@ -95,7 +94,7 @@ def check(config: SwinConfig) -> None:
         ("version", (1, 2)),
         ("gelu", tuple(layers.GELUS)),
         ("dtype", ("float32", "bfloat16")),
-        ("remat", tuple(REMAT_POLICIES)),
+        ("remat", tuple(layers.REMAT_POLICIES)),
     ):
         if getattr(config, field) not in choices:
             allowed = ", ".join(str(choice) for choice in choices)
@@ -317,7 +316,7 @@ class Stage(nnx.Module):
 
         if remat != "none":
             # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
-            step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
+            step = jax.checkpoint(step, policy=layers.REMAT_POLICIES[remat], prevent_cse=not scan)
         pairs = (self.blocks, rates_P2, keys_P2)
         if self.extra_norm is None:
             return jax.lax.scan(step, x_BHWD, pairs, unroll=1 if scan else len(rates_P2))

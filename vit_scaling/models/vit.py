@@ -49,13 +49,6 @@ SIZES = {
 POOLS = ("gap", "map", "token")
 POSITIONS = ("learned", "sincos2d", "none")
 
-# What a block keeps for its backward pass: everything; the results of its matrix products with parameters; nothing.
-REMAT_POLICIES = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
 
 @dataclasses.dataclass
 class ViTConfig:
@@ -108,7 +101,7 @@ def check(config: ViTConfig) -> None:
         ("position", POSITIONS),
         ("gelu", tuple(layers.GELUS)),
         ("dtype", ("float32", "bfloat16")),
-        ("remat", tuple(REMAT_POLICIES)),
+        ("remat", tuple(layers.REMAT_POLICIES)),
     ):
         if getattr(config, field) not in choices:
             raise ValueError(f"model.{field} is {getattr(config, field)!r}; choose one of {', '.join(choices)}")
@@ -202,7 +195,8 @@ class ViT(nnx.Module):
         self.registers = (
             nnx.Param(layers.normal(0.02)(register_key, (config.registers, width))) if config.registers else None
         )
-        self.blocks = jax.vmap(lambda key: Block(config, key=key))(jax.random.split(blocks_key, config.depth))
+        # By a loop and not by vmap: XLA compiles vmapped random numbers several times more slowly.
+        self.blocks = jax.lax.map(lambda key: Block(config, key=key), jax.random.split(blocks_key, config.depth))
         self.norm = layers.LayerNorm(width, eps=config.norm_eps, bias=config.norm_bias)
         self.pool = AttentionPool(config, key=pool_key) if config.pool == "map" else None
         self.head = layers.Linear(width, num_classes, key=head_key, kernel_init=layers.zeros)
@@ -248,7 +242,7 @@ class ViT(nnx.Module):
 
         if self.config.remat != "none":
             # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
-            policy = REMAT_POLICIES[self.config.remat]
+            policy = layers.REMAT_POLICIES[self.config.remat]
             step = jax.checkpoint(step, policy=policy, prevent_cse=not self.config.scan)
         per_layer = (self.blocks, self._drop_path_rates(), keys)
         x_BLD, _ = jax.lax.scan(step, x_BLD, per_layer, unroll=1 if self.config.scan else self.config.depth)
