@@ -41,5 +41,5 @@ def get_config(arg: str | None = None) -> c.Config:
         evaluation=c.EvaluationConfig(every=c.Duration(10, "epochs"), validation=cifar("test"), test=cifar("test")),
         checkpoint=c.CheckpointConfig(every=c.Duration(5, "epochs")),
     )
-    tiny = AttentionCNNConfig(position=arguments.variant, width=32, depth=2, mlp=64)
+    tiny = AttentionCNNConfig(position=arguments.variant, width=16, depth=2, heads=4, mlp=32)
     return c.smoke(config, tiny) if arguments.smoke else config
