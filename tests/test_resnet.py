@@ -118,8 +118,9 @@ def test_average_pool_divides_by_the_pixels_that_are_there():
 def test_attention_stem_against_a_loop_over_blocks():
     stem = spatial.AttentionStem(8, 2, 3, key=jax.random.key(0))
     x = np.asarray(jax.random.normal(jax.random.key(1), (1, 8, 4, 3)))
-    p = np.asarray(stem.mixture_weights())
-    np.testing.assert_allclose(p.sum(-1), 1, atol=1e-6)
+    position = np.asarray(stem.block_row[...])[:, None] + np.asarray(stem.block_col[...])[None, :]  # row, column
+    p = np.exp(position @ np.asarray(stem.mixture[...]).T)
+    p /= p.sum(-1, keepdims=True)
     query, key, values = (np.asarray(w) for w in (stem.query.kernel[...], stem.key.kernel[...], stem.value.kernel[...]))
     expected = np.zeros((8, 4, 2, 4))
     for top in (0, 4):
@@ -262,6 +263,10 @@ def test_every_parameter_learns_and_every_statistic_moves(kind):
         # Maps of one pixel (the last group's) have one key, whose weight is 1 whatever its logit.
         if "group4" not in name:
             assert float(jnp.abs(leaf).max()) > 0, name
+    assert_every_statistic_moved(model, result)
+
+
+def assert_every_statistic_moved(model, result):
     before = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
     moves = jax.tree.map(lambda new, old: jnp.abs(new - old).max(-1).min(), result["statistics"], before)
     for path, move in jax.tree_util.tree_leaves_with_path(moves):
@@ -292,6 +297,7 @@ def assert_equal_results(ours, theirs):
 
 def test_scan_and_remat_change_no_number(group):
     build, x, result = group
+    assert_every_statistic_moved(build(), result)  # of every layer of the scan
     assert_equal_results(training_step(build(scan=False, remat=True), x), result)
 
 
