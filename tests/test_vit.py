@@ -232,14 +232,13 @@ def test_scan_and_remat_change_no_number(plain: tuple, way: dict) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=noise)
 
 
-def test_scan_compiles_one_block_and_unrolled_compiles_them_all() -> None:
-    def dots(scan: bool) -> int:
-        model = build(scan=scan, depth=6)
-        description, params, _ = models.split(model)
-        text = jax.jit(lambda p: models.merge(description, p, {})(IMAGES)).lower(params).as_text()
-        return text.count("dot_general")
+def test_scan_is_a_loop_over_the_layers_and_unrolled_is_none() -> None:
+    def lowered(scan: bool) -> str:
+        description, params, _ = models.split(build(scan=scan, depth=6))
+        return jax.jit(lambda p: models.merge(description, p, {})(IMAGES)).lower(params).as_text()
 
-    assert dots(True) < 20 < 6 * 6 <= dots(False)
+    assert "stablehlo.while" in lowered(True)
+    assert "stablehlo.while" not in lowered(False)
 
 
 def test_drop_path_needs_a_key_and_keeps_the_mean() -> None:
