@@ -20,8 +20,8 @@ def get_config(arg: str | None = None) -> StudyConfig:
     arguments = c.arguments(arg, variants=())
     plain = TransformConfig(size=(28, 28), crop="none")
     digits = functools.partial(SourceConfig, "builtin", "mnist")
-    # Both held-out splits serve to measure, 1,000 digits. Augmentation and learning rate of this file were chosen by five
-    # single runs measured on them too (docs/scaling_study.md), so its errors are a little optimistic.
+    # Both held-out splits serve to measure, 1,000 digits. Augmentation and learning rate were chosen by five single runs
+    # measured on them too (docs/scaling_study.md), so the errors are a little optimistic.
     held_out = "validation+test"
     base = c.Config(
         model=vit.ViTConfig(patch=(7, 7), pool="map", position="learned"),
