@@ -20,7 +20,7 @@ def get_config(arg: str | None = None) -> StudyConfig:
     arguments = c.arguments(arg, variants=())
     plain = TransformConfig(size=(28, 28), crop="none")
     digits = functools.partial(SourceConfig, "builtin", "mnist")
-    # Both held-out splits serve to measure, 1,000 digits. Augmentation and learning rate were chosen by five single runs
+    # Both held-out splits serve to measure, 1,000 digits. Augmentation and learning rate were chosen by five runs
     # measured on them too (docs/scaling_study.md), so the errors are a little optimistic.
     held_out = "validation+test"
     base = c.Config(
