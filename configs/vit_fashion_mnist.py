@@ -7,7 +7,9 @@
 With the TFDS set instead: --config=configs/vit_fashion_mnist.py:tfds
 
 Data:     train 57,000 and validation 3,000 of the 60,000 training images; test 10,000.
-Expected: TO BE MEASURED.
+Expected: 86.9% of the test set.
+Time:     11 min 44 s on 2 x86-64 cores that had other work too; more epochs fit into 15 minutes of a free machine.
+Run by us: yes, see docs/results.md.
 """
 
 import functools
@@ -33,13 +35,13 @@ def get_config(arg: str | None = None) -> c.Config:
             eval_transform=plain,
             batch_size=100,
         ),
-        duration=c.Duration(20, "epochs"),
+        duration=c.Duration(7, "epochs"),
         optim=c.OptimConfig(name="adafactor", lr=2e-3, weight_decay=0.1, head_weight_decay=0.1),
         schedule=c.ScheduleConfig(
-            kind="rsqrt", warmup=c.Duration(500), timescale=c.Duration(2000), cooldown=c.Duration(7, "epochs")
+            kind="rsqrt", warmup=c.Duration(500), timescale=c.Duration(2000), cooldown=c.Duration(3, "epochs")
         ),
         evaluation=c.EvaluationConfig(
-            every=c.Duration(3, "epochs"),
+            every=c.Duration(1, "epochs"),
             validation=fashion("train[95%:]"),
             test=fashion("test"),
             fewshot=c.FewShotConfig(train=fashion("train[:20%]"), test=fashion("train[95%:]"), transform=plain),
