@@ -63,3 +63,12 @@ def tree(parameters, prefix="", layer=""):
 def images(name, shape):
     """Returns images [B, H, W, 3] that belong to a name, float32."""
     return normal(name, shape).astype(np.float32)
+
+
+def reference_leaf(name, shape):
+    """Returns the values, float32, of a parameter that a reference library calls `name`."""
+    spread = np.prod(shape) ** -0.25 if name.endswith("weight") and len(shape) > 1 else 0.2
+    scale = name.endswith("weight") and len(shape) == 1
+    if name.endswith("logit_scale"):
+        return (np.log(10.0) + 0.5 * normal(name, shape)).astype(np.float32)
+    return (scale + spread * normal(name, shape)).astype(np.float32)

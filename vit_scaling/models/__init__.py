@@ -41,7 +41,9 @@ def build(model_config: ModelConfig, *, image_size: tuple[int, int], num_classes
     if type(model_config) not in MODELS:
         known = ", ".join(config.__name__ for config in MODELS)
         raise ValueError(f"no model belongs to a config of type {type(model_config).__name__}; the types are {known}")
-    return MODELS[type(model_config)](model_config, image_size=image_size, num_classes=num_classes, key=key)
+    model = MODELS[type(model_config)](model_config, image_size=image_size, num_classes=num_classes, key=key)
+    model.image_size = tuple(image_size)  # what its positions and windows belong to; an export says it
+    return model
 
 
 def split(model: nnx.Module) -> tuple[Any, dict[str, Any], dict[str, Any]]:

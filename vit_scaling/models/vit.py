@@ -68,6 +68,7 @@ class ViTConfig:
     parallel: bool = False  # attention and MLP side by side on one norm (ViT-22B)
     qkv_bias: bool = True  # ViT-22B has none
     norm_bias: bool = True  # ViT-22B has none
+    pre_logits: bool = False  # tanh(Linear) before the classifier (Dosovitskiy et al. 2021), as old checkpoints have
     gelu: str = "tanh"  # tanh | exact
     norm_eps: float = 1e-6
     dtype: str = "float32"  # of the computation; parameters are float32, positions and norms computed in it
@@ -199,6 +200,9 @@ class ViT(nnx.Module):
         self.blocks = jax.lax.map(lambda key: Block(config, key=key), jax.random.split(blocks_key, config.depth))
         self.norm = layers.LayerNorm(width, eps=config.norm_eps, bias=config.norm_bias)
         self.pool = AttentionPool(config, key=pool_key) if config.pool == "map" else None
+        self.pre_logits = (
+            layers.Linear(width, width, key=jax.random.fold_in(head_key, 1)) if config.pre_logits else None
+        )
         self.head = layers.Linear(width, num_classes, key=head_key, kernel_init=layers.zeros)
 
     def _positions(self, height: int, width: int) -> Array | None:
@@ -250,7 +254,10 @@ class ViT(nnx.Module):
 
     def features(self, images_BHWC: Float[Array, "B H W 3"], key: PRNGKeyArray | None = None) -> Float[Array, "B D"]:
         """Returns the representation that the classifier reads, in float32."""
-        x_BLD = self.encode(images_BHWC, key)
+        pooled_BD = self._pool(self.encode(images_BHWC, key))
+        return pooled_BD if self.pre_logits is None else jnp.tanh(self.pre_logits(pooled_BD))
+
+    def _pool(self, x_BLD: Array) -> Array:
         if self.class_token is not None:
             return x_BLD[:, 0].astype(jnp.float32)
         patches_BLD = x_BLD[:, self.config.registers :]

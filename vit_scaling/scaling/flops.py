@@ -42,6 +42,7 @@ def vit_forward(config: vit.ViTConfig, image_size: tuple[int, int], num_classes:
     if config.pool == "map":
         # Keys and values of every token; query, output, MLP and attention of the one probe.
         macs += patches * 2 * width**2 + 2 * width**2 + 2 * width * mlp + 2 * patches * width
+    macs += width**2 if config.pre_logits else 0
     size = 2 if config.dtype == "bfloat16" else 4
     entry = tokens * width * size
     # Inputs of both norms, their outputs, q, k, v, attended values: 8 widths; hidden units before and after GELU;

@@ -1,0 +1,85 @@
+"""Writes files.npz, what transformers and timm compute with the networks in files.json, and files_tensors.json.
+
+    python -m venv reference
+    reference/bin/pip install torch==2.13.0 transformers==5.23.0 pillow
+    reference/bin/pip install --no-deps timm==1.0.31
+    reference/bin/python tests/golden/make_files.py
+
+The weights follow fill.py by the *reference's* own names, as its files have them. files_tensors.json records these
+names with their shapes and the config.json beside them, so that a test can write the same file and read it.
+"""
+
+import json
+import pathlib
+import tempfile
+
+import fill
+import numpy as np
+import reference
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+FOLDER = pathlib.Path(__file__).parent
+
+
+def build(case):
+    fields, classes = case["fields"], case.get("num_classes")
+    name = case["model"]
+    config = {"ViT": "ViTConfig", "Swi": "SwinConfig", "Sig": "SiglipVisionConfig"}[name[:3]]
+    config = "Swinv2Config" if name.startswith("Swinv2") else config
+    if name == "SiglipForImageClassification":
+        text = {"vocab_size": 4, "hidden_size": 4, "num_hidden_layers": 0, "num_attention_heads": 1}
+        whole = transformers.SiglipConfig(vision_config=fields, text_config=text | {"intermediate_size": 4})
+        whole.num_labels = classes
+        return transformers.SiglipForImageClassification(whole)
+    labels = {} if classes is None else {"num_labels": classes}
+    return getattr(transformers, name)(getattr(transformers, config)(**fields, **labels))
+
+
+def filled(tensors):
+    return {name: torch.tensor(fill.reference_leaf(name, tuple(value.shape))) for name, value in tensors.items()}
+
+
+def run_transformers(name, case):
+    """Returns (logits, or the pooled features of a model without classifier; shapes by name; config.json)."""
+    with tempfile.TemporaryDirectory() as folder:
+        build(case).save_pretrained(folder)
+        file = pathlib.Path(folder) / "model.safetensors"
+        tensors = filled(load_file(file))
+        save_file(tensors, file, metadata={"format": "pt"})
+        model = getattr(transformers, case["model"]).from_pretrained(folder, attn_implementation="eager").eval()
+        config = json.loads((pathlib.Path(folder) / "config.json").read_text())
+    arguments = {"interpolate_pos_encoding": True} if case.get("interpolate") else {}
+    with torch.no_grad():
+        result = model(images(name, case), **arguments)
+    return result.logits if hasattr(result, "logits") else result.pooler_output, tensors, config
+
+
+def run_timm(name, case):
+    model = reference.timm().create_model(case["model"], num_classes=case["num_classes"], **case["fields"]).eval()
+    tensors = filled(model.state_dict())
+    model.load_state_dict(tensors)
+    config = {"architecture": case["model"], "num_classes": case["num_classes"], "model_args": case["fields"]}
+    with torch.no_grad():
+        return model(images(name, case)), tensors, config
+
+
+def images(name, case):
+    return torch.tensor(fill.images(name, (2, *case["image_size"], 3))).permute(0, 3, 1, 2)
+
+
+def main():
+    cases = json.loads((FOLDER / "files.json").read_text())
+    results, records = {}, {}
+    for name, case in cases.items():
+        logits, tensors, config = (run_timm if case["library"] == "timm" else run_transformers)(name, case)
+        results[name] = logits.numpy()
+        records[name] = {"config": config, "tensors": {key: list(value.shape) for key, value in tensors.items()}}
+        print(f"{name}: {results[name].shape}, deviation {results[name].std():.3f}")
+    np.savez(FOLDER / "files.npz", **results)
+    (FOLDER / "files_tensors.json").write_text(json.dumps(records) + "\n")
+
+
+if __name__ == "__main__":
+    main()

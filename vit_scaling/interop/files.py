@@ -1,0 +1,288 @@
+"""Weight files, read without trust: safetensors, NumPy's .npz, PyTorch's .pth.
+
+Nothing of a file is executed, and a tensor is read only when its name and shape have been checked against a model: an
+open file is a table of names, shapes and types, whose sizes must add up to no more than the file can hold.
+"""
+
+import ast
+import dataclasses
+import json
+import math
+import os
+import shutil
+import struct
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+FLOATS = ("float32", "float16", "bfloat16", "float64")
+WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
+MAX_INFLATION = 16  # weights hardly compress; an archive that claims to hold so many times its size is a bomb
+MAX_HEADER = 64 * 1024
+_SAFETENSORS_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Formats that run code when they are read.
+_PICKLES = (".pkl", ".pickle", ".npy", ".msgpack", ".ckpt", ".h5", ".joblib")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: known by shape and type, read on demand."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+    def layer(self, index: int) -> "Stored":
+        """Returns one entry of the leading axis."""
+        return Stored(self.shape[1:], self.dtype, lambda: self.read()[index])
+
+
+def open_weights(path: str | Path) -> tuple[dict[str, Stored], dict[str, Any] | None]:
+    """Opens a weight file, or a folder of one model.
+
+    Args:
+        path: a .safetensors, .npz, .pth, .pt or .bin file, or a folder that holds one (or shards with an index).
+
+    Returns:
+        (tensors by name, what config.json beside them says or None).
+
+    Raises:
+        ValueError: there is no such file, it is damaged, or it is of a kind that is not read; one sentence says which.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"there is no weight file or folder {str(path)!r}")
+    folder = path if path.is_dir() else path.parent
+    if not path.is_dir():
+        return _open_file(path), _neighbour(folder)
+    if (folder / INDEX).exists():
+        return _open_shards(folder), _neighbour(folder)
+    found = [folder / WEIGHTS] if (folder / WEIGHTS).exists() else []
+    found = found or sorted(
+        file for file in folder.iterdir() if file.suffix in (".safetensors", ".npz", ".bin", ".pth", ".pt")
+    )
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise ValueError(f"{folder} must hold one weight file (.safetensors, .npz, .pth or .bin); it holds {names}")
+    return _open_file(found[0]), _neighbour(folder)
+
+
+def _open_file(path: Path) -> dict[str, Stored]:
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    if path.suffix == ".npz":
+        return _open_npz(path)
+    if path.suffix in (".pth", ".pt", ".bin"):
+        return _open_torch(path)
+    if path.suffix in _PICKLES:
+        raise ValueError(
+            f"{path} is of a kind that can run code when it is read or that is not known here; convert it to "
+            f".safetensors where you trust it"
+        )
+    raise ValueError(f"{path} is no weight file; its name must end in .safetensors, .npz, .pth, .pt or .bin")
+
+
+def _neighbour(folder: Path) -> dict[str, Any] | None:
+    path = folder / CONFIG
+    if not path.exists():
+        return None
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object that a JSON file holds.
+
+    Raises:
+        ValueError: it cannot be read as one.
+    """
+    if path.stat().st_size > 16 * 2**20:
+        raise ValueError(f"{path} is larger than 16 MB; that is no config")
+    try:
+        value = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold one JSON object")
+    return value
+
+
+# ---- safetensors
+
+
+def _open_safetensors(path: Path) -> dict[str, Stored]:
+    """The library checks that the header's offsets cover the file exactly; nothing else is read here."""
+
+    def reader(name: str) -> Callable[[], np.ndarray]:
+        def read() -> np.ndarray:
+            with safetensors.safe_open(path, framework="np") as file:
+                return file.get_tensor(name)
+
+        return read
+
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {
+                name: Stored(
+                    tuple(part.get_shape()),
+                    _SAFETENSORS_TYPES.get(part.get_dtype(), part.get_dtype().lower()),
+                    reader(name),
+                )
+                for name, part in slices.items()
+            }
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from None
+
+
+def _open_shards(folder: Path) -> dict[str, Stored]:
+    index = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+        raise ValueError(f"{folder / INDEX} must say in weight_map which file each tensor is in")
+    tensors: dict[str, Stored] = {}
+    for name in sorted(set(index.values())):
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(f"{folder / INDEX} names the file {name!r}, which is not in {folder}")
+        tensors |= _open_safetensors(folder / name)
+    if missing := sorted(index.keys() - tensors.keys()):
+        raise ValueError(f"{folder / INDEX} names the tensor {missing[0]!r}, which no file holds")
+    return tensors
+
+
+# ---- .npz
+
+
+def _open_npz(path: Path) -> dict[str, Stored]:
+    size = path.stat().st_size
+    tensors: dict[str, Stored] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                if not info.filename.endswith(".npy"):
+                    raise ValueError(f"{path} holds {info.filename!r}, which is no array")
+                with archive.open(info) as member:
+                    shape, dtype, fortran, header = _npy_header(member, path, info.filename)
+                if header + math.prod(shape) * dtype.itemsize != info.file_size:
+                    raise ValueError(f"{path}: the size of {info.filename!r} is not that of an array of {shape}")
+                name = info.filename.removesuffix(".npy")
+                # NumPy has no bfloat16: it is stored as two bytes of no type.
+                kind = "bfloat16" if dtype == np.dtype("V2") else dtype.name
+                tensors[name] = Stored(shape, kind, _npz_reader(path, info.filename, header, shape, dtype, fortran))
+            total = sum(info.file_size for info in archive.infolist())
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{path} is no whole .npz file: {error}") from None
+    if total > MAX_INFLATION * size + 2**20:
+        raise ValueError(f"{path} has {size} bytes and claims to hold {total}; weights do not compress like that")
+    return tensors
+
+
+def _npy_header(member: Any, path: Path, name: str) -> tuple[tuple[int, ...], np.dtype, bool, int]:
+    """Returns (shape, type, column-major, bytes of the header) of an array; no object may be inside."""
+    start = member.read(12)
+    try:
+        if start[:6] != b"\x93NUMPY" or start[6] not in (1, 2, 3):
+            raise ValueError
+        wide = start[6] > 1
+        length = struct.unpack("<I", start[8:12])[0] if wide else struct.unpack("<H", start[8:10])[0]
+        offset = 12 if wide else 10
+        if length > MAX_HEADER:
+            raise ValueError
+        text = start[offset:] + member.read(length - (12 - offset))
+        header = ast.literal_eval(text.decode("latin1").strip())
+        shape, dtype, fortran = header["shape"], np.dtype(header["descr"]), bool(header["fortran_order"])
+        if not all(isinstance(side, int) and side >= 0 for side in shape):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, SyntaxError, IndexError, struct.error, RecursionError, MemoryError):
+        raise ValueError(f"{path}: {name!r} is no array that can be read") from None
+    if dtype.hasobject:
+        raise ValueError(f"{path}: {name!r} holds Python objects, which are refused: reading them can run code")
+    return tuple(shape), dtype, fortran, offset + length
+
+
+def _npz_reader(
+    path: Path, name: str, header: int, shape: tuple[int, ...], dtype: np.dtype, fortran: bool
+) -> Callable[[], np.ndarray]:
+    def read() -> np.ndarray:
+        wanted = math.prod(shape) * dtype.itemsize
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open(name) as member:
+                member.read(header)
+                data = member.read(wanted)
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError) as error:
+            raise ValueError(f"{path}: {name!r} is damaged: {error}") from None
+        if len(data) != wanted:
+            raise ValueError(f"{path}: {name!r} ends after {len(data)} of {wanted} bytes")
+        kind = np.dtype(ml_dtypes.bfloat16) if dtype == np.dtype("V2") else dtype
+        return np.frombuffer(data, kind).reshape(shape, order="F" if fortran else "C")
+
+    return read
+
+
+# ---- PyTorch
+
+
+def _open_torch(path: Path) -> dict[str, Stored]:
+    """Through torch's loader of weights alone, which unpickles tensors and plain containers and nothing else."""
+    try:
+        import torch
+    except ImportError:
+        raise ValueError(
+            f"{path} needs PyTorch to be read safely; install torch, or convert the file where it is installed: "
+            "safetensors.torch.save_file(torch.load(FILE, weights_only=True)['model'], 'model.safetensors')"
+        ) from None
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch raises whatever it meets
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} is refused: torch.load(weights_only=True) says {reason!r}") from None
+    for key in ("model", "state_dict", "model_state_dict"):
+        if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
+            value = value[key]
+    if not isinstance(value, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in value.values()):
+        raise ValueError(f"{path} holds no table of tensors by name")
+
+    def reader(tensor: Any) -> Callable[[], np.ndarray]:
+        return lambda: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+    return {
+        name: Stored(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), reader(tensor))
+        for name, tensor in value.items()
+    }
+
+
+# ---- writing
+
+
+def write_folder(
+    path: str | Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], texts: Mapping[str, str]
+) -> None:
+    """Writes a folder with model.safetensors, config.json and text files, whole or not at all.
+
+    Raises:
+        ValueError: something is there already.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists already; name a new folder for the weights")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        safetensors.numpy.save_file(whole, temporary / WEIGHTS, metadata={"format": "pt"})
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        for name, text in texts.items():
+            (temporary / name).write_text(text)
+        temporary.chmod(0o755)
+        if path.exists():
+            path.rmdir()
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

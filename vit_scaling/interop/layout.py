@@ -1,0 +1,119 @@
+"""What every layout of foreign weights offers, and what shapes tell about a network whoever named its tensors."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from vit_scaling.interop.convert import Entry
+from vit_scaling.interop.files import Stored
+from vit_scaling.models import ModelConfig, layers, swin, vit
+from vit_scaling.ops import windows
+
+Tensors = Mapping[str, Stored]
+Json = Mapping[str, Any]
+
+
+@dataclasses.dataclass
+class Described:
+    """A network as a file holds it.
+
+    Attributes:
+        config: the model; of its fields `assumed` are those that neither the file nor its neighbour tells.
+        image_size: height and width in pixels that its positions or windows belong to.
+        num_classes: of its classifier; None if it has none.
+        class_row: whether the position table has a row for the class token.
+    """
+
+    config: ModelConfig
+    image_size: tuple[int, int]
+    num_classes: int | None
+    assumed: tuple[str, ...] = ()
+    class_row: bool = False
+
+
+class Layout(NamedTuple):
+    """A way to name tensors: functions of plain data.
+
+    name: as users write it.
+    canonical: {name: tensor} of a file to {name in this layout's newest form: tensor}, or None if it is another layout.
+    ignored: regular expressions of canonical names that hold no parameter of the image model.
+    describe: (tensors, neighbour, image size if the user gave one) to the network.
+    entries: (config, class_row, with a classifier) to the name map.
+    neighbour: (config, image_size, num_classes) to the config.json that goes with an export, or None where none does.
+    """
+
+    name: str
+    canonical: Callable[[Tensors], dict[str, Stored] | None]
+    ignored: tuple[str, ...]
+    describe: Callable[[Tensors, Json | None, tuple[int, int] | None], Described]
+    entries: Callable[[ModelConfig, bool, bool], list[Entry]]
+    neighbour: Callable[[ModelConfig, tuple[int, int], int], dict[str, Any]] | None
+
+
+def shape_of(tensors: Tensors, name: str, dims: int) -> tuple[int, ...]:
+    """Returns a tensor's shape.
+
+    Raises:
+        ValueError: it is not there, or has another number of axes.
+    """
+    if name not in tensors:
+        raise ValueError(f"the weights have no tensor {name!r}, so what model they are of cannot be told")
+    shape = tensors[name].shape
+    if len(shape) != dims or not all(shape):
+        raise ValueError(f"the tensor {name!r} has the shape {shape}; it must have {dims} axes, none of them empty")
+    return shape
+
+
+def vit_heads(width: int) -> int | None:
+    """Returns the heads of the published ViTs of this width, or None: no shape tells them."""
+    found = {size.heads for size in vit.SIZES.values() if size.width == width}
+    return found.pop() if len(found) == 1 else None
+
+
+def vit_grid(
+    rows: int, patch: tuple[int, int], has_class: bool, *image_sizes: tuple[int, int] | None
+) -> tuple[tuple[int, int], bool]:
+    """Returns (image size, whether a row is the class token's) of a position table of this many rows.
+
+    The first image size that fits counts; without one the grid must be a square.
+
+    Raises:
+        ValueError: none fits.
+    """
+    for class_row in (True, False) if has_class else (False,):
+        tokens = rows - class_row
+        for size in image_sizes:
+            if size is not None and math.prod(layers.grid_size(size, patch)) == tokens:
+                return size, class_row
+        if tokens > 0 and math.isqrt(tokens) ** 2 == tokens:
+            side = math.isqrt(tokens)
+            return (side * patch[0], side * patch[1]), class_row
+    given = ", ".join(f"{size[0]}x{size[1]}" for size in image_sizes if size is not None)
+    raise ValueError(
+        f"the position table of {rows} rows is of no square grid"
+        + (f", nor of images of {given} pixels" if given else "")
+        + "; give the image_size that the weights were trained at"
+    )
+
+
+def swin_size(tables: list[tuple[int, ...]], window: int, image_size: tuple[int, int] | None) -> tuple[int, int]:
+    """Returns the image size of a Swin: as given, or the published one, where the last of four stages is one window.
+
+    tables: shapes of the stages' bias tables, none for V2; a given size that they do not fit is not taken.
+    """
+    stages = [windows.table_window(shape[0]) for shape in tables]
+    if image_size is not None:
+        config = swin.SwinConfig(depths=(2,) * max(len(stages), 1), heads=(1,) * max(len(stages), 1), window=window)
+        if not stages or list(swin.stage_windows(config, image_size)) == stages:
+            return image_size
+    return 32 * window, 32 * window
+
+
+def size_pair(value: Any) -> tuple[int, int] | None:
+    """Returns height and width of a config's image_size, a number or two."""
+    if isinstance(value, int):
+        return value, value
+    if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(side, int) for side in value):
+        return value[0], value[1]
+    return None
