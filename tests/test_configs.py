@@ -26,10 +26,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "resnet_imagenet": ("50", "26"),
     "sasa_imagenet": ("50,stem=attention", "26"),
     "aa_resnet_imagenet": ("101", "50"),
+    "finetune": ("B/16,cifar10", "L/14,imagenet,res=518,flat", "S/16,pets,res=256x384,crop=inception,probe"),
     "attention_cnn_cifar10": ("learned+content", "quadratic", "gaussian"),
 }
-# A scaling study is no experiment of its own: tests/test_study.py has it.
-STUDIES = {"study"}
+# Studies are no experiments of their own: tests/test_study.py and tests/test_finetune.py have them.
+STUDIES = {"study", "transfer_sweep"}
 
 WHOLE = [(name, variant) for name, variants in VARIANTS.items() for variant in variants]
 

@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("step", "checkpoint", "telemetry", "figures"),
     ("evaluators",),
-    ("workdirs", "sweep"),
+    ("workdirs", "sweep", "grid", "pretrained"),
     ("loop",),
     ("cli",),
     ("train", "evaluate", "plan", "study", "prepare", "weights", "explore"),

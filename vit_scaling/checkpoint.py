@@ -4,11 +4,16 @@ A checkpoint is one train state and one small JSON record, written asynchronousl
 mesh the new run has. `directory/<step>` is complete or it is not read: Orbax writes beside it and renames.
 """
 
+import contextlib
+import json
+import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
@@ -64,6 +69,30 @@ def restore(checkpoint: Path, state_shape: Any) -> tuple[Any, dict[str, Any]]:
     return item[STATE], item[RECORD]
 
 
+def restore_arrays(checkpoint: Path, names: tuple[str, ...]) -> dict[str, Any]:
+    """Returns parts of a state as nested dicts of NumPy arrays, whatever run they are of; {} for one that is empty.
+
+    Args:
+        checkpoint: a directory `.../<step>`.
+        names: of "params", "statistics", "ema".
+
+    Raises:
+        ValueError: there is no complete checkpoint.
+    """
+    if not _complete(checkpoint):
+        raise ValueError(f"{checkpoint} holds no complete checkpoint; name a directory <workdir>/checkpoints/<step>")
+    path = checkpoint.absolute() / STATE
+    handler = ocp.PyTreeCheckpointHandler()
+    with ocp.Checkpointer(handler) as checkpointer:
+        tree = checkpointer.metadata(path).item_metadata.tree
+        part = {name: tree[name] for name in names if tree.get(name)}
+        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), part)
+        restored = checkpointer.restore(
+            path, args=ocp.args.PyTreeRestore(item=part, restore_args=kinds, partial_restore=True)
+        )
+    return {name: restored.get(name, {}) for name in names}
+
+
 def _refuse_other_model(checkpoint: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
     differing = [
         f"{name} is {_shape(stored, name)} there and {_shape(wanted, name)} here"
@@ -111,3 +140,40 @@ class Checkpoints:
         """Waits until everything is written."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+class Best:
+    """The checkpoint of the evaluation that was best by one metric: `directory/<step>`, and best.json beside it.
+
+    Apart from the run's own checkpoints, which must be the latest ones to go on from.
+    """
+
+    def __init__(self, workdir: Path, metric: str | None):
+        self._metric, self._record = metric, workdir / "best.json"
+        self._directory = workdir / "best"
+        self.value, self.step = -math.inf, None
+        if metric is not None and self._record.exists():
+            record = json.loads(self._record.read_text())
+            if _complete(self._directory / str(record["step"])):
+                self.value, self.step = record["value"], record["step"]
+
+    def offer(self, step: int, state: Any, values: Mapping[str, float]) -> None:
+        """Saves the state if its metric is higher than all before; waits until it is written.
+
+        Raises:
+            ValueError: the evaluations do not measure the metric.
+        """
+        if self._metric is None:
+            return
+        if self._metric not in values:
+            raise ValueError(f"checkpoint.best is {self._metric!r}; evaluations measure {', '.join(sorted(values))}")
+        if not values[self._metric] > self.value:
+            return
+        self.value, self.step = values[self._metric], step
+        with contextlib.closing(Checkpoints(self._directory, keep=1, permanent=0)) as checkpoints:
+            checkpoints.save(step, state, {self._metric: self.value})
+        if jax.process_index() == 0:
+            record = {"metric": self._metric, "value": self.value, "step": step}
+            temporary = self._record.with_suffix(".tmp")
+            temporary.write_text(json.dumps(record | {"checkpoint": str(self._directory / str(step))}) + "\n")
+            temporary.replace(self._record)

@@ -52,6 +52,26 @@ class CheckpointConfig:
     every: Duration
     keep: int = 2
     permanent: Duration = dataclasses.field(default_factory=Duration)
+    best: str | None = None  # a metric, such as validation/accuracy: its best evaluation is kept too, in workdir/best
+
+
+@dataclasses.dataclass
+class InitConfig:
+    """Weights that a run starts from instead of random ones.
+
+    Attributes:
+        path: a weight file or folder (see vit_scaling.interop), or a checkpoint or workdir of a run; None for none.
+        ema: of a checkpoint, take the average of the parameters.
+        keep_head: keep the classifier, which must have as many classes; it starts from zero otherwise.
+        class_map: for each class the one of the weights' classifier that it was.
+        ignore: regular expressions of tensors that may be left over.
+    """
+
+    path: str | None = None
+    ema: bool = False
+    keep_head: bool = False
+    class_map: tuple[int, ...] = ()
+    ignore: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -76,6 +96,7 @@ class Config:
     schedule: ScheduleConfig
     evaluation: EvaluationConfig
     checkpoint: CheckpointConfig
+    init: InitConfig = dataclasses.field(default_factory=InitConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
@@ -226,8 +247,14 @@ def differences(old: dict[str, Any], new: dict[str, Any], may_change: tuple[str,
         }
 
     a, b = flat(old, ""), flat(new, "")
+
+    def differ(field: str) -> bool:
+        if field in a and field in b:
+            return a[field] != b[field]
+        return bool(a.get(field) or b.get(field))  # a field that came later: off is what it was before
+
     return [
         f"{field} is {a.get(field)!r} there and {b.get(field)!r} here"
         for field in sorted(a.keys() | b.keys())
-        if a.get(field) != b.get(field) and not any(field == f or field.startswith(f + ".") for f in may_change)
+        if differ(field) and not any(field == f or field.startswith(f + ".") for f in may_change)
     ]

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from vit_scaling import checkpoint, telemetry, workdirs
+from vit_scaling import checkpoint, pretrained, telemetry, workdirs
 from vit_scaling.config import Config, resolve
 from vit_scaling.data import loader
 from vit_scaling.data.sources import Source, open_source
@@ -54,6 +54,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     program = build(config, num_classes=source.num_classes, total_steps=total_steps, mesh=mesh)
     suite = Suite(config, program)
     augment = transform(config.data.transform, train=True)
+    weights = pretrained.start_of(config, source.num_classes, workdir)
 
     # ---- The workdir is this experiment's, or becomes it.
     workdirs.claim(workdir, config)
@@ -66,7 +67,10 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     # ---- The state: the newest checkpoint, the trunk's, or a new one; each leaf on the mesh it will be used on.
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, permanent=keep_every)
     begin = workdir / "checkpoints" / str(own[-1]) if own else trunk
-    state, record = (program.init(), {}) if begin is None else checkpoint.restore(begin, program.state_shape)
+    state, record = (
+        (pretrained.begin(program, weights), {}) if begin is None else checkpoint.restore(begin, program.state_shape)
+    )
+    best = checkpoint.Best(workdir, config.checkpoint.best)
     start_step = int(jax.device_get(state.step))
     clock = telemetry.Clock(record["seconds"] if own else {})
     writer = telemetry.create_writer(workdir, start_step if own else None)
@@ -131,6 +135,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
             log.drain()
             if at_evaluation:
                 values = evaluate(step, state)
+                best.offer(step, state, values)
             if end:
                 workdirs.finish(workdir, config, source, suite, values, clock)
             if at_save or stop.requested:

@@ -1,4 +1,4 @@
-"""Run a scaling study, fit its laws and draw its figures; or go on where one stopped.
+"""Run a scaling study, fit its laws and draw its figures, or a sweep over fields of a config; or go on with one.
 
     python -m vit_scaling.study --config=configs/study.py --workdir=studies/digits
     python -m vit_scaling.study --config=configs/study.py --workdir=/shared/study --print=slurm > study.sh
@@ -32,13 +32,13 @@ _OWN_FLAGS = ("parallel", "print", "only", "report")
 def main(argv: Sequence[str]) -> None:
     del argv
     # Heavy imports wait until the flags are known to be good, so that a typo is answered at once.
-    from vit_scaling import sweep
+    from vit_scaling import grid, sweep
     from vit_scaling.scaling import report, runs
 
     workdir, study = Path(_WORKDIR.value), _CONFIG.value
-    if not isinstance(study, sweep.StudyConfig):
+    if not isinstance(study, sweep.StudyConfig | grid.GridConfig):
         raise ValueError("--config names no study but a single run's config; train.py runs those")
-    jobs = sweep.plan(study, workdir)
+    jobs = grid.plan(study) if isinstance(study, grid.GridConfig) else sweep.plan(study, workdir)
     if _ONLY.value:
         _run_one(jobs, workdir, _ONLY.value)
         return
@@ -58,15 +58,25 @@ def main(argv: Sequence[str]) -> None:
         except KeyboardInterrupt:
             print("stopped; the same command continues from there")
             sys.exit(130)
-    table = sweep.gather(study, jobs, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
+    if isinstance(study, grid.GridConfig):
+        text = grid.table(study, jobs, workdir)
+        (workdir / "table.md").write_text(text)
+        print(f"{text}table: {workdir / 'table.md'}")
+        _leave_if(failed, len(jobs))
+        return
+    table = sweep.gather(study, jobs, workdir)
     runs.write(workdir / "runs.csv", table)
     unfinished = {job.name: failed.get(job.name, "has not run yet") for job in jobs if not sweep.done(job, workdir)}
     path = report.write(workdir, f"Scaling study {workdir.name}", table, study.budgets, unfinished)
     print(path.read_text().split("\n## ")[1])
     print(f"report:  {path}\ntable:   {workdir / 'runs.csv'}\nfigures: {workdir / 'figures'}")
+    _leave_if(failed, len(jobs))
+
+
+def _leave_if(failed: dict[str, str], total: int) -> None:
     if failed:
-        print(f"{len(failed)} of {len(jobs)} runs failed; the report says why, and the same command tries them again")
+        print(f"{len(failed)} of {total} runs failed; the logs say why, and the same command tries them again")
         sys.exit(1)
 
 

@@ -8,6 +8,7 @@ where it was, and a run that fails takes nothing else with it.
 import copy
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 import signal
@@ -123,7 +124,7 @@ def plan(study: StudyConfig, workdir: Path) -> list[Job]:
         total, cooldown = _lengths(study, config.data.batch_size, comparison.images)
         config.schedule.cooldown = Duration(cooldown)
         for field, value in comparison.overrides:
-            _override(config, field, value)
+            override(config, field, value)
         config = _ending(config, total)
         name = f"{comparison.name}_d{comparison.size}_i{comparison.images}"
         jobs.append(Job(name, comparison.name, comparison.size, config, total, total, data_images))
@@ -164,7 +165,7 @@ def _config(study: StudyConfig, size: int, fraction: float) -> tuple[Config, int
     width = dial.width_a_layer * size
     fields = {"depth": size, "width": width, "heads": max(1, width // dial.head_dim), "mlp": dial.mlp_ratio * width}
     for field, value in fields.items():
-        _override(config, f"model.{field}", value)
+        override(config, f"model.{field}", value)
     config.optim.lr *= grown**dial.lr_power
     config.data.batch_size = round(config.data.batch_size * grown**dial.batch_power)
     if fraction < 1:
@@ -202,7 +203,12 @@ def _ending(config: Config, total: int) -> Config:
     return config
 
 
-def _override(config: Any, field: str, value: Any) -> None:
+def override(config: Any, field: str, value: Any) -> None:
+    """Sets a field of a config, such as "optim.lr".
+
+    Raises:
+        ValueError: there is none.
+    """
     *parents, name = field.split(".")
     node = config
     for part in parents:
@@ -210,6 +216,11 @@ def _override(config: Any, field: str, value: Any) -> None:
     if not hasattr(node, name):
         raise ValueError(f"a study's config has no field {field!r}")
     setattr(node, name, value)
+
+
+def value_of(config: Any, field: str) -> Any:
+    """Returns a field of a config, such as "optim.lr"."""
+    return functools.reduce(getattr, field.split("."), config)
 
 
 def _check(study: StudyConfig) -> None:

@@ -99,6 +99,22 @@ def read(
         weights = _read_native(tensors, *native.read_config(neighbour))
     else:
         weights = _read_foreign(tensors, neighbour, model_config, image_size, num_classes, ignore)
+    return adapted(weights, model_config, image_size=image_size, num_classes=num_classes, class_map=class_map)
+
+
+def adapted(
+    weights: Weights,
+    model_config: ModelConfig | None,
+    *,
+    image_size: tuple[int, int] | None,
+    num_classes: int | None,
+    class_map: Sequence[int] | None,
+) -> Weights:
+    """Returns the weights for another network, image size or set of classes; what is None stays as it is.
+
+    Raises:
+        ValueError: no resizing leads there.
+    """
     target = model_config or _config_for(weights, image_size)
     target_size = image_size or weights.image_size
     parameters = resize.adapt(
@@ -112,6 +128,21 @@ def read(
     return dataclasses.replace(
         weights, config=target, image_size=target_size, num_classes=head, parameters=parameters, fresh_head=fresh
     )
+
+
+def describe(path: str | Path) -> tuple[ModelConfig, tuple[int, int], int | None]:
+    """Returns (model config, image size, classes or None) of a weight file or folder, reading names and shapes only.
+
+    Raises:
+        ValueError: as `read`.
+    """
+    tensors, neighbour = files.open_weights(path)
+    if native.is_native(neighbour):
+        assert neighbour is not None
+        return native.read_config(neighbour)
+    layout, named = _recognise(tensors)
+    described = layout.describe(named, neighbour, None)
+    return described.config, described.image_size, described.num_classes
 
 
 def _config_for(weights: Weights, image_size: tuple[int, int] | None) -> ModelConfig:

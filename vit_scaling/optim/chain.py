@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from vit_scaling import paths
@@ -51,6 +52,7 @@ class OptimConfig:
         freeze: regular expressions; parameters whose whole path matches one are not trained.
         clip: largest global norm of the gradient of the trained parameters, or None.
         ema: decay of an average of the parameters that the step keeps, or None.
+        layer_decay: factor of the learning rate from one layer to the one below it, or None; see `layer_rates`.
         accumulate: number of equal parts in which the step takes a batch, adding up their gradients.
     """
 
@@ -65,6 +67,7 @@ class OptimConfig:
     freeze: tuple[str, ...] = ()
     clip: float | None = 1.0
     ema: float | None = None
+    layer_decay: float | None = None
     accumulate: int = 1
 
 
@@ -76,6 +79,7 @@ class Row(NamedTuple):
     decay: float
     frozen: bool
     factored: bool
+    rates: tuple[float, float] = (1.0, 1.0)  # smallest and largest factor of the learning rate
 
 
 def describe(config: OptimConfig, params: Mapping[str, Any]) -> list[Row]:
@@ -107,7 +111,50 @@ def describe(config: OptimConfig, params: Mapping[str, Any]) -> list[Row]:
         rows.append(Row(path, tuple(leaf.shape), 0.0 if frozen else decay, frozen, factored and not frozen))
     if all(row.frozen for row in rows):
         raise ValueError(f"optim.freeze {config.freeze} matches every parameter; leave some to train")
+    if config.layer_decay is not None:
+        rates = layer_rates(params, config.layer_decay)
+        rows = [row._replace(rates=(float(rates[row.path].min()), float(rates[row.path].max()))) for row in rows]
     return rows
+
+
+def layer_rates(params: Mapping[str, Any], decay: float) -> dict[str, np.ndarray]:
+    """Returns {path: factor of the learning rate}, float32, that broadcasts against the parameter.
+
+    Of L layers, the patches and what is added to them have decay^(L + 1), block i of 1..L decay^(L + 1 - i), the rest,
+    from the last norm to the head, 1 (Clark et al. 2020, ELECTRA; BEiT, arXiv 2106.08254). A merge belongs to the last
+    block of its stage. Stacked parameters have one factor a layer.
+
+    Raises:
+        ValueError: the parameters are not those of a ViT or Swin.
+    """
+    leaves = paths.flatten(params)
+    stacks: dict[str, tuple[int, int]] = {}  # prefix of a stack: its first layer, its layers
+    total = 0
+    for path, leaf in leaves.items():
+        prefix = path.partition(paths.STACK + "/")[0] if paths.stacked_dims(path) else None
+        if prefix is not None and prefix not in stacks and "extra_norm" not in path:
+            pairs = f"/{paths.STACK}/plain/" in f"/{path}" or f"/{paths.STACK}/shifted/" in f"/{path}"
+            stacks[prefix] = total, leaf.shape[0] * (2 if pairs else 1)
+            total += stacks[prefix][1]
+    return {path: _rate(path, leaf, decay, stacks, total) for path, leaf in leaves.items()}
+
+
+def _rate(path: str, leaf: Any, decay: float, stacks: Mapping[str, tuple[int, int]], total: int) -> np.ndarray:
+    first_room, rest = path.split("/")[0], path.partition(paths.STACK + "/")[2]
+    if first_room in ("embedding", "embedding_norm", "position_embedding", "class_token", "registers"):
+        layer: Any = 0
+    elif first_room in ("norm", "pool", "pre_logits", "head"):
+        layer = total + 1
+    elif (prefix := path.removesuffix(rest).removesuffix(paths.STACK + "/")) in stacks and rest:
+        first, count = stacks[prefix]
+        step = count // leaf.shape[0]
+        layer = first + 1 + step * np.arange(leaf.shape[0]) + (1 if rest.startswith("shifted/") else 0)
+    elif f"{first_room}/" in stacks:
+        layer = sum(stacks[f"{first_room}/"])
+    else:
+        raise ValueError(f"optim.layer_decay knows the layers of a ViT or Swin, and not where {path!r} belongs")
+    rate = np.asarray(decay ** (total + 1.0 - layer), np.float32)
+    return rate.reshape(rate.shape + (1,) * (len(leaf.shape) - rate.ndim))
 
 
 def create(config: OptimConfig, params: Mapping[str, Any]) -> optax.GradientTransformation:
@@ -126,6 +173,7 @@ def create(config: OptimConfig, params: Mapping[str, Any]) -> optax.GradientTran
     rows = describe(config, params)
     frozen = {row.path for row in rows if row.frozen}
     decay = {row.path: row.decay for row in rows}
+    rates = {} if config.layer_decay is None else layer_rates(params, config.layer_decay)
     inner = _scaling(config)
 
     def trained(tree: Tree) -> Tree:
@@ -148,6 +196,7 @@ def create(config: OptimConfig, params: Mapping[str, Any]) -> optax.GradientTran
             path: jnp.zeros_like(param) if path in frozen else scaled[path] + decay[path] * param
             for path, param in paths.flatten(params).items()
         }
+        direction |= {path: rate * direction[path] for path, rate in rates.items()}
         return paths.unflatten(direction), state
 
     return optax.GradientTransformation(init, update)
@@ -171,6 +220,8 @@ def _check(config: OptimConfig) -> None:
     for name, choices in (("name", NAMES), ("moment_dtype", DTYPES)):
         if getattr(config, name) not in choices:
             raise ValueError(f"optim.{name} is {getattr(config, name)!r}; choose one of {', '.join(choices)}")
+    if config.layer_decay is not None and not 0 < config.layer_decay <= 1:
+        raise ValueError(f"optim.layer_decay is {config.layer_decay}; a factor lies above 0 and at most at 1")
     for name in ("beta1", "beta2", "ema"):
         value = getattr(config, name)
         if value is not None and not 0 <= value < 1:
