@@ -59,7 +59,7 @@ def get_config(arg: str | None = None) -> c.Config:
     flags = [word for word in words[2:] if "=" not in word]
     if unknown := [*(settings.keys() - {"res", "crop"}), *(set(flags) - set(WORDS))]:
         raise ValueError(f"finetune.py takes no {unknown[0]!r}; it takes res=384, crop=inception, {', '.join(WORDS)}")
-    size = _size(settings.get("res", "384"))
+    size = c.image_size("finetune.py's res", settings.get("res", "384"))
     # A window cut from a square would see less of an image than the whole one that is evaluated, stretched.
     crop = settings.get("crop", "random" if size[0] == size[1] else "inception")
     if crop not in CROPS:
@@ -103,13 +103,6 @@ def get_config(arg: str | None = None) -> c.Config:
     small = c.smoke(config, vit.variant("mu/7"))
     small.init = c.InitConfig()
     return small
-
-
-def _size(text: str) -> tuple[int, int]:
-    sides = text.split("x")
-    if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
-        raise ValueError(f"finetune.py's res is {text!r}; write res=384, or res=512x384 for height and width")
-    return int(sides[0]), int(sides[-1])
 
 
 def _model(name: str) -> tuple[str | None, ModelConfig]:

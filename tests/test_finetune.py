@@ -255,7 +255,7 @@ def test_the_configs_say_the_published_recipe(pretraining: Path) -> None:
     ("argument", "sentence"),
     [
         ("B/16", "write finetune.py:MODEL,DATA with DATA one of imagenet, cifar10"),
-        ("B/16,digits,res=1x2x3", "res is '1x2x3'; write res=384"),
+        ("B/16,digits,res=1x2x3", "res is '1x2x3'; write 384"),
         ("B/16,digits,fast", "takes no 'fast'"),
         ("B/16,digits,crop=none", "crop is 'none'; choose one of random, inception"),
         ("nowhere/vit,digits", "no ViT size is called 'nowhere'"),

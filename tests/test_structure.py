@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("step", "checkpoint", "telemetry", "figures"),
     ("evaluators",),
-    ("workdirs", "sweep", "grid", "pretrained"),
+    ("workdirs", "sweep", "grid", "pretrained", "cards", "measure"),
     ("loop",),
     ("cli",),
     ("train", "evaluate", "plan", "study", "prepare", "weights", "explore"),

@@ -81,15 +81,15 @@ def restore_arrays(checkpoint: Path, names: tuple[str, ...]) -> dict[str, Any]:
     """
     if not _complete(checkpoint):
         raise ValueError(f"{checkpoint} holds no complete checkpoint; name a directory <workdir>/checkpoints/<step>")
-    path = checkpoint.absolute() / STATE
-    handler = ocp.PyTreeCheckpointHandler()
+    path = checkpoint.absolute()
+    handler = ocp.CompositeCheckpointHandler(**(_handlers() | {STATE: ocp.PyTreeCheckpointHandler()}))
     with ocp.Checkpointer(handler) as checkpointer:
-        tree = checkpointer.metadata(path).item_metadata.tree
+        metadata = checkpointer.metadata(path)
+        tree = getattr(metadata, "item_metadata", metadata)[STATE].tree
         part = {name: tree[name] for name in names if tree.get(name)}
         kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), part)
-        restored = checkpointer.restore(
-            path, args=ocp.args.PyTreeRestore(item=part, restore_args=kinds, partial_restore=True)
-        )
+        args = ocp.args.PyTreeRestore(item=part, restore_args=kinds, partial_restore=True)
+        restored = checkpointer.restore(path, args=ocp.args.Composite(**{STATE: args}))[STATE]
     return {name: restored.get(name, {}) for name in names}
 
 

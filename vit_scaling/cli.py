@@ -24,8 +24,10 @@ def define_config(required: bool = True) -> Any:
     return holder
 
 
-def run(main: Callable[[Sequence[str]], Any], doc: str | None) -> None:
+def run(main: Callable[[Sequence[str]], Any], doc: str | None, commands: Sequence[str] = ()) -> None:
     """Parses the command line, calls `main` with what is left of it, and exits.
+
+    A door that has `commands` takes one of them as its first word.
 
     What a user can mend, a bad flag, field, file or number, ends in one sentence on stderr and exit code 2. Anything
     else is a bug and keeps its traceback.
@@ -39,8 +41,12 @@ def run(main: Callable[[Sequence[str]], Any], doc: str | None) -> None:
             rest = flags.FLAGS(sys.argv)
         except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
             raise _MistakeError(_flag_sentence(error)) from error
-        if len(rest) > 1:
-            raise _MistakeError(f"{rest[1]!r} is no flag; flags look like --name=value")
+        if commands and (len(rest) < 2 or rest[1] not in commands):
+            given = f"{rest[1]!r} is no command" if len(rest) > 1 else "a command is missing"
+            raise _MistakeError(f"{given}; choose one of {', '.join(commands)}")
+        extra = rest[2 if commands else 1 :]
+        if extra:
+            raise _MistakeError(f"{extra[0]!r} is no flag; flags look like --name=value")
         main(rest)
     except _MistakeError as mistake:
         _leave(str(mistake))

@@ -136,6 +136,18 @@ def arguments(arg: str | None, *, variants: tuple[str, ...] | None, default: str
     return Arguments(variant=words[0] if words else "", smoke=smoke)
 
 
+def image_size(name: str, text: str) -> tuple[int, int]:
+    """Returns (height, width) of "384" or "512x384".
+
+    Raises:
+        ValueError: it is no size; the sentence begins with `name`.
+    """
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
+        raise ValueError(f"{name} is {text!r}; write 384, or 512x384 for height and width")
+    return int(sides[0]), int(sides[-1])
+
+
 def smoke(config: Config, model: ModelConfig) -> Config:
     """Returns the experiment shrunk to a run of seconds: its own recipe, a small model, the built-in digits.
 

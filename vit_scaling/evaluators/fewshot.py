@@ -13,8 +13,7 @@ from vit_scaling.config import FewShotConfig
 from vit_scaling.data.loader import DataConfig
 from vit_scaling.data.sources import Source, open_source
 from vit_scaling.data.transforms import transform
-from vit_scaling.evaluators.passes import one_pass
-from vit_scaling.step import Program
+from vit_scaling.evaluators.passes import Features, one_pass
 
 # Appended to every feature vector: so large that the bias it makes is hardly regularised.
 BIAS_FEATURE = 100.0
@@ -132,7 +131,7 @@ class FewShot:
         self._test_labels = np.asarray([test[index]["label"] for index in range(len(test))])
 
     def evaluate(
-        self, program: Program, params: Any, statistics: Any, data: DataConfig, *, batch_size: int
+        self, program: Features, params: Any, statistics: Any, data: DataConfig, *, batch_size: int
     ) -> dict[str, float]:
         """Returns {"10shot": mean accuracy over the seeds, "10shot_std": their spread, ...}.
 

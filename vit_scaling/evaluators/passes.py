@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -10,6 +11,16 @@ from vit_scaling.data.loader import DataConfig
 from vit_scaling.data.sources import Source
 from vit_scaling.data.transforms import TransformConfig, transform
 from vit_scaling.parallel import sharding
+
+
+@runtime_checkable
+class Features(Protocol):
+    """What features are read with: a run's `step.Program`, or a model that is only looked at."""
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh: ...
+    @property
+    def features(self) -> Any: ...
 
 
 def one_pass(

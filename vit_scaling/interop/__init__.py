@@ -41,7 +41,11 @@ class Weights:
 
     def module(self) -> nnx.Module:
         """Returns the model, ready to be called."""
-        return models.merge(_description(self.config, self.image_size, self.num_classes), *self._arrays())
+        return models.merge(models.split(self.abstract())[0], *self._arrays())
+
+    def abstract(self) -> nnx.Module:
+        """Returns the model with shapes in place of arrays."""
+        return _abstract(self.config, self.image_size, self.num_classes)
 
     def _arrays(self) -> tuple[dict[str, Any], dict[str, Any]]:
         return jax.tree.map(jax.numpy.asarray, self.parameters), jax.tree.map(jax.numpy.asarray, self.statistics)
@@ -150,10 +154,6 @@ def _config_for(weights: Weights, image_size: tuple[int, int] | None) -> ModelCo
     if isinstance(weights.config, swin.SwinConfig) and image_size not in (None, weights.image_size):
         return swin.transfer(weights.config, weights.image_size, window=weights.config.window)
     return weights.config
-
-
-def _description(config: ModelConfig, image_size: tuple[int, int], num_classes: int) -> Any:
-    return models.split(_abstract(config, image_size, num_classes))[0]
 
 
 def _abstract(config: ModelConfig, image_size: tuple[int, int], num_classes: int) -> nnx.Module:

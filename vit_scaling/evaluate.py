@@ -1,0 +1,127 @@
+"""Measure weights: accuracy, calibration, confusions, few-shot accuracy, speed.
+
+    python -m vit_scaling.evaluate --weights=runs/smoke --output=runs/smoke/evaluation
+    python -m vit_scaling.evaluate --weights=weights/vit_b16 --data=tfds:imagenet2012:validation --output=DIR
+
+Weights are a run, a checkpoint, or a weight file or folder of any layout. Without --data a run's own test set is
+measured. Writes evaluation.json and evaluation.png (which class is taken for which; is confidence right), and prints a
+table. With several labels an image, a prediction is right if it is one of them (ReaL).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from vit_scaling import cli
+
+_WEIGHTS = flags.DEFINE_string("weights", None, "Run, checkpoint, weight file or folder.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder for evaluation.json and evaluation.png.", required=True)
+_DATA = flags.DEFINE_string("data", None, "Set to measure, KIND:NAME:SPLIT, such as folder:/data/birds:test.")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS's sets lie.")
+_IMAGE_SIZE = flags.DEFINE_string("image_size", None, "Adapt the weights to this size, HEIGHTxWIDTH or one number.")
+_CROP = flags.DEFINE_string("crop", None, "central, square_central, resize or none; default: a run's own, or central.")
+_RESIZE_TO = flags.DEFINE_integer("resize_to", None, "Shorter side before the crop; default: size x 256/224.", 1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 100, "Images at a time.", 1)
+_WORKERS = flags.DEFINE_integer("workers", 0, "Worker processes that read; 0: threads.", 0)
+_FEWSHOT = flags.DEFINE_string("fewshot", None, "Set to draw shots from, KIND:NAME:SPLIT; measured on --data.")
+_SHOTS = flags.DEFINE_list("shots", ["1", "5", "10", "25"], "Examples of each class.")
+_THROUGHPUT = flags.DEFINE_float("throughput", 0.0, "Measure speed for so many seconds.", 0.0)
+_EMA = flags.DEFINE_bool("ema", False, "Of a run: its average of the parameters.")
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    # Heavy imports wait until the flags are known to be good, so that a typo is answered at once.
+    from vit_scaling import config as config_lib
+    from vit_scaling import figures, measure, pretrained, workdirs
+    from vit_scaling.data.loader import DataConfig
+    from vit_scaling.data.sources import open_source
+    from vit_scaling.parallel.mesh import MeshConfig
+
+    size = None if _IMAGE_SIZE.value is None else config_lib.image_size("--image_size", _IMAGE_SIZE.value)
+    weights = pretrained.read(_WEIGHTS.value, image_size=size, ema=_EMA.value)
+    found = pretrained.find_checkpoint(Path(_WEIGHTS.value))
+    run = None if found is None else pretrained.record_of(found)["config"]
+    source, transform = _source(run), _transform(run, weights.image_size)
+    data = DataConfig(workers=_WORKERS.value)
+    loss = "softmax" if run is None else run["loss"]["kind"]
+    opened = open_source(source)
+    model = measure.freeze(weights, MeshConfig())
+
+    report = measure.on_set(model, source, transform, data, _BATCH_SIZE.value, loss)
+    numbers = dict(report.numbers)
+    if _FEWSHOT.value is not None:
+        shots = tuple(int(shot) for shot in _SHOTS.value)
+        train = _parse("--fewshot", _FEWSHOT.value)
+        numbers |= measure.few_shot(model, train, source, transform, data, _BATCH_SIZE.value, shots)
+    if _THROUGHPUT.value:
+        numbers |= measure.throughput(model, weights, _BATCH_SIZE.value, _THROUGHPUT.value)
+
+    names = opened.class_names or tuple(str(label) for label in range(weights.num_classes))
+    output = Path(_OUTPUT.value)
+    output.mkdir(parents=True, exist_ok=True)
+    title = f"{_WEIGHTS.value} on {source.name} {source.split}: {100 * numbers['top1']:.2f}%"
+    picture = output / "evaluation.png"
+    figures.evaluation_figure(picture, title=title, confusion=report.confusion, names=names, bins=report.bins)
+    total = report.confusion.sum(axis=1)
+    per_class = {
+        name: {"accuracy": float(report.confusion[i, i] / total[i]) if total[i] else None, "examples": int(total[i])}
+        for i, name in enumerate(names)
+    }
+    record: dict[str, Any] = {
+        "weights": _WEIGHTS.value,
+        "data": dataclasses.asdict(source),
+        "transform": dataclasses.asdict(transform),
+        "numbers": numbers,
+        "classes": per_class,
+        "confusion": report.confusion.tolist(),
+        "calibration": report.bins,
+    }
+    workdirs.write_json(output / "evaluation.json", record)
+    for name, value in numbers.items():
+        print(f"{name:24s} {value:.4f}")
+    print(f"report:  {output / 'evaluation.json'}\npicture: {picture}")
+
+
+def _parse(flag: str, text: str):
+    """Returns the source of KIND:NAME:SPLIT; the name may have colons of its own."""
+    from vit_scaling.data.sources import SourceConfig
+
+    kind, _, rest = text.partition(":")
+    name, colon, split = rest.rpartition(":")
+    if not colon or not name or not split:
+        raise ValueError(f"{flag} is {text!r}; write KIND:NAME:SPLIT, such as builtin:mnist:test")
+    return SourceConfig(kind, name, split, data_dir=_DATA_DIR.value)
+
+
+def _source(run: dict[str, Any] | None):
+    if _DATA.value is not None:
+        return _parse("--data", _DATA.value)
+    from vit_scaling.data.sources import SourceConfig
+
+    own = None if run is None else run["evaluation"]["test"] or run["evaluation"]["validation"]
+    if own is None:
+        raise ValueError("--data must be given: these weights name no set of their own")
+    return SourceConfig(**own)
+
+
+def _transform(run: dict[str, Any] | None, size: tuple[int, int]):
+    """Returns how images are shown: as the run's evaluation did, at this size; else a central crop."""
+    from vit_scaling.data.transforms import TransformConfig
+
+    fields: dict[str, Any] = {"crop": "central", "resize": "area", "resize_to": max(size) * 256 // 224}
+    if run is not None:
+        own = run["data"]["eval_transform"]
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
+        if tuple(fields["size"]) != tuple(size):
+            fields |= {"resize_to": max(size) * fields["resize_to"] // max(fields["size"])}
+            fields["crop"] = "resize" if fields["crop"] == "none" else fields["crop"]
+    given = {"crop": _CROP.value, "resize_to": _RESIZE_TO.value}
+    return TransformConfig(**fields | {"size": tuple(size)} | {k: v for k, v in given.items() if v is not None})
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)

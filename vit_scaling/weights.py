@@ -1,0 +1,110 @@
+"""Import published weights, export ours, and show what a file holds.
+
+    python -m vit_scaling.weights show   --input=PATH
+    python -m vit_scaling.weights import --input=PATH --output=weights/vit_b16
+    python -m vit_scaling.weights export --input=runs/b16 --output=export/b16 --layout=huggingface
+
+PATH is a weight file or folder (safetensors, .npz, .pth; timm, Hugging Face, official Swin, vision_transformer and
+big_vision names), or a run or checkpoint of this project. `import` writes this project's own folder, which
+configs/finetune.py starts from; `export` one that transformers or timm load. Both write a model card, and adapt the
+weights to --image_size, --num_classes or --classes on the way. What is written is whole or not there.
+"""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from vit_scaling import cli
+
+COMMANDS = ("import", "export", "show")
+LAYOUTS = ("huggingface", "timm", "vit_scaling")
+
+_INPUT = flags.DEFINE_string("input", None, "Weight file or folder, run or checkpoint.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "New folder to write (import, export).")
+_LAYOUT = flags.DEFINE_enum("layout", "huggingface", LAYOUTS, "Whose names an export has.")
+_IMAGE_SIZE = flags.DEFINE_string("image_size", None, "Adapt to this size, HEIGHTxWIDTH or one number.")
+_NUM_CLASSES = flags.DEFINE_integer("num_classes", None, "Adapt to so many classes: a fresh classifier.", 1)
+_CLASSES = flags.DEFINE_string("classes", None, "File with one number a line: for each new class the old one.")
+_IGNORE = flags.DEFINE_multi_string("ignore", [], "Pattern of tensors that may be left over; may be repeated.")
+_EMA = flags.DEFINE_bool("ema", False, "Of a run: its average of the parameters.")
+
+
+def main(argv: Sequence[str]) -> None:
+    command = argv[1]
+    if command != "show" and not _OUTPUT.value:
+        raise ValueError(f"weights {command} needs --output, a new folder")
+    # Heavy imports wait until the flags are known to be good, so that a typo is answered at once.
+    from vit_scaling import cards, interop, pretrained
+    from vit_scaling import config as config_lib
+
+    weights = pretrained.read(
+        _INPUT.value,
+        image_size=config_lib.image_size("--image_size", _IMAGE_SIZE.value) if _IMAGE_SIZE.value else None,
+        num_classes=_NUM_CLASSES.value,
+        class_map=_class_map(_CLASSES.value),
+        ignore=_IGNORE.value,
+        ema=_EMA.value,
+    )
+    if command == "show":
+        print(_table(weights))
+        return
+    layout = "vit_scaling" if command == "import" else _LAYOUT.value
+    found = pretrained.find_checkpoint(Path(_INPUT.value))
+    text = cards.card(
+        weights,
+        layout=layout,
+        source=_INPUT.value,
+        command=shlex.join(["python", "-m", "vit_scaling.weights", *sys.argv[1:]]),
+        run=None if found is None else pretrained.record_of(found),
+        metrics=None if found is None else cards.metrics_of(found),
+    )
+    output = Path(str(_OUTPUT.value))
+    interop.write(weights, output, layout=layout, texts={cards.CARD: text})
+    print(f"wrote {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
+    if command == "import":
+        config = f"configs/finetune.py:{output},DATA"
+        print(f"fine-tune it: python -m vit_scaling.train --config={config} --workdir=DIR")
+
+
+def _class_map(path: str | None) -> list[int] | None:
+    if path is None:
+        return None
+    lines = Path(path).read_text().split()
+    if wrong := [line for line in lines if not line.isdigit()]:
+        raise ValueError(f"--classes={path} must hold one class number a line; {wrong[0]!r} is none")
+    return [int(line) for line in lines]
+
+
+def _table(weights) -> str:
+    """Returns every parameter with its shape, spread and share, and what the network is."""
+    import numpy as np
+
+    from vit_scaling import paths
+
+    leaves = paths.flatten(weights.parameters)
+    width = max(len(path) for path in leaves)
+    lines = [
+        f"{path:{width}s}  {leaf.shape!s:22s}  mean {np.mean(leaf):+.3f}  deviation {np.std(leaf):.3f}"
+        for path, leaf in leaves.items()
+    ]
+    total = sum(leaf.size for leaf in leaves.values())
+    height, image_width = weights.image_size
+    fresh = ", from zero" if weights.fresh_head else ""
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"layout:     {weights.layout}",
+            f"model:      {weights.config!r}",
+            f"images:     {height} x {image_width}",
+            f"classes:    {weights.num_classes}{fresh}",
+            f"parameters: {total:,}",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__, COMMANDS)
