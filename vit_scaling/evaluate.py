@@ -9,6 +9,7 @@ table. With several labels an image, a prediction is right if it is one of them 
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -90,10 +91,11 @@ def _parse(flag: str, text: str):
     """Returns the source of KIND:NAME:SPLIT; the name may have colons of its own."""
     from vit_scaling.data.sources import SourceConfig
 
-    kind, _, rest = text.partition(":")
-    name, colon, split = rest.rpartition(":")
-    if not colon or not name or not split:
+    # A split may have colons too, within its brackets.
+    found = re.fullmatch(r"([^:]+):(.+?):((?:[^:\[\]]|\[[^\]]*\])+)", text)
+    if not found:
         raise ValueError(f"{flag} is {text!r}; write KIND:NAME:SPLIT, such as builtin:mnist:test")
+    kind, name, split = found.groups()
     return SourceConfig(kind, name, split, data_dir=_DATA_DIR.value)
 
 

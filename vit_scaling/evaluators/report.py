@@ -1,6 +1,6 @@
 """Everything that a set says about a classifier, from its logits: accuracies, calibration, confusions.
 
-Shapes: N examples, M classes.
+Shapes: N examples, M classes, K classes of the labels (which must be M).
 """
 
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ class Report(NamedTuple):
 
 
 def report(
-    logits_NM: Float[np.ndarray, "N M"], labels: Int[np.ndarray, "N"] | Float[np.ndarray, "N M"], *, loss: str
+    logits_NM: Float[np.ndarray, "N M"], labels: Int[np.ndarray, "N"] | Float[np.ndarray, "N K"], *, loss: str
 ) -> Report:
     """Returns what logits and labels say.
 
