@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def train(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "vit_scaling.train", *arguments]
+def train(*arguments: str, door: str = "train") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"vit_scaling.{door}", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
@@ -62,3 +62,23 @@ def test_a_whole_run_names_what_it_wrote(tmp_path: Path) -> None:
     assert "accuracy: " in done.stdout
     assert "replica 2, data 4, model 1" in done.stdout
     assert '"lr": 0.5' in (tmp_path / "run" / "config.json").read_text()
+
+
+def test_costs_are_a_table() -> None:
+    """ResNet-50: 25,557,032 parameters and 8.2 GFLOP; S/16: table 2 of arXiv 2106.04560, 9.2 GFLOP."""
+    names = ("configs/resnet_imagenet.py:50", "configs/vit_imagenet.py:S/16")
+    done = train(*(f"--config={name}" for name in names), door="costs")
+    assert done.returncode == 0, done.stderr
+    header, resnet, vit = done.stdout.splitlines()
+    assert header.split()[:3] == ["model", "image", "parameters"]
+    assert resnet.split()[:5] == ["resnet_imagenet:50", "224x224", "25,557,032", "8.18", "24.54"]
+    assert vit.split()[:5] == ["vit_imagenet:S/16", "224x224", "21,974,632", "9.15", "27.44"]
+    assert float(vit.split()[5]) > 0
+    wrong = train("--config=configs/study.py", door="costs")
+    assert (wrong.returncode, "no model of its own" in wrong.stderr) == (2, True)
+
+
+def test_costs_know_every_published_model() -> None:
+    listed = train("--help", door="costs").stdout
+    for file in (ROOT / "configs").glob("*_imagenet.py"):
+        assert f"configs/{file.name}:" in listed

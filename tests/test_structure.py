@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("workdirs", "sweep", "grid", "pretrained", "cards", "measure"),
     ("loop",),
     ("cli",),
-    ("train", "evaluate", "plan", "study", "prepare", "weights", "explore"),
+    ("train", "evaluate", "plan", "study", "costs", "prepare", "weights", "explore"),
 )
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}
 DOORS = set(FLOORS[-1])

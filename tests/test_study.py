@@ -6,6 +6,7 @@ import sys
 import threading
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from configs import study as study_file
 from vit_scaling import config as config_lib
 from vit_scaling import loop, sweep
 from vit_scaling.optim.schedule import Duration
+from vit_scaling.parallel import mesh
 from vit_scaling.scaling import report, runs
 from vit_scaling.scaling.runs import SWEEP, Run
 from vit_scaling.sweep import Comparison
@@ -198,11 +200,13 @@ def test_metric_that_runs_do_not_have(study, tmp_path):
         sweep.gather(study, jobs, tmp_path)
 
 
-def test_real_runs_and_a_branch_equals_its_planned_twin(study, tmp_path):
+def test_real_runs_and_a_branch_equals_its_planned_twin(study, tmp_path, monkeypatch):
+    create = mesh.create  # one device compiles faster than the tests' eight
+    monkeypatch.setattr(mesh, "create", lambda config: create(config, jax.devices()[:1]))
     study = dataclasses.replace(study, sizes=(1,), images=(100,), comparisons=(Comparison("planned", 1, 100),))
     study.base.evaluation.test.split = "test[:20]"
     study.dial.width_a_layer = study.dial.head_dim = 8
-    study.base.data.batch_size, study.base.evaluation.batch_size = 8, 16  # the tests' eight devices divide them
+    study.base.data.batch_size = 8
     jobs = sweep.plan(study, tmp_path)
     for job in jobs:
         loop.train(job.config, sweep.folder(tmp_path, job.name))
@@ -267,6 +271,19 @@ def test_law_of_size_and_images_leaves_the_small_data_out():
     found = report.find(known_runs())
     assert (found.joint.e, found.joint.alpha, found.joint.beta) == pytest.approx((0.02, 0.5, 0.6), rel=1e-2)
     assert found.problems == ()
+
+
+def test_report_says_what_lies_beyond_the_runs_and_what_is_no_power_law(tmp_path):
+    table = known_runs()
+    text = report.write(tmp_path, "Digits", table, [1e11, 1e15], {}).read_text()
+    inside, beyond = (line for line in text.splitlines() if line.startswith(("| 1.00e+11", "| 1.00e+15")))
+    assert "beyond" not in inside
+    assert "beyond the sizes run" in beyond
+    assert "(beyond the lengths run)" in beyond
+    assert "steepest" not in text
+    # All sizes but the smallest are alike.
+    step = [dataclasses.replace(run, error=150 * run.images**-0.6 + 0.5 * (run.size == 1)) for run in table]
+    assert "alpha = 5 is the steepest that is tried" in " ".join(report.find(step).joint.warnings)
 
 
 def test_report_of_too_little_says_so(tmp_path):

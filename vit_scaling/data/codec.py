@@ -22,6 +22,10 @@ import numpy as np
 import simplejpeg
 from jaxtyping import UInt8
 
+from vit_scaling.data import turbojpeg
+
+Box = tuple[int, int, int, int]  # top, left, height, width
+
 MAX_PIXELS = 100_000_000
 """Larger images are refused. Decoding one of this size takes 300 MB."""
 
@@ -40,6 +44,7 @@ class Header(NamedTuple):
     components: int = 3  # of a JPEG: 1 is grey, 3 colour, 4 CMYK
     frame: int = 0  # where a JPEG whose rows are stored from top to bottom, in one scan, says its height; else 0
     block_rows: int = 0  # rows in a row of its blocks
+    block_columns: int = 0  # columns in one of its blocks
 
 
 def read_header(data: bytes) -> Header:
@@ -80,9 +85,9 @@ def read_header(data: bytes) -> Header:
 
 
 def decode(
-    data: bytes, header: Header | None = None, *, reduce: int = 1, rows: int | None = None
+    data: bytes, header: Header | None = None, *, reduce: int = 1, crop: Box | None = None
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Decodes an image to uint8 RGB, upright.
+    """Decodes an image, or a box of it, to uint8 RGB, upright.
 
     JPEG goes through libjpeg-turbo's fast inverse DCT and plain chroma upsampling (a few grey levels from the slow way,
     where colours have edges); everything else through OpenCV.
@@ -92,37 +97,45 @@ def decode(
         header: `read_header(data)`, if it is at hand.
         reduce: 1, 2, 4 or 8: a JPEG is decoded at 1/reduce of its size (rounded down, but at least 1), which scales
             inside the inverse DCT and saves most of the work. Other formats ignore it.
-        rows: only so many rows (of the unreduced image) are needed; fewer than all may come back, and those are equal
-            to the full image's. None: all.
+        crop: top, left, height, width of what is wanted, in pixels of the reduced image; the part of it that lies
+            inside the image comes back, equal to the same box of the whole. Of an upright JPEG in one scan little
+            else is decoded, and what lies below the box is not looked at.
 
     Raises:
         CorruptImageError: see the table above.
     """
     header = header or read_header(data)
     if header.format == "jpeg" and header.components != 4:
-        if rows is not None and header.frame:
-            needed = -(-rows // header.block_rows) * header.block_rows
-            if needed < header.height:
-                return _decode_top(data, header, needed, reduce)
         height, width = (header.width, header.height) if header.orientation > 4 else (header.height, header.width)
+        # The last row and column of blocks may stand for fewer pixels than the others; those do not count.
+        height, width = max(height // reduce, 1), max(width // reduce, 1)
         try:
-            image = _decode_jpeg(data, height, width, reduce)
+            if crop is not None and header.frame:
+                top, left = crop[:2]
+                return _decode_box(
+                    data, header, reduce, top, left, min(top + crop[2], height), min(left + crop[3], width)
+                )
+            image = upright(_decode_jpeg(data, header, reduce)[:height, :width], header.orientation)
         except ValueError as error:
             raise CorruptImageError(f"the JPEG decoder says: {error}") from None
-        if reduce > 1:  # the last row and column stand for fewer pixels than the others
-            image = image[: max(height // reduce, 1), : max(width // reduce, 1)]
-        return upright(image, header.orientation)
+    else:
+        image = upright(_decode_other(data, header.format), header.orientation)
+    return image if crop is None else image[crop[0] : crop[0] + crop[2], crop[1] : crop[1] + crop[3]]
+
+
+def _decode_other(data: bytes, format: str) -> np.ndarray:
     try:
         flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
         decoded = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
-        raise CorruptImageError(f"the {header.format} decoder says: {error.err}") from None
+        raise CorruptImageError(f"the {format} decoder says: {error.err}") from None
     if decoded is None:
-        raise CorruptImageError(f"the {header.format} decoder refuses it")
-    return upright(decoded, header.orientation)
+        raise CorruptImageError(f"the {format} decoder refuses it")
+    return decoded
 
 
-def _decode_jpeg(data: bytes, height: int, width: int, reduce: int, buffer: np.ndarray | None = None) -> np.ndarray:
+def _decode_jpeg(data: bytes, header: Header, reduce: int, buffer: np.ndarray | None = None) -> np.ndarray:
+    height, width = (header.width, header.height) if header.orientation > 4 else (header.height, header.width)
     return simplejpeg.decode_jpeg(
         data,
         fastdct=True,
@@ -134,20 +147,32 @@ def _decode_jpeg(data: bytes, height: int, width: int, reduce: int, buffer: np.n
     )
 
 
-def _decode_top(data: bytes, header: Header, rows: int, reduce: int) -> np.ndarray:
-    """Decodes the first `rows` rows, whole rows of blocks, by telling the decoder that the image ends there.
+def _decode_box(data: bytes, header: Header, reduce: int, top: int, left: int, bottom: int, right: int) -> np.ndarray:
+    """Decodes a box of a JPEG that is stored upright and in one scan."""
+    if (library := turbojpeg.load()) is None:
+        return _decode_top(data, header, bottom, reduce)[top:, left:right]
+    block = max(header.block_columns // reduce, 1)
+    start = left // block * block
+    return library.decode(data, reduce, top, start, bottom - top, right - start)[:, left - start :]
+
+
+def _decode_top(data: bytes, header: Header, bottom: int, reduce: int) -> np.ndarray:
+    """Decodes the rows above `bottom`, by telling the decoder that the image ends with their row of blocks.
 
     At the end it then complains, once and about nothing else, that bytes are left before the next marker. By that time
     the pixels are in the buffer. Any other complaint is of the data.
     """
+    rows = -(-bottom * reduce // header.block_rows) * header.block_rows
+    if rows >= header.height:
+        return _decode_jpeg(data, header, reduce)[:bottom]
     shortened = b"".join((data[: header.frame], rows.to_bytes(2, "big"), data[header.frame + 2 :]))
     pixels = np.empty((rows // reduce, -(-header.width // reduce), 3), np.uint8)
     try:
-        _decode_jpeg(shortened, rows, header.width, reduce, pixels)
+        _decode_jpeg(shortened, header._replace(height=rows), reduce, pixels)
     except ValueError as error:
         if not re.fullmatch(r"Corrupt JPEG data: \d+ extraneous bytes before marker 0xd\d", str(error)):
-            raise CorruptImageError(f"the JPEG decoder says: {error}") from None
-    return pixels[:, : max(header.width // reduce, 1)]
+            raise
+    return pixels[:bottom]
 
 
 def upright(image: np.ndarray, orientation: int) -> np.ndarray:
@@ -186,13 +211,14 @@ def _jpeg_header(data: bytes) -> Header:
     if data.rfind(b"\xff\xd9") < position:
         raise CorruptImageError("the JPEG file is cut off: it has no end-of-image marker")
     height, width, components = struct.unpack_from(">HHB", data, frame)
-    vertical = max(data[frame + 6 + 3 * component] & 15 for component in range(components)) if components > 1 else 1
+    sampling = [data[frame + 6 + 3 * component] for component in range(components)] if components > 1 else [0x11]
+    block_columns, block_rows = 8 * max(factor >> 4 for factor in sampling), 8 * max(factor & 15 for factor in sampling)
     one_scan = data[position + 4] == components
     if orientation > 4:
         height, width = width, height
     if orientation != 1 or not sequential or not one_scan:
         frame = 0
-    return Header("jpeg", height, width, orientation, components, frame, 8 * vertical)
+    return Header("jpeg", height, width, orientation, components, frame, block_rows, block_columns)
 
 
 def _exif_orientation(tiff: bytes) -> int:

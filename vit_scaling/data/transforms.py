@@ -34,12 +34,11 @@ import numpy as np
 from PIL import Image
 
 from vit_scaling.data import codec, pixels, randaugment
+from vit_scaling.data.codec import Box
 
 RANDOM_CROPS = ("inception", "inception_torchvision", "random", "pad")
 CROPS = (*RANDOM_CROPS, "central", "square_central", "resize", "none")
 RESIZES = ("linear", "area", "antialias")
-
-Box = tuple[int, int, int, int]  # top, left, height, width
 
 
 @dataclasses.dataclass
@@ -218,14 +217,12 @@ def crop(config: TransformConfig, image: bytes | np.ndarray, rng: np.random.Gene
     reduce = next(
         r for r in (8, 4, 2, 1) if r == 1 or (shrinks and box[2] >= r * target[0] and box[3] >= r * target[1])
     )
-    top, left, crop_h, crop_w = _reduced(box, reduce)
-    decoded = decode(reduce=reduce, rows=min((top + crop_h) * reduce, h))
-    resized = resize(decoded[top : top + crop_h, left : left + crop_w], target, config.resize)
+    resized = resize(decode(reduce=reduce, crop=_reduced(box, reduce)), target, config.resize)
     return _window(resized, config.size, rng if config.crop == "random" else None)
 
 
-def _as_it_is(array: np.ndarray, **_: int) -> np.ndarray:
-    return array
+def _as_it_is(array: np.ndarray, reduce: int = 1, crop: Box | None = None) -> np.ndarray:
+    return array if crop is None else array[crop[0] : crop[0] + crop[2], crop[1] : crop[1] + crop[3]]
 
 
 def resize(image: np.ndarray, size: tuple[int, int], method: str) -> np.ndarray:

@@ -18,6 +18,7 @@ from vit_scaling.scaling.robust import Floats, Values
 
 LEAST_POINTS = 6
 STARTS = 6
+STEEPEST = 5.0  # exponent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ class JointLaw:
         samples: (e, A, alpha, B, beta) of the bootstrap replicates, [R, 5].
         level: probability content of the intervals.
         rms: root mean square of the residuals, in units of the error.
-        size_range: smallest and largest N among the runs.
+        size_range, images_range: smallest and largest N and D among the runs.
         warnings: sentences about what the data do not determine.
     """
 
@@ -59,6 +60,7 @@ class JointLaw:
     level: float
     rms: float
     size_range: tuple[float, float]
+    images_range: tuple[float, float]
     warnings: tuple[str, ...] = ()
 
     def predict(self, params: ArrayLike, images: ArrayLike) -> Floats:
@@ -149,7 +151,7 @@ def fit(
 
     rates = (0.1, 0.2, 0.35, 0.55, 0.8, 1.2)
     start = robust.nodes(basis, np.array([(i, j) for i in rates for j in rates]), z, z, STARTS)
-    lower, upper = np.array([1e-3, 1e-3, 0.0, 0.0, 0.0]), np.array([5.0, 5.0, 1.0, 1e3, 1e3])
+    lower, upper = np.array([1e-3, 1e-3, 0.0, 0.0, 0.0]), np.array([STEEPEST, STEEPEST, 1.0, 1e3, 1e3])
     ones = np.ones((1, len(z)))
     theta = robust.refine(curve, np.ones_like(z), ones, start, lower, upper)
     weights = robust.replicates(len(z), bootstrap, seed)
@@ -170,6 +172,11 @@ def fit(
         for name, value, lo, hi in zip(names, coefficients, low, high, strict=True)
         if name not in "AB" and hi - lo > max(value, 1e-12)
     )
+    warnings += tuple(
+        f"{name} = {value:.3g} is the steepest that is tried: the error does not fall with {what} as a power law"
+        for name, value, what in (("alpha", alpha, "size"), ("beta", beta, "images"))
+        if value > 0.999 * STEEPEST
+    )
     return JointLaw(
         e,
         a,
@@ -182,6 +189,7 @@ def fit(
         level=level,
         rms=float(np.sqrt(np.mean((_joint(coefficients, n, d) - y) ** 2))),
         size_range=(float(np.min(n)), float(np.max(n))),
+        images_range=(float(np.min(d)), float(np.max(d))),
         warnings=warnings,
     )
 

@@ -1,6 +1,6 @@
 """The figures of a scaling study, after figures 2 to 4 of Scaling Vision Transformers (arXiv 2106.04560)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -37,6 +37,7 @@ def sample_efficiency(runs: Sequence[Run]) -> Figure:
     """Error against images seen, one line for each size and data size."""
     figure, axes = _axes("images seen", runs)
     _lines(axes, runs, lambda run: run.images)
+    _counts(axes, {run.images for run in runs})
     _legend(axes)
     return figure
 
@@ -50,9 +51,7 @@ def error_by_data(runs: Sequence[Run]) -> Figure:
             best[run.data_images] = min(run.error, best.get(run.data_images, 1.0))
         data = sorted(best)
         axes.plot(data, [100 * best[count] for count in data], color=colour, marker="o", label=_label(runs, size))
-    amounts = sorted({run.data_images for run in runs})
-    axes.set_xticks(amounts, [f"{count:,}" for count in amounts])
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    _counts(axes, {run.data_images for run in runs})
     _legend(axes)
     return figure
 
@@ -77,6 +76,10 @@ def iso_compute(runs: Sequence[Run], law: JointLaw) -> Figure:
                 x = np.log([run.compute for run in own])
                 error = np.exp(np.interp(np.log(budget), x, np.log([max(run.error, 1e-6) for run in own])))
                 axes.scatter([own[0].params], [100 * error], color=colour, s=25)
+    axes.scatter([], [], color=INK, marker="v", s=60, label="least error, by the law")
+    axes.scatter([], [], color=INK, s=25, label="measured")
+    lowest = 100 * float(law.optimum(float(budgets[-1])).error)
+    axes.set_ylim(bottom=min(axes.get_ylim()[0], lowest / 1.3))
     _legend(axes)
     return figure
 
@@ -131,6 +134,12 @@ def _lines(axes: Axes, runs: Sequence[Run], abscissa) -> None:
             )
     for rank, data in enumerate(amounts if len(amounts) > 1 else []):
         axes.plot([], [], color=INK, linestyle=":" if rank else "-", marker="osD^v"[rank % 5], label=f"{data:,} images")
+
+
+def _counts(axes: Axes, amounts: Collection[int]) -> None:
+    """Marks the x axis at these numbers, written out."""
+    axes.set_xticks(sorted(amounts), [f"{count:,}" for count in sorted(amounts)])
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _legend(axes: Axes) -> None:

@@ -81,13 +81,10 @@ def _answer(found: Findings, sweep: Sequence[Run], budgets: Sequence[float]) -> 
         if found.joint is not None and min(found.joint.A, found.joint.B) > 0:
             best = found.joint.optimum(budget)
             depth = _depth(sweep, best.params)
-            beyond = (
-                ""
-                if found.joint.size_range[0] <= best.params <= found.joint.size_range[1]
-                else ", beyond the sizes run"
-            )
+            beyond = "" if _within(best.params, found.joint.size_range) else ", beyond the sizes run"
             size = f"{best.params:,.0f} (about depth {depth:.1f}{beyond}), {_span(best.params_interval, '{:,.0f}')}"
-            images = f"{best.images:,.0f}, {_span(best.images_interval, '{:,.0f}')}"
+            beyond = "" if _within(best.images, found.joint.images_range) else " (beyond the lengths run)"
+            images = f"{best.images:,.0f}{beyond}, {_span(best.images_interval, '{:,.0f}')}"
             own = f"{100 * best.error:.2f}, {_span([100 * e for e in best.error_interval], '{:.2f}')}"
         frontier = "not determined"
         if found.law is not None:
@@ -97,9 +94,13 @@ def _answer(found: Findings, sweep: Sequence[Run], budgets: Sequence[float]) -> 
     header = ("FLOPs", "parameters", "images", "error, % (size and images)", "error, % (frontier)")
     note = (
         "Intervals are bootstrap intervals of the laws, at the level given below. "
-        f"Beyond {most:.2e} FLOPs, the dearest run, every number is an extrapolation."
+        f"Beyond {most:.2e} FLOPs, the dearest run, and beyond the sizes and lengths run, numbers are extrapolations."
     )
     return "\n\n".join(["## For a budget, train this", _table(header, rows), note])
+
+
+def _within(value: float, span: tuple[float, float]) -> bool:
+    return span[0] <= value <= span[1]
 
 
 def _depth(sweep: Sequence[Run], params: float) -> float:

@@ -1,0 +1,107 @@
+"""Decoding a region of a JPEG by libjpeg-turbo 3, called through ctypes.
+
+simplejpeg decodes whole images. The TurboJPEG library of libjpeg-turbo 3 skips the inverse DCT and the colours of
+everything beside and above a region, and all work below it. It is looked for as the system's libturbojpeg, and in
+pylibjxl's wheel, whose extension exports the same functions. Where neither is there, `load` returns None.
+"""
+
+import ctypes
+import ctypes.util
+import functools
+import importlib.util
+import threading
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+# Names and numbers of turbojpeg.h, which are stable within version 3.
+_DECOMPRESS, _RGB = 1, 0
+_FAST_UPSAMPLE, _FAST_DCT = 9, 10
+
+
+class _Region(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in ("x", "y", "w", "h")]
+
+
+class _Factor(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in ("numerator", "denominator")]
+
+
+_HANDLE, _BYTES, _INT, _SIZE = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_size_t
+_SIGNATURES = {
+    "tj3Init": (_HANDLE, (_INT,)),
+    "tj3Destroy": (None, (_HANDLE,)),
+    "tj3Set": (_INT, (_HANDLE, _INT, _INT)),
+    "tj3GetErrorStr": (_BYTES, (_HANDLE,)),
+    "tj3DecompressHeader": (_INT, (_HANDLE, _BYTES, _SIZE)),
+    "tj3SetScalingFactor": (_INT, (_HANDLE, _Factor)),
+    "tj3SetCroppingRegion": (_INT, (_HANDLE, _Region)),
+    "tj3Decompress8": (_INT, (_HANDLE, _BYTES, _SIZE, ctypes.c_void_p, _INT, _INT)),
+}
+
+
+class TurboJPEG:
+    """A loaded library, for any number of threads: each has a decoder of its own."""
+
+    def __init__(self, library: ctypes.CDLL):
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+        self._library = library
+        self._own = threading.local()
+
+    def decode(
+        self, data: bytes, reduce: int, top: int, left: int, height: int, width: int
+    ) -> UInt8[np.ndarray, "H W 3"]:
+        """Returns a region of the image at 1/reduce of its size, with the fast DCT and plain chroma upsampling.
+
+        `left` is a multiple of the width of the scaled image's blocks; `codec.decode` sees to that.
+
+        Raises:
+            ValueError: the library's complaint, a mere warning included.
+        """
+        library, handle = self._library, self._handle()
+        pixels = np.empty((height, width, 3), np.uint8)
+        if (
+            library.tj3DecompressHeader(handle, data, len(data))
+            or library.tj3SetScalingFactor(handle, _Factor(1, reduce))
+            or library.tj3SetCroppingRegion(handle, _Region(left, top, width, height))
+            or library.tj3Decompress8(handle, data, len(data), pixels.ctypes.data, 0, _RGB)
+        ):
+            raise ValueError(library.tj3GetErrorStr(handle).decode(errors="replace"))
+        return pixels
+
+    def _handle(self) -> int:
+        own = self._own
+        if not hasattr(own, "decoder"):
+            own.decoder = _Decoder(self._library)
+        return own.decoder.handle
+
+
+class _Decoder:
+    """The library's state for one thread, freed with it."""
+
+    def __init__(self, library: ctypes.CDLL):
+        self._library = library
+        self.handle = library.tj3Init(_DECOMPRESS)
+        for parameter in (_FAST_UPSAMPLE, _FAST_DCT):
+            library.tj3Set(self.handle, parameter, 1)
+
+    def __del__(self):
+        self._library.tj3Destroy(self.handle)
+
+
+@functools.cache
+def load() -> TurboJPEG | None:
+    """Returns the first TurboJPEG 3 library that is found, or None."""
+    candidates = [ctypes.util.find_library("turbojpeg")]
+    wheel = importlib.util.find_spec("pylibjxl")
+    for folder in (wheel and wheel.submodule_search_locations) or ():
+        candidates += [str(path) for path in Path(folder).glob("_pylibjxl*")]
+    for path in filter(None, candidates):
+        try:
+            return TurboJPEG(ctypes.CDLL(path))
+        except (OSError, AttributeError):  # not loadable, or of version 2, which cannot decode regions
+            continue
+    return None
