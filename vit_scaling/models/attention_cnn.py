@@ -193,7 +193,8 @@ class AttentionCNN(nnx.Module):
         self.grid = _grid(image_size)
         self.embedding = layers.Linear(12, config.width, key=embedding_key)
         keys = jax.random.split(blocks_key, config.depth)
-        self.blocks = jax.vmap(lambda key: Block(config, self.grid, key=key))(keys)
+        # By a loop and not by vmap: XLA compiles vmapped random numbers several times more slowly.
+        self.blocks = jax.lax.map(lambda key: Block(config, self.grid, key=key), keys)
         self.head = layers.Linear(config.width, num_classes, key=head_key)
 
     def _tokens(self, images_BHWC: Array) -> Array:
