@@ -67,7 +67,7 @@ def test_requirements_are_ranges_from_the_index() -> None:
     lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
     assert lines == sorted(lines, key=str.lower)
     for line in lines:
-        assert re.fullmatch(r"[A-Za-z0-9_.\-]+>=[0-9.]+(,<[0-9.]+)?", line), line
+        assert re.fullmatch(r"[A-Za-z0-9_.\-]+>=[0-9.]+(,<[0-9.]+)?(; (sys_platform|platform_machine) .+)?", line), line
     names = {re.split(r"[>=<]", line)[0].lower() for line in lines}
     assert not names & {"tensorflow", "torch", "transformers", "timm"}
 
