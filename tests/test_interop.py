@@ -330,6 +330,15 @@ def test_what_may_be_left_over(tmp_path: pathlib.Path) -> None:
         interop.load(path, ignore=["teacher"])
 
 
+def test_what_a_file_does_not_tell_is_asked_for(tmp_path: pathlib.Path) -> None:
+    for name, field in (("timm Swin V2", "window"), ("hf Swinv2, rectangular, padded", "window"), ("hf ViT", "heads")):
+        path = write(tmp_path / field, reference_tensors(name))
+        with pytest.raises(ValueError, match=f"tell model.{field}; put their config.json beside them"):
+            interop.load(path)
+    config = vit.ViTConfig(48, 3, 80, 4, pool="token", norm_eps=1e-12, gelu="exact")
+    assert_same(interop.load(path, config), interop.load(reference_file("hf ViT", tmp_path / "told")))
+
+
 def test_a_config_that_contradicts_the_weights(tmp_path: pathlib.Path) -> None:
     path = reference_file("hf ViT", tmp_path / "file")
     with pytest.raises(ValueError, match=r"the weights' model.gelu is 'exact', and 'tanh' is asked for"):

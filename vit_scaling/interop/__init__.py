@@ -20,7 +20,7 @@ from flax import nnx
 from vit_scaling import models, paths
 from vit_scaling.interop import big_vision, convert, files, huggingface, native, timm
 from vit_scaling.interop.files import Stored
-from vit_scaling.interop.layout import Layout
+from vit_scaling.interop.layout import Described, Layout
 from vit_scaling.models import ModelConfig, layers, resize, swin, vit
 
 LAYOUTS: tuple[Layout, ...] = (timm.LAYOUT, huggingface.LAYOUT, big_vision.LAYOUT)
@@ -146,7 +146,7 @@ def describe(path: str | Path) -> tuple[ModelConfig, tuple[int, int], int | None
         return native.read_config(neighbour)
     layout, named = _recognise(tensors)
     described = layout.describe(named, neighbour, None)
-    return described.config, described.image_size, described.num_classes
+    return _settled(described, None), described.image_size, described.num_classes
 
 
 def _config_for(weights: Weights, image_size: tuple[int, int] | None) -> ModelConfig:
@@ -189,10 +189,7 @@ def _read_foreign(
 ) -> Weights:
     layout, named = _recognise(tensors)
     described = layout.describe(named, neighbour, image_size)
-    config = described.config
-    if type(hint) is type(config):
-        told = {field: getattr(hint, field) for field in described.assumed if getattr(hint, field, None) is not None}
-        config = dataclasses.replace(config, **told)
+    config = _settled(described, hint)
     if described.num_classes is None and num_classes is None:
         raise ValueError("the weights have no classifier; give num_classes, and it starts from zero")
 
@@ -213,6 +210,24 @@ def _read_foreign(
     parameters = paths.unflatten(convert.stack(leaves, like))
     fresh = described.num_classes is None
     return Weights(config, described.image_size, classes, parameters, {}, layout.name, fresh)
+
+
+def _settled(described: Described, hint: ModelConfig | None) -> ModelConfig:
+    """Returns the described model, with what its file does not tell taken from the user's config.
+
+    Raises:
+        ValueError: there is none, and no usual value either.
+    """
+    config = described.config
+    if type(hint) is type(config):
+        told = {field: getattr(hint, field) for field in described.assumed}
+        return dataclasses.replace(config, **told)
+    if described.unknown:
+        raise ValueError(
+            f"neither names nor shapes of the weights tell model.{described.unknown[0]}; put their config.json beside "
+            f"them, or give the model config"
+        )
+    return config
 
 
 def _recognise(tensors: Mapping[str, Stored]) -> tuple[Layout, dict[str, Stored]]:

@@ -77,7 +77,8 @@ def describe(tensors: Tensors, neighbour: Json | None, image_size: tuple[int, in
     if any(name.startswith("encoder.layers.0.blocks.") for name in tensors):
         config, tables = _describe_swin(tensors, told, assumed, common)
         size = swin_size(tables, config.window, size_pair(told.get("image_size")) or image_size)
-        return Described(config, size, classes, tuple(assumed))
+        unknown = tuple(field for field in assumed if field == "window")
+        return Described(config, size, classes, tuple(assumed), unknown=unknown)
     siglip = "embeddings.patch_embedding.weight" in tensors
     config_, rows = _describe_siglip(tensors) if siglip else _describe_vit(tensors)
     heads = told.get("num_attention_heads")
@@ -90,7 +91,8 @@ def describe(tensors: Tensors, neighbour: Json | None, image_size: tuple[int, in
     size, class_row = vit_grid(
         rows, config_.patch, config_.pool == "token", size_pair(told.get("image_size")), image_size
     )
-    return Described(config_, size, classes, tuple(assumed), class_row)
+    unknown = ("heads",) if "heads" in assumed and vit_heads(config_.width) is None else ()
+    return Described(config_, size, classes, tuple(assumed), class_row, unknown)
 
 
 def _describe_vit(tensors: Tensors) -> tuple[vit.ViTConfig, int]:

@@ -23,6 +23,7 @@ class Described:
         image_size: height and width in pixels that its positions or windows belong to.
         num_classes: of its classifier; None if it has none.
         class_row: whether the position table has a row for the class token.
+        unknown: the assumed fields for which there is not even a usual value; the user must tell them.
     """
 
     config: ModelConfig
@@ -30,6 +31,7 @@ class Described:
     num_classes: int | None
     assumed: tuple[str, ...] = ()
     class_row: bool = False
+    unknown: tuple[str, ...] = ()
 
 
 class Layout(NamedTuple):

@@ -76,7 +76,8 @@ def _describe_vit(tensors: Tensors, arguments: dict[str, Any], image_size: tuple
     )
     assumed = [] if "num_heads" in arguments else ["heads"]
     assumed += [] if "act_layer" in arguments else ["gelu"]
-    return Described(config, size, _classes(tensors, "head.weight"), (*assumed, "norm_eps"), class_row)
+    unknown = ("heads",) if "heads" in assumed and vit_heads(width) is None else ()
+    return Described(config, size, _classes(tensors, "head.weight"), (*assumed, "norm_eps"), class_row, unknown)
 
 
 def _activation(name: str) -> str:
@@ -119,9 +120,9 @@ def _describe_swin(
         norm_eps=SWIN_EPS,
     )
     size = size_pair(arguments.get("img_size")) or image_size
-    return Described(
-        config, swin_size(tables, config.window, size), _classes(tensors, "head.fc.weight"), tuple(assumed)
-    )
+    classes = _classes(tensors, "head.fc.weight")
+    unknown = tuple(field for field in assumed if field == "window")
+    return Described(config, swin_size(tables, config.window, size), classes, tuple(assumed), unknown=unknown)
 
 
 def _classes(tensors: Tensors, name: str) -> int | None:
