@@ -17,9 +17,13 @@ def mesh(**axes: int) -> jax.sharding.Mesh:
 
 
 def test_shapes_of_meshes() -> None:
-    assert mesh_lib.shape(MeshConfig(), 8) == (1, 8, 1)
-    assert mesh_lib.shape(MeshConfig(replica=2, data=-1, model=2), 8) == (2, 2, 2)
-    assert mesh_lib.shape(MeshConfig(replica=-1, data=4), 8) == (2, 4, 1)
+    assert mesh_lib.shape(MeshConfig(), 8) == (1, 8, 1, 1)
+    assert mesh_lib.shape(MeshConfig(replica=2, data=-1, model=2), 8) == (2, 2, 1, 2)
+    assert mesh_lib.shape(MeshConfig(replica=-1, data=4), 8) == (2, 4, 1, 1)
+    # What is beyond 128 is folded, whatever the number.
+    assert mesh_lib.shape(MeshConfig(), 512) == (1, 128, 4, 1)
+    assert mesh_lib.shape(MeshConfig(model=2), 384) == (1, 64, 3, 2)
+    assert mesh_lib.shape(MeshConfig(), 96) == (1, 96, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +65,33 @@ CASES = [
 @pytest.mark.parametrize(("path", "shape", "spec"), CASES)
 def test_the_table(path: str, shape: tuple[int, ...], spec: PartitionSpec) -> None:
     assert sharding.partition_spec(path, shape, mesh(replica=1, data=4, model=2)) == spec
+
+
+FOLDED = [
+    # Eight divide the rule's axis: both axes go there.
+    ("blocks/mlp/up/kernel", (12, 1024, 4096), PartitionSpec(None, ("data", "fold"), None)),
+    # Four do and eight do not: `fold` takes another axis, the heads of a kernel or the hidden units.
+    ("blocks/attention/query/kernel", (12, 1028, 6, 70), PartitionSpec(None, "data", None, "fold")),
+    ("blocks/attention/query/kernel", (12, 1028, 6, 71), PartitionSpec(None, "data", "fold", None)),
+    ("blocks/mlp/up/kernel", (12, 1028, 4098), PartitionSpec(None, "data", "fold")),
+    ("head/kernel", (1028, 29_593), PartitionSpec("data", None)),
+    # Nothing divides it, but each layer is small.
+    ("blocks/attention/query/bias", (48, 15, 105), PartitionSpec(None, None, None)),
+]
+
+
+@pytest.mark.parametrize(("path", "shape", "spec"), FOLDED)
+def test_the_table_on_a_folded_mesh(
+    path: str, shape: tuple[int, ...], spec: PartitionSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mesh_lib, "MAX_DATA", 4)
+    assert sharding.partition_spec(path, shape, mesh(replica=1, data=8, model=1)) == spec
+
+
+def test_a_model_axis_that_does_not_divide_the_classes_leaves_the_classifier_to_data() -> None:
+    on = mesh(replica=1, data=4, model=2)
+    assert sharding.partition_spec("head/kernel", (1664, 29_593), on) == PartitionSpec("data", None)
+    assert sharding.partition_spec("head/bias", (29_593,), on) == PartitionSpec(None)
 
 
 def test_mistakes_are_one_sentence() -> None:
@@ -110,6 +141,7 @@ def test_the_printed_table() -> None:
     (row,) = sharding.describe(tree, mesh(replica=2, data=2, model=2))
     assert row.bytes_a_device == 12 * 768 * 3072 * 4 // 4
     assert row.spec == PartitionSpec(None, "data", "model")
+    assert row.split == "data 1, model 2"
 
 
 def test_constrain_is_the_identity_without_a_mesh() -> None:
@@ -121,7 +153,7 @@ def test_constrain_splits_the_batch_within_a_mesh() -> None:
     on = mesh(replica=2, data=2, model=2)
     with jax.set_mesh(on):
         y = jax.jit(lambda x: sharding.constrain(x * 2.0))(np.ones((8, 3), np.float32))
-    assert y.sharding.spec == PartitionSpec(("replica", "data"), None) or y.sharding.shard_shape((8, 3)) == (2, 3)
+    assert y.sharding.shard_shape((8, 3)) == (2, 3)
 
 
 def test_a_batch_keeps_its_order_over_the_devices() -> None:

@@ -23,7 +23,7 @@ PROGRAMS: dict[str, Program] = {}
 
 def program(config: c.Config, devices: int = 1, **axes: int) -> Program:
     """The program of a config, made once for all tests."""
-    key = repr((config, devices, axes, sharding.MIN_SHARDED_SIZE))
+    key = repr((config, devices, axes, sharding.MIN_SHARDED_SIZE, mesh_lib.MAX_DATA))
     if key not in PROGRAMS:
         config = c.resolve(config, 100)
         mesh = mesh_lib.create(c.MeshConfig(**axes), jax.devices()[:devices])
@@ -114,10 +114,16 @@ def test_accumulation_equals_the_large_batch(whole: Any) -> None:
     assert_close(state.params, whole[0].params)
 
 
-@pytest.mark.parametrize("axes", [{"data": 8}, {"replica": 2, "data": 2, "model": 2}])
-def test_sharded_equals_unsharded(whole: Any, axes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("axes", "max_data"), [({"data": 8}, 128), ({"data": 8}, 4), ({"replica": 2, "data": 2, "model": 2}, 128)]
+)
+def test_sharded_equals_unsharded(
+    whole: Any, axes: dict[str, int], max_data: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)  # so that a tiny model is split as a large one would be
+    monkeypatch.setattr(mesh_lib, "MAX_DATA", max_data)
     built = program(plain(), devices=8, **axes)
+    assert (built.mesh.shape["fold"] > 1) == (max_data < 8)
     split = [leaf for leaf in jax.tree.leaves(built.state_shape) if not leaf.sharding.is_fully_replicated]
     assert len(split) > 20
     state, rows = run(built, BATCHES)

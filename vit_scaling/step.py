@@ -6,19 +6,20 @@ Training and planning for a pod that is not here both call `build`, so what is p
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 from jaxtyping import Array
 
 from vit_scaling import losses, models
 from vit_scaling.config import Config
 from vit_scaling.data import mixing
 from vit_scaling.optim import chain, schedule
+from vit_scaling.parallel import mesh as mesh_lib
 from vit_scaling.parallel import sharding
+from vit_scaling.parallel.sharding import DeviceMesh, Mesh
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
@@ -56,7 +57,7 @@ class Program:
     classify: Any
     features: Any
     state_shape: TrainState
-    mesh: Mesh
+    mesh: DeviceMesh
 
 
 def batch_shape(config: Config, num_classes: int, multi_label: bool, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -82,7 +83,7 @@ def build(config: Config, *, num_classes: int, total_steps: int, mesh: Mesh) -> 
         config: the experiment; its durations resolved to steps.
         num_classes: length of the logits.
         total_steps: the step at which the schedule ends.
-        mesh: axes (replica, data, model).
+        mesh: axes as `mesh.AXES`; one without devices gives shapes and shardings, and nothing that runs.
 
     Raises:
         ValueError: a field, or the batch on this mesh, cannot work; the sentence names it.
@@ -220,13 +221,14 @@ def build(config: Config, *, num_classes: int, total_steps: int, mesh: Mesh) -> 
     state_shape = jax.eval_shape(init)
     state_shardings = sharding.tree_shardings(state_shape, mesh)
     everywhere = sharding.replicated(mesh)
+    jit = functools.partial(jax.jit, compiler_options=mesh_lib.compiler_options(mesh))
     return Program(
-        init=jax.jit(in_mesh(init), out_shardings=state_shardings),
-        train_step=jax.jit(in_mesh(train_step), donate_argnums=0, out_shardings=(state_shardings, everywhere)),
-        classify=jax.jit(in_mesh(classify), out_shardings=everywhere),
-        features=jax.jit(in_mesh(features), out_shardings=everywhere),
+        init=jit(in_mesh(init), out_shardings=state_shardings),
+        train_step=jit(in_mesh(train_step), donate_argnums=0, out_shardings=(state_shardings, everywhere)),
+        classify=jit(in_mesh(classify), out_shardings=everywhere),
+        features=jit(in_mesh(features), out_shardings=everywhere),
         state_shape=jax.tree.map(
             lambda leaf, on: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on), state_shape, state_shardings
         ),
-        mesh=mesh,
+        mesh=cast(DeviceMesh, mesh),
     )

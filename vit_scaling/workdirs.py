@@ -132,9 +132,8 @@ def describe(config: Config, program: Program, source: Source) -> str:
     for row in sharding.describe(params, program.mesh):
         rule = rules[row.path]
         decay = "frozen" if rule.frozen else f"{rule.decay:g}"
-        split = ", ".join(f"{axis} {dim}" for dim, axis in enumerate(row.spec) if axis) or "-"
         factored = "yes" if rule.factored else "-"
-        table.append((row.path, str(row.shape), decay, factored, split, f"{row.bytes_a_device / 1e6:.3f}"))
+        table.append((row.path, str(row.shape), decay, factored, row.split, f"{row.bytes_a_device / 1e6:.3f}"))
     widths = [max(len(row[column]) for row in table) for column in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
     steps = int(config.duration.amount)

@@ -10,11 +10,16 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh as DeviceMesh
 
 from vit_scaling import paths
 
-BATCH_AXES = ("replica", "data")
+# Of devices, or of their numbers alone, which is enough to plan.
+Mesh = DeviceMesh | AbstractMesh
+
+BATCH_AXES = ("replica", "data", "fold")
+STORAGE_AXES = ("data", "fold")
 
 # A leaf of fewer elements than this stays whole on every device: splitting it saves nothing and costs a gather.
 MIN_SHARDED_SIZE = 2**16
@@ -34,6 +39,9 @@ RULES: tuple[tuple[str, tuple[str | None, ...] | None], ...] = (
     (r"head/bias", ("model",)),
 )
 
+# Classes are as many as there are: where `model` does not divide them, the classifier is not split over it.
+CLASSES = ("head/kernel", "head/bias")
+
 
 def constrain(x: jax.Array) -> jax.Array:
     """Keeps the leading axis of an activation split over the batch axes of the mesh; without a mesh, the identity.
@@ -46,7 +54,7 @@ def constrain(x: jax.Array) -> jax.Array:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of a batch: its leading axis over `replica` and `data`."""
+    """Returns the sharding of a batch: its leading axis over BATCH_AXES."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
@@ -61,7 +69,7 @@ def put_batch(local: dict[str, np.ndarray], on: Sharding) -> dict[str, jax.Array
 
 def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1, name: str = "data.batch_size") -> None:
     """Raises ValueError unless every microbatch can be divided evenly over the devices that share it."""
-    shards = mesh.shape["replica"] * mesh.shape["data"]
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if batch_size % (shards * accumulate):
         steps = f" in each of {accumulate} accumulation steps" if accumulate > 1 else ""
         raise ValueError(
@@ -73,41 +81,58 @@ def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1, name: str = "d
 def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """Returns how the leaf `path` of this shape is split over the mesh.
 
-    `data` goes to the axis that the rule names, or where it does not divide that or no rule names the leaf, to the
-    largest axis that it divides. Small leaves are not split over `data`.
+    `data` and `fold` together go to the axis that the rule names for `data`, or where they do not divide that or no
+    rule names the leaf, to the largest axis that they divide. Where they divide none, each goes to an axis of its own.
+    Small leaves are not split over them.
 
     Raises:
-        ValueError: the leaf is large and no mesh axis divides any of its axes, or `model` does not divide the heads or
-            hidden units that it is to split.
+        ValueError: a layer of the leaf is large and no mesh axis divides any of its axes, or `model` does not divide
+            the heads or hidden units that it is to split.
     """
     # An axis of length one is one over which a factored second moment was averaged: nothing to split.
-    free = [dim for dim in range(paths.stacked_dims(path), len(shape)) if shape[dim] > 1]
-    spec: list[str | None] = [None] * len(shape)
-    rank = len(shape) - paths.stacked_dims(path)
+    stacked = paths.stacked_dims(path)
+    free = [dim for dim in range(stacked, len(shape)) if shape[dim] > 1]
+    spec: list[str | tuple[str, ...] | None] = [None] * len(shape)
+    rank = len(shape) - stacked
     rules = (axes for pattern, axes in RULES if re.fullmatch(pattern, path))
     named = next((axes for axes in rules if axes is None or len(axes) == rank), ())
     if named is None:
         return PartitionSpec(*spec)
-    preferred = {axis: len(shape) - rank + dim for dim, axis in enumerate(named) if axis}
+    preferred = {axis: stacked + dim for dim, axis in enumerate(named) if axis}
     dim = preferred.get("model")
     if dim in free and mesh.shape["model"] > 1:
-        if shape[dim] % mesh.shape["model"]:
+        if shape[dim] % mesh.shape["model"] == 0:
+            spec[dim] = "model"
+            free.remove(dim)
+        elif not path.endswith(CLASSES):
             raise ValueError(
                 f"mesh.model={mesh.shape['model']} does not divide axis {dim} of {path} with shape {shape}; "
                 f"choose a size of the model axis that divides {shape[dim]}"
             )
-        spec[dim] = "model"
-        free.remove(dim)
-    if math.prod(shape) >= MIN_SHARDED_SIZE and mesh.shape["data"] > 1:
-        divisible = [dim for dim in free if shape[dim] % mesh.shape["data"] == 0]
-        if divisible:
-            dim = preferred.get("data")
-            spec[dim if dim in divisible else max(divisible, key=lambda dim: shape[dim])] = "data"
-        elif "model" not in spec:
-            raise ValueError(
-                f"{path} with shape {shape} is large and mesh.data={mesh.shape['data']} divides no axis of it; "
-                "choose a data axis that divides one, and put the rest of the devices on mesh.replica"
-            )
+
+    def place(size: int) -> int | None:
+        """Returns the axis that so many devices split: the rule's, or the largest that they divide, or none."""
+        divisible = [dim for dim in free if shape[dim] % size == 0]
+        dim = preferred.get("data")
+        return dim if dim in divisible else max(divisible, key=lambda dim: shape[dim], default=None)
+
+    sizes = {axis: mesh.shape[axis] for axis in STORAGE_AXES if mesh.shape[axis] > 1}
+    if math.prod(shape) < MIN_SHARDED_SIZE or not sizes:
+        return PartitionSpec(*spec)
+    dim = place(math.prod(sizes.values()))
+    if dim is not None:
+        spec[dim] = tuple(sizes) if len(sizes) > 1 else next(iter(sizes))
+        return PartitionSpec(*spec)
+    for axis, size in sizes.items():
+        dim = place(size)
+        if dim is not None:
+            spec[dim] = axis
+            free.remove(dim)
+    if not any(spec) and math.prod(shape[stacked:]) >= MIN_SHARDED_SIZE:
+        raise ValueError(
+            f"{path} with shape {shape} is large and mesh.data={math.prod(sizes.values())} divides no axis of it; "
+            "choose a data axis that divides one, and put the rest of the devices on mesh.replica"
+        )
     return PartitionSpec(*spec)
 
 
@@ -133,12 +158,20 @@ class Row(NamedTuple):
     spec: PartitionSpec
     bytes_a_device: int
 
+    @property
+    def split(self) -> str:
+        """Which mesh axes split which axes, as "data 0, model 1"; "-" where none does."""
+        named = [
+            (axis if isinstance(axis, str) else " x ".join(axis), dim) for dim, axis in enumerate(self.spec) if axis
+        ]
+        return ", ".join(f"{axis} {dim}" for axis, dim in named) or "-"
+
 
 def describe(tree: Any, mesh: Mesh) -> list[Row]:
     """Returns a row for every leaf of nested dicts of arrays or shapes."""
     rows = []
     for path, leaf in paths.flatten(tree).items():
-        spec = partition_spec(path, leaf.shape, mesh)
-        parts = math.prod(mesh.shape[axis] for axis in spec if axis)
-        rows.append(Row(path, tuple(leaf.shape), spec, leaf.size * leaf.dtype.itemsize // parts))
+        on = NamedSharding(mesh, partition_spec(path, leaf.shape, mesh))
+        size = math.prod(on.shard_shape(leaf.shape))
+        rows.append(Row(path, tuple(leaf.shape), on.spec, size * leaf.dtype.itemsize))
     return rows

@@ -1,0 +1,156 @@
+"""Accelerators by name: what each can do at best, which shapes it comes in, and devices of a machine that is not here.
+
+Peaks are the vendors' published ones: Google Cloud's pages of each TPU version, Jouppi et al. 2020 (v2 and v3) and
+NVIDIA's data sheets, for dense bfloat16. Memory of a TPU is what its compiler will fill, by its own error message.
+Network speeds count one direction: what a device can receive.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One kind of accelerator; rates and memory are those of one JAX device, of which a chip may have two."""
+
+    name: str
+    device_kind: str  # jax.Device.device_kind
+    devices: int  # JAX devices a chip
+    flops: float  # FLOP/s, dense bfloat16
+    memory: float  # bytes that a program can use
+    bandwidth: float  # bytes/s, device memory
+    fast: float  # bytes/s received over all links within a slice (TPU) or a node (GPU)
+    slow: float  # bytes/s received between slices or nodes
+    dims: int = 0  # axes of a TPU slice; 0 for GPUs
+    largest: int = 8  # chips of the largest slice, or GPUs of a node
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v2", "TPU v2", 2, 22.5e12, 7.48 * GIB, 350e9, 124e9, 1.5e9, 2, 256),
+        Chip("v3", "TPU v3", 2, 61.5e12, 15.48 * GIB, 450e9, 164e9, 1.5e9, 2, 1024),
+        Chip("v4", "TPU v4", 1, 275e12, 30.75 * GIB, 1228e9, 300e9, 6.25e9, 3, 4096),
+        Chip("v5e", "TPU v5 lite", 1, 197e12, 15.75 * GIB, 819e9, 200e9, 3.125e9, 2, 256),
+        Chip("v5p", "TPU v5", 1, 459e12, 95.73 * GIB, 2765e9, 600e9, 6.25e9, 3, 8960),
+        Chip("v6e", "TPU v6 lite", 1, 918e12, 31.24 * GIB, 1640e9, 400e9, 12.5e9, 2, 256),
+        Chip("tpu7x", "TPU7x", 2, 1153.5e12, 94.74 * GIB, 3690e9, 300e9, 6.25e9, 3, 9216),
+        Chip("a100-40gb", "NVIDIA A100-SXM4-40GB", 1, 312e12, 40e9, 1555e9, 300e9, 25e9),
+        Chip("a100", "NVIDIA A100-SXM4-80GB", 1, 312e12, 80e9, 2039e9, 300e9, 25e9),
+        Chip("h100", "NVIDIA H100 80GB HBM3", 1, 989e12, 80e9, 3350e9, 450e9, 50e9),
+        Chip("h200", "NVIDIA H200", 1, 989e12, 141e9, 4800e9, 450e9, 50e9),
+        Chip("b200", "NVIDIA B200", 1, 2250e12, 180e9, 7700e9, 900e9, 50e9),
+    )
+}
+TPUS = tuple(chip.name for chip in CHIPS.values() if chip.dims)
+GPUS = tuple(chip.name for chip in CHIPS.values() if not chip.dims)
+
+# Two-dimensional slices come in these shapes; three-dimensional ones in these or with all sides multiples of 4.
+_SHAPES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16", "16x32", "32x32")
+_SHAPES_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
+
+
+def of_device(device: jax.Device) -> Chip | None:
+    """Returns what kind of accelerator a device is; None for one that is not in the table."""
+    return next((chip for chip in CHIPS.values() if chip.device_kind == device.device_kind), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A machine by description: `slices` slices of `shape`, or a number of GPUs in nodes of eight."""
+
+    chip: Chip
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def devices(self) -> int:
+        return self.chips * self.chip.devices
+
+    def __str__(self) -> str:
+        size = "x".join(str(side) for side in self.shape)
+        if not self.chip.dims:
+            return f"gpu:{self.chip.name}x{size}"
+        return f"{self.slices} x {self.chip.name}:{size}" if self.slices > 1 else f"{self.chip.name}:{size}"
+
+
+def topology(text: str, slices: int = 1) -> Topology:
+    """Reads a description such as "v5e:4x4", "v5p:8x8x8" or "gpu:h100x8".
+
+    Raises:
+        ValueError: there is no such chip, or it does not come in this shape; the sentence names those that there are.
+    """
+    kind, _, size = text.partition(":")
+    if slices < 1:
+        raise ValueError(f"{slices} slices cannot be; give at least 1")
+    if kind == "gpu":
+        match = re.fullmatch(r"([\w\-]+?)x(\d+)", size)
+        if match is None or match[1] not in GPUS or not int(match[2]):
+            raise ValueError(
+                f"there are no GPUs {size!r}; write gpu:NAMExNUMBER, such as gpu:h100x8, with one of {', '.join(GPUS)}"
+            )
+        if slices > 1:
+            raise ValueError(f"{text} has no slices; nodes of {CHIPS[match[1]].largest} GPUs are the slow boundary")
+        return Topology(CHIPS[match[1]], (int(match[2]),))
+    if kind not in TPUS:
+        raise ValueError(f"there is no chip {kind!r}; write NAME:SHAPE with one of {', '.join(TPUS)}, or gpu:h100x8")
+    chip = CHIPS[kind]
+    shape = tuple(int(side) for side in size.split("x")) if re.fullmatch(r"\d+(x\d+)*", size) else ()
+    if not _comes_in(chip, size, shape):
+        if chip.dims == 2:
+            legal = [s for s in _SHAPES_2D if math.prod(int(side) for side in s.split("x")) <= chip.largest]
+            choices = f"its shapes are {', '.join(legal)}"
+        else:
+            choices = (
+                f"its shapes are {', '.join(_SHAPES_3D)}, and AxBxC with A <= B <= C, all multiples of 4, up to "
+                f"{chip.largest} chips, such as 4x4x8"
+            )
+        raise ValueError(f"{kind} does not come as {size!r}; {choices}")
+    return Topology(chip, shape, slices)
+
+
+def _comes_in(chip: Chip, size: str, shape: tuple[int, ...]) -> bool:
+    if len(shape) != chip.dims or math.prod(shape) > chip.largest:
+        return False
+    if chip.dims == 2:
+        return size in _SHAPES_2D
+    return size in _SHAPES_3D or (all(side and side % 4 == 0 for side in shape) and shape == tuple(sorted(shape)))
+
+
+def describe_devices(machine: Topology) -> Sequence[jax.Device]:
+    """Returns devices of TPUs that are not here, for which programs can be compiled and not run.
+
+    Raises:
+        ValueError: libtpu, the compiler, is not installed.
+        RuntimeError: libtpu does not know the topology.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError('libtpu, the TPU compiler, is not installed; it comes with: pip install "vit_scaling[plan]"')
+    from jax.experimental import topologies
+
+    options: dict[str, Any] = {}
+    if machine.chip.name == "v4":
+        options["chip_config_name"] = "megacore"  # both cores of a chip as one device, as jobs see it
+    if machine.shape == (1, 1):
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    if machine.slices > 1:
+        options["num_slices"] = machine.slices
+    name = f"{machine.chip.name}:{'x'.join(str(side) for side in machine.shape)}"
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+    except Exception as error:
+        raise RuntimeError(f"libtpu cannot describe {name}: {str(error).splitlines()[0]}") from error
+    assert len(found) == machine.devices, f"{name}: {len(found)} devices, not {machine.devices}"
+    return found

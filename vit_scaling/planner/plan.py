@@ -1,0 +1,331 @@
+"""What a config would need and cost on a machine that is not here.
+
+The train step is the one that training runs (`step.build`), compiled for described TPUs. For GPUs, and for whatever
+the compiler does not tell, it is arithmetic, and says so.
+"""
+
+import dataclasses
+import math
+import re
+import time
+from collections import defaultdict
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType
+
+from vit_scaling import step as step_lib
+from vit_scaling.config import Config
+from vit_scaling.parallel import chips, sharding
+from vit_scaling.parallel import mesh as mesh_lib
+from vit_scaling.parallel.chips import GIB, Topology
+from vit_scaling.planner import program
+from vit_scaling.scaling import flops
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device."""
+
+    arguments: float  # the state and the batch
+    outputs: float  # what comes out and does not reuse an argument's memory
+    temporaries: float  # activations, gathered parameters, gradients
+    program: float
+    available: float
+
+    @property
+    def needed(self) -> float:
+        return self.arguments + self.outputs + self.temporaries + self.program
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """All collectives of one kind in one step, on one device."""
+
+    kind: str
+    across: bool  # between slices or nodes
+    count: int
+    payload: float  # bytes of results
+    wire: float  # bytes received
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Seconds that one step takes at least, each as if the others cost nothing."""
+
+    compute: float
+    memory: float
+    fast_network: float
+    slow_network: float
+
+    @property
+    def step(self) -> float:
+        return max(dataclasses.astuple(self))
+
+    @property
+    def limit(self) -> str:
+        """What a step waits for."""
+        names = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return max(names, key=lambda name: names[name]).replace("_", " ")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One config on one machine. Where it does not fit, what was to be read from the program is None."""
+
+    machine: str
+    devices: int
+    chips: int
+    how: str  # compiled | arithmetic
+    mesh: dict[str, int]
+    batch_size: int
+    accumulate: int
+    remat: str
+    params: int
+    state_bytes: int  # of the whole train state, over all devices
+    fits: bool
+    message: str  # the compiler's own, where it does not fit
+    short_by: float | None  # bytes of a device's memory that are missing, where they are known
+    memory: Memory | None
+    compile_seconds: float | None
+    moved: tuple[Moved, ...]
+    memory_traffic: float | None  # bytes a device reads and writes in a step
+    model_flops: float  # of one step, over all devices: three forward passes
+    executed_flops: float  # with what remat computes again
+    bounds: Bounds | None
+    mfu_ceiling: float | None
+    images: int  # of the whole run
+    steps: int
+    chip_days: float | None  # of the whole run at the ceiling
+    table: tuple[tuple[str, str, str, int], ...]  # parameter, shape, split, bytes a device
+
+
+def to_dict(plan: Plan) -> dict[str, Any]:
+    """Returns the plan as JSON takes it."""
+    values = dataclasses.asdict(plan)
+    if plan.memory is not None:
+        values["memory"]["needed"] = plan.memory.needed
+    if plan.bounds is not None:
+        values["bounds"] |= {"step": plan.bounds.step, "limit": plan.bounds.limit}
+    values["table"] = [dict(zip(("path", "shape", "split", "bytes_a_device"), row, strict=True)) for row in plan.table]
+    return values
+
+
+def make(config: Config, machine: Topology, *, num_classes: int, multi_label: bool = False) -> Plan:
+    """Returns the plan of a config on a machine: compiled where it is TPUs, else by arithmetic.
+
+    Args:
+        config: its durations resolved to steps.
+        machine: from `chips.topology`.
+        num_classes: length of the logits.
+        multi_label: whether labels are multi-hot rows.
+
+    Raises:
+        ValueError: the config cannot work there, or libtpu is not installed.
+    """
+    if machine.chip.dims:
+        return _compiled(config, machine, num_classes, multi_label)
+    return _arithmetic(config, machine, num_classes)
+
+
+# ---- compiled --------------------------------------------------------------------------------------------------------
+
+
+def _compiled(config: Config, machine: Topology, num_classes: int, multi_label: bool) -> Plan:
+    devices = chips.describe_devices(machine)
+    mesh = mesh_lib.create(config.mesh, devices)
+    built = step_lib.build(config, num_classes=num_classes, total_steps=int(config.duration.amount), mesh=mesh)
+    batch = step_lib.batch_shape(config, num_classes, multi_label, mesh)
+    lowered = built.train_step.lower(built.state_shape, batch)
+    start = time.perf_counter()
+    try:
+        # An executable of another platform cannot be kept in the compilation cache.
+        with _no_cache():
+            executable = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        message = " ".join(str(error).split())
+        if "RESOURCE_EXHAUSTED" not in message:
+            raise
+        return _plan(
+            config, machine, mesh, built.state_shape, num_classes, message=message, short_by=_short_by(message)
+        )
+    seconds = time.perf_counter() - start
+    analysis = executable.memory_analysis()
+    memory = Memory(
+        arguments=analysis.argument_size_in_bytes,
+        outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+        temporaries=analysis.temp_size_in_bytes,
+        program=analysis.generated_code_size_in_bytes,
+        available=machine.chip.memory,
+    )
+    slices = np.asarray([getattr(device, "slice_index", 0) for device in mesh.devices.flat])
+    moved = program.traffic(executable.as_text(), slices)
+    return _plan(
+        config,
+        machine,
+        mesh,
+        built.state_shape,
+        num_classes,
+        memory=memory,
+        moved=_summed(moved.collectives),
+        traffic=moved.memory_bytes,
+        compile_seconds=seconds,
+    )
+
+
+class _no_cache:  # noqa: N801  (used as a statement)
+    """Switches JAX's persistent compilation cache off for a while."""
+
+    def __enter__(self) -> None:
+        self._before = jax.config.jax_enable_compilation_cache
+        jax.config.update("jax_enable_compilation_cache", False)
+
+    def __exit__(self, *error: object) -> None:
+        jax.config.update("jax_enable_compilation_cache", self._before)
+
+
+def _short_by(message: str) -> float | None:
+    """Returns the bytes that are missing, from the compiler's message."""
+    amounts = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)", message) or re.search(
+        r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", message
+    )
+    if amounts is None:
+        return None
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    return float(amounts[1]) * units[amounts[2]] - float(amounts[3]) * units[amounts[4]]
+
+
+def _summed(collectives: tuple[program.Collective, ...]) -> tuple[Moved, ...]:
+    sums: dict[tuple[str, bool], list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
+    for c in collectives:
+        entry = sums[c.kind, c.across]
+        entry[0] += c.times
+        entry[1] += c.times * c.payload
+        entry[2] += c.times * c.wire
+    rows = (Moved(kind, across, int(count), payload, wire) for (kind, across), (count, payload, wire) in sums.items())
+    return tuple(sorted(rows, key=lambda row: -row.wire))
+
+
+# ---- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def _arithmetic(config: Config, machine: Topology, num_classes: int) -> Plan:
+    """Fully sharded data parallelism by its textbook costs: good to tens of percent, and not a compiler's word."""
+    sizes = mesh_lib.shape(config.mesh, machine.devices)
+    mesh = AbstractMesh(sizes, mesh_lib.AXES, axis_types=(AxisType.Auto,) * len(sizes))
+    built = step_lib.build(config, num_classes=num_classes, total_steps=int(config.duration.amount), mesh=mesh)
+    state = built.state_shape
+    cost = flops.count(config.model, image_size=config.data.transform.size, num_classes=num_classes)
+    shards = math.prod(mesh.shape[axis] for axis in sharding.STORAGE_AXES)
+    model, replicas = mesh.shape["model"], mesh.shape["replica"]
+    images = config.data.batch_size / (shards * replicas)
+    size = 2 if getattr(config.model, "dtype", "float32") == "bfloat16" else 4
+    params = cost.params / model  # on the devices that gather them
+    passes = 2 * config.optim.accumulate  # forward and backward, in each part of a batch
+    activations = cost.activation_bytes * images / config.optim.accumulate / model
+    shard_bytes = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
+    )
+    memory = Memory(
+        arguments=shard_bytes + images * math.prod(config.data.transform.size) * 3,
+        outputs=0.0,
+        # Gradients lie as the parameters do; two layers are gathered at a time, here a tenth of the model.
+        temporaries=activations + 4 * params / shards + 0.1 * params * size,
+        program=0.0,
+        available=machine.chip.memory,
+    )
+    nodes = math.ceil(machine.devices / machine.chip.largest)
+    moved = []
+    if shards > 1:
+        moved.append(("all-gather", passes, params * size))
+        moved.append(("reduce-scatter", config.optim.accumulate, params * 4))
+    if replicas > 1:
+        moved.append(("all-reduce", 1, 2 * params / shards * 4))
+    rows = []
+    for kind, count, payload in moved:
+        # Every GPU of a node fetches a part over its own network card; the node's own links spread them.
+        rows.append(Moved(kind, False, count, count * payload, count * payload))
+        if nodes > 1:
+            part = count * payload * (nodes - 1) / nodes / machine.chip.largest
+            rows.append(Moved(kind, True, count, part, part))
+    traffic = 3 * cost.activation_bytes * images + 3 * params * size + 3 * shard_bytes
+    short = memory.needed - memory.available
+    return _plan(
+        config,
+        machine,
+        mesh,
+        state,
+        num_classes,
+        memory=memory,
+        moved=tuple(rows),
+        traffic=traffic,
+        message="" if short <= 0 else f"by arithmetic {short / GIB:.1f} GiB too much for a device",
+        short_by=short if short > 0 else None,
+    )
+
+
+# ---- both ------------------------------------------------------------------------------------------------------------
+
+
+def remat(model_config: Any) -> str:
+    """Returns what a model's backward pass recomputes: none, dots or full."""
+    value = getattr(model_config, "remat", "none")
+    return ("full" if value else "none") if isinstance(value, bool) else value
+
+
+def _plan(
+    config: Config,
+    machine: Topology,
+    mesh: sharding.Mesh,
+    state: Any,
+    num_classes: int,
+    *,
+    memory: Memory | None = None,
+    moved: tuple[Moved, ...] = (),
+    traffic: float | None = None,
+    compile_seconds: float | None = None,
+    message: str = "",
+    short_by: float | None = None,
+) -> Plan:
+    cost = flops.count(config.model, image_size=config.data.transform.size, num_classes=num_classes)
+    batch, steps = config.data.batch_size, int(config.duration.amount)
+    model_flops = cost.train_flops * batch
+    again = cost.forward_flops * batch if remat(config.model) == "full" else 0.0
+    bounds = None
+    if traffic is not None:
+        chip = machine.chip
+        bounds = Bounds(
+            compute=(model_flops + again) / machine.devices / chip.flops,
+            memory=traffic / chip.bandwidth,
+            fast_network=sum(row.wire for row in moved if not row.across) / chip.fast,
+            slow_network=sum(row.wire for row in moved if row.across) / chip.slow,
+        )
+    return Plan(
+        machine=str(machine),
+        devices=machine.devices,
+        chips=machine.chips,
+        how="compiled" if machine.chip.dims else "arithmetic",
+        mesh=dict(mesh.shape),
+        batch_size=batch,
+        accumulate=config.optim.accumulate,
+        remat=remat(config.model),
+        params=cost.params,
+        state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
+        fits=not message,
+        message=message,
+        short_by=short_by,
+        memory=memory,
+        compile_seconds=compile_seconds,
+        moved=moved,
+        memory_traffic=traffic,
+        model_flops=model_flops,
+        executed_flops=model_flops + again,
+        bounds=bounds,
+        mfu_ceiling=None if bounds is None else model_flops / machine.devices / machine.chip.flops / bounds.step,
+        images=batch * steps,
+        steps=steps,
+        chip_days=None if bounds is None else bounds.step * steps * machine.chips / 86_400,
+        table=tuple((row.path, str(row.shape), row.split, row.bytes_a_device) for row in
+                    sharding.describe(state.params, mesh)),
+    )  # fmt: skip
