@@ -8,7 +8,7 @@ that starts from the trained checkpoint, 100 epochs at --config.optim.lr=0.01.
 Data:     TFDS cifar10 in ArrayRecord (`tfds build cifar10 --file_format=array_record`).
 Expected: 93.8% (quadratic); the paper's learned positions and positions with content are said to reach 91.8 and 87.1%
           (from memory of its Table 1, not checked).
-Run by us: no; `smoke`, and the quadratic network on small images (docs/attention_as_convolution.md).
+Run by us: no, `smoke` only; configs/attention_cnn_digits.py is a small one that was.
 """
 
 import functools

@@ -28,6 +28,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "aa_resnet_imagenet": ("101", "50"),
     "finetune": ("B/16,cifar10", "L/14,imagenet,res=518,flat", "S/16,pets,res=256x384,crop=inception,probe"),
     "attention_cnn_cifar10": ("learned+content", "quadratic", "gaussian"),
+    "attention_cnn_digits": ("gaussian", "quadratic"),
 }
 # Studies are no experiments of their own: tests/test_study.py and tests/test_finetune.py have them.
 STUDIES = {"study", "transfer_sweep"}
