@@ -107,7 +107,7 @@ def assert_equal(batch, reference, hosts, host):
 )
 def test_batches_do_not_depend_on_hosts_threads_or_restarts(source, reference, hosts, start, threads, prefetch):
     for host in range(hosts):
-        options = {"start_step": start, "process_index": host, "process_count": hosts}
+        options = {"start_step": start, "parts": (host,), "part_count": hosts}
         batches = take(2, source, AUGMENT, batch_size=BATCH, threads=threads, prefetch=prefetch, **options)
         for step, batch in enumerate(batches, start):
             assert_equal(batch, reference[step], hosts, host)
@@ -119,7 +119,7 @@ def test_batches_do_not_depend_on_worker_processes(source, reference):
     rng = np.random.default_rng(0)
     for hosts, workers in cases:
         host, start = int(rng.integers(hosts)), int(rng.integers(4))
-        options = {"start_step": start, "process_index": host, "process_count": hosts, "workers": workers, "threads": 1}
+        options = {"start_step": start, "parts": (host,), "part_count": hosts, "workers": workers, "threads": 1}
         batches = take(3, source, AUGMENT, batch_size=BATCH, **options)
         for step, batch in enumerate(batches, start):
             assert_equal(batch, reference[step], hosts, host)
@@ -181,7 +181,7 @@ def test_a_mixture_keeps_its_weights_and_every_parts_epochs(monkeypatch):
 def test_evaluation_sees_every_example_once_on_any_number_of_hosts(hosts, count):
     seen, steps = [], set()
     for host in range(hosts):
-        batches = list(eval_batches(Numbers(count), AsItIs(), batch_size=24, process_index=host, process_count=hosts))
+        batches = list(eval_batches(Numbers(count), AsItIs(), batch_size=24, parts=(host,), part_count=hosts))
         steps.add(len(batches))
         for batch in batches:
             assert batch["image"].shape == (24 // hosts, 4, 4, 3)
@@ -357,8 +357,8 @@ def test_reading_needs_no_tensorflow(folder):
     ("options", "message"),
     [
         ({"batch_size": 21}, "the batch of 21 is larger than the data set of 20"),
-        ({"process_count": 3}, "batch_size 8 must be a positive multiple of the 3 processes"),
-        ({"process_index": 2, "process_count": 2}, "process_index 2"),
+        ({"part_count": 3}, "batch_size 8 must be a positive multiple of its 3 parts"),
+        ({"parts": (2,), "part_count": 2}, r"parts \(2,\) of a batch"),
         ({"seed": -1}, "seed -1"),
         ({"start_step": -1}, "first step -1"),
         ({"repeats": 0}, "data.repeats is 0"),

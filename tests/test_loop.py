@@ -19,12 +19,19 @@ import pytest
 from tests import tiny
 from vit_scaling import checkpoint, loop, telemetry
 from vit_scaling import config as c
+from vit_scaling.evaluators.suite import Suite
 from vit_scaling.parallel import mesh as mesh_lib
 from vit_scaling.step import build
 
 ROOT = Path(__file__).parent.parent
 # What a run measures of its own speed; all else must be equal.
-SPEED = {"step_seconds", "images_per_second_per_device", "data_wait_share", "flops_per_second_per_device"}
+SPEED = {
+    "step_seconds",
+    "images_per_second_per_device",
+    "data_wait_share",
+    "useful_share",
+    "flops_per_second_per_device",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +111,28 @@ def test_two_halves_equal_the_whole(uninterrupted: Path, tmp_path: Path, monkeyp
         assert loop.train(tiny.config(), workdir) == {"interrupted": 3}
     assert checkpoint.steps(workdir / "checkpoints") == [3]
     loop.train(tiny.config(), workdir)
+    assert_same_run(uninterrupted, workdir, 8, tiny.config())
+
+
+def test_an_evaluation_that_was_broken_off_is_made_up_for(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM before the first batch of an evaluation saves at once; the next start measures what is owed, once."""
+    workdir = tmp_path / "broken"
+    measure, break_off = Suite.measure, {4, 8}
+
+    def interrupt(self: Any, state: Any, *, final: bool) -> dict[str, float]:
+        if (step := int(jax.device_get(state.step))) in break_off:
+            break_off.remove(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(self, state, final=final)
+
+    monkeypatch.setattr(Suite, "measure", interrupt)
+    assert loop.train(tiny.config(), workdir) == {"interrupted": 4}
+    assert loop.train(tiny.config(), workdir) == {"interrupted": 8}
+    assert checkpoint.steps(workdir / "checkpoints") == [4, 8]
+    assert not (workdir / "result.json").exists()
+    assert loop.train(tiny.config(), workdir)["metrics"] == loop.train(tiny.config(), uninterrupted)["metrics"]
     assert_same_run(uninterrupted, workdir, 8, tiny.config())
 
 

@@ -5,6 +5,7 @@ import math
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -54,13 +55,50 @@ def test_tensorboard_files_hold_the_values(tmp_path: Path) -> None:
     assert found == [(5, "loss", 0.25)]
 
 
-def test_clock_adds_to_what_was_booked_before() -> None:
-    clock = telemetry.Clock({"step": 10.0})
-    with clock.book("step"):
-        pass
-    assert 10.0 < clock.seconds["step"] < 10.1
-    clock.book_rest("start", since=time.perf_counter() - 3.0)
-    assert clock.seconds["start"] == pytest.approx(3.0, abs=0.1)
+def test_every_second_is_booked_once() -> None:
+    clock = telemetry.Clock(started=time.perf_counter() - 3.0)
+    with clock.book("evaluation"):
+        time.sleep(0.02)
+        with clock.book("data"):
+            time.sleep(0.05)
+    clock.book_rest("step")
+    assert clock.seconds["data"] == pytest.approx(0.05, abs=0.015)
+    assert clock.seconds["evaluation"] == pytest.approx(0.02, abs=0.015)
+    assert clock.seconds["step"] == pytest.approx(3.0, abs=0.05)
+    assert clock.total == pytest.approx(3.07, abs=0.05)
+    assert clock.useful_share == pytest.approx(3.0 / 3.07, abs=0.02)
+
+
+def test_what_xla_compiles_is_booked_as_such_wherever_it_happens() -> None:
+    with telemetry.Clock() as clock:
+        with clock.book("evaluation"):
+            jax.jit(lambda x: jax.numpy.sin(x) @ x)(np.ones((3, 3), np.float32)).block_until_ready()
+        clock.book_rest("step")
+    assert 0 < clock.seconds["compile"] < clock.total
+    assert clock.seconds["evaluation"] + clock.seconds["compile"] == pytest.approx(clock.total, abs=0.01)
+    jax.jit(lambda x: jax.numpy.cos(x) @ x)(np.ones((3, 3), np.float32))
+    assert clock.total == sum(clock.seconds.values())
+    compiled = clock.seconds["compile"]
+    jax.jit(lambda x: jax.numpy.tan(x) @ x)(np.ones((3, 3), np.float32))
+    assert clock.seconds["compile"] == compiled  # it listens no longer
+
+
+def test_a_clock_goes_on_where_the_last_process_was_seen() -> None:
+    saved = {"start": 5.0, "step": 10.0}
+    # Killed six seconds after the checkpoint of step 4, at step 6: those steps are run again.
+    killed = telemetry.Clock()
+    killed.resume(4, saved, 6, {"start": 5.0, "step": 15.0, "data": 1.0})
+    assert killed.seconds == saved | {"lost": 6.0}
+    killed.book_rest("step")
+    assert killed.seconds["step"] == pytest.approx(10.0, abs=0.05)
+    # Stopped in good order at step 4, and then closed its checkpoint: nothing is lost.
+    stopped = telemetry.Clock()
+    stopped.resume(4, saved, 4, saved | {"checkpoint": 2.0})
+    assert stopped.seconds == saved | {"checkpoint": 2.0}
+    # Killed right after a checkpoint: its seconds are newer than what was noted.
+    newer = telemetry.Clock()
+    newer.resume(4, saved, 4, {"start": 5.0, "step": 9.0})
+    assert newer.seconds == saved
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(42.4, "42s"), (190.0, "3m10s"), (7500.0, "2h05m"), (math.nan, "?")])

@@ -17,6 +17,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from vit_scaling.parallel import processes
+
 STATE, RECORD = "state", "record"
 
 
@@ -120,16 +122,18 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, keep: int, permanent: int):
         self.directory = directory.absolute()
-        if jax.process_index() == 0 and self.directory.is_dir():
-            for entry in self.directory.iterdir():
-                if entry.name.isdigit() and not _complete(entry):
-                    # What a crash left behind would stand in the way of the same step's next save.
-                    logging.warning("removing the unfinished checkpoint %s", entry)
-                    shutil.rmtree(entry)
+        processes.first(self._remove_unfinished)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, keep_period=permanent or None, enable_async_checkpointing=True
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=_handlers())
+
+    def _remove_unfinished(self) -> None:
+        """Removes what a crash left behind: it would stand in the way of the same step's next save."""
+        for entry in self.directory.iterdir() if self.directory.is_dir() else ():
+            if entry.name.isdigit() and not _complete(entry):
+                logging.warning("removing the unfinished checkpoint %s", entry)
+                shutil.rmtree(entry)
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
         """Starts to write a checkpoint; returns once the state's memory may be reused."""

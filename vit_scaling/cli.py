@@ -6,12 +6,13 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import config_flags
 
 PACKAGE = Path(__file__).parent
+PROCESS_FLAGS = ("coordinator", "num_processes", "process_id")
 
 
 def define_config(required: bool = True) -> Any:
@@ -22,6 +23,20 @@ def define_config(required: bool = True) -> Any:
     if required:
         flags.mark_flag_as_required("config")
     return holder
+
+
+def define_processes() -> Callable[[], None]:
+    """Defines --coordinator, --num_processes and --process_id; returns what starts the processes as they say."""
+    coordinator = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0. Cloud TPU and Slurm tell it.")
+    count = flags.DEFINE_integer("num_processes", None, "How many processes run this. Cloud TPU and Slurm tell it.")
+    number = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0. Cloud TPU and Slurm tell it.")
+
+    def start() -> None:
+        from vit_scaling.parallel import processes
+
+        processes.start(coordinator.value, count.value, number.value)
+
+    return start
 
 
 def run(main: Callable[[Sequence[str]], Any], doc: str | None, commands: Sequence[str] = ()) -> None:
@@ -52,9 +67,10 @@ def run(main: Callable[[Sequence[str]], Any], doc: str | None, commands: Sequenc
         _leave(str(mistake))
     except FloatingPointError as error:
         _leave(str(error))
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        if not _raised_here(error):
-            raise
+    except Exception as error:
+        if not isinstance(error, (ValueError, FileNotFoundError, RuntimeError)) or not _raised_here(error):
+            traceback.print_exc()
+            _exit(1)
         _leave(str(error))
 
 
@@ -64,7 +80,16 @@ class _MistakeError(Exception):
 
 def _leave(sentence: str) -> None:
     print(f"error: {sentence}", file=sys.stderr)
-    sys.exit(2)
+    _exit(2)
+
+
+def _exit(code: int) -> NoReturn:
+    """Exits, in a run of several processes without waiting for them."""
+    if "jax" not in sys.modules:
+        sys.exit(code)
+    from vit_scaling.parallel import processes
+
+    processes.leave(code)
 
 
 def _raised_here(error: BaseException) -> bool:
@@ -104,10 +129,10 @@ def _check_config_file(arguments: Sequence[str]) -> None:
 
 
 def _help(doc: str | None) -> str:
+    shared = [flags.FLAGS[name] for name in ("config", *PROCESS_FLAGS) if name in flags.FLAGS]
     own = flags.FLAGS.get_flags_for_module(sys.modules["__main__"])
-    config = [flags.FLAGS["config"]] if "config" in flags.FLAGS else []
     lines = [(doc or "").strip(), "", "flags:"]
-    for flag in [*config, *(flag for flag in own if flag.name != "config")]:
+    for flag in [*own, *(flag for flag in shared if flag not in own)]:
         default = "" if flag.default is None else f" (default: {flag.default})"
         lines.append(f"  --{flag.name}: {flag.help}{default}")
     return "\n".join(lines)

@@ -83,6 +83,7 @@ class LogConfig:
     profile_from: int | None = None  # first step of a profile written to workdir/profile
     profile_steps: int = 5
     peak_flops: float | None = None  # FLOP/s of one device, for MFU; None: from the table of known chips
+    watchdog: float = 1200.0  # seconds without a step, or a batch of an evaluation, that end the process; 0: never
 
 
 @dataclasses.dataclass
@@ -203,6 +204,8 @@ def check(config: Config) -> None:
     ):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
+    if config.log.watchdog < 0:
+        raise ValueError(f"log.watchdog is {config.log.watchdog:g} seconds; it must be positive, or 0 for no watchdog")
     if config.evaluation.fewshot is not None and not config.evaluation.fewshot.shots:
         raise ValueError("evaluation.fewshot.shots is empty; name at least one number of shots")
 

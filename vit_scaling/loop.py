@@ -4,11 +4,9 @@ Read `train` from top to bottom: its order is the order of a run.
 """
 
 import contextlib
-import signal
-import time
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -20,49 +18,60 @@ from vit_scaling.data.sources import Source, open_source
 from vit_scaling.data.transforms import transform
 from vit_scaling.evaluators.suite import Suite
 from vit_scaling.parallel import mesh as mesh_lib
-from vit_scaling.parallel import sharding
+from vit_scaling.parallel import processes, sharding
+from vit_scaling.parallel.interrupts import Stopped, StopRequest, Watchdog
 from vit_scaling.scaling import flops
-from vit_scaling.step import TrainState, batch_shape, build
+from vit_scaling.step import Program, TrainState, batch_shape, build
 
 
 def train(config: Config, workdir: Path) -> dict[str, Any]:
     """Runs an experiment to its end, or on from where it stopped, and returns what workdir/result.json says.
 
     Everything is a function of the config and of the step, so a run that was killed and started again ends with the
-    numbers of one that was not. SIGTERM or Ctrl-C saves and returns {"interrupted": step}.
+    numbers of one that was not. SIGTERM or Ctrl-C, to any one of its processes, saves and returns
+    {"interrupted": step}. All processes of a run call it, with one workdir that all of them see.
 
     Args:
         config: the experiment, durations in any unit.
         workdir: where checkpoints/, metrics.jsonl, tensorboard/, config.json, result.json and figure.png go.
 
     Raises:
-        ValueError: the config cannot work, or the workdir belongs to another one; nothing was written.
+        ValueError: the config cannot work, the workdir belongs to another one, or the processes differ; nothing was
+            written.
         FloatingPointError: loss or gradient stayed non-finite for log.stop_after_skipped steps in a row.
     """
-    started = time.perf_counter()
+    with StopRequest() as stop, telemetry.Clock() as clock:
+        return _train(config, workdir, stop, clock)
 
-    # ---- What is asked for: nothing is written until all of it is known to work.
-    source = open_source(config.data.train)
-    config = resolve(config, len(source))
-    trunk = workdirs.trunk(config)
-    if trunk is not None:
-        config = workdirs.branch(config, trunk)
-    total_steps = int(config.duration.amount)
-    evaluate_every = int(config.evaluation.every.amount)
-    save_every, keep_every = int(config.checkpoint.every.amount), int(config.checkpoint.permanent.amount)
-    mesh = mesh_lib.create(config.mesh)
-    program = build(config, num_classes=source.num_classes, total_steps=total_steps, mesh=mesh)
-    suite = Suite(config, program)
-    augment = transform(config.data.transform, train=True)
-    weights = pretrained.start_of(config, source.num_classes, workdir)
+
+def _train(config: Config, workdir: Path, stop: StopRequest, clock: telemetry.Clock) -> dict[str, Any]:
+    # ---- What is asked for: nothing is written until all of it is known to work, in every process.
+    with processes.together():
+        source = open_source(config.data.train)
+        config = resolve(config, len(source))
+        trunk = workdirs.trunk(config)
+        if trunk is not None:
+            config = workdirs.branch(config, trunk)
+        total_steps = int(config.duration.amount)
+        evaluate_every = int(config.evaluation.every.amount)
+        save_every, keep_every = int(config.checkpoint.every.amount), int(config.checkpoint.permanent.amount)
+        watchdog = Watchdog(config.log.watchdog)
+        mesh = mesh_lib.create(config.mesh)
+        program = build(config, num_classes=source.num_classes, total_steps=total_steps, mesh=mesh)
+        suite = Suite(config, _watched(program, stop, watchdog))
+        augment = transform(config.data.transform, train=True)
+        weights = pretrained.start_of(config, source.num_classes, workdir)
+    workdirs.agree(config, {"data.train": len(source)} | suite.examples_of())
 
     # ---- The workdir is this experiment's, or becomes it.
-    workdirs.claim(workdir, config)
-    own = checkpoint.steps(workdir / "checkpoints")
-    if own and own[-1] >= total_steps:
-        print(f"{workdir} holds this run, finished; delete it or name another --workdir to run it again")
-        return workdirs.read_result(workdir)
-    print(workdirs.describe(config, program, source))
+    processes.first(lambda: workdirs.claim(workdir, config))
+    past = processes.first(lambda: workdirs.past(workdir))
+    own = past["checkpoints"]
+    if own and own[-1] >= total_steps and past["finished"]:
+        processes.say(f"{workdir} holds this run, finished; delete it or name another --workdir to run it again")
+        return processes.first(lambda: workdirs.read_result(workdir))
+    workdirs.keep_compilations(workdir)
+    processes.say(workdirs.describe(config, program, source))
 
     # ---- The state: the newest checkpoint, the trunk's, or a new one; each leaf on the mesh it will be used on.
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, permanent=keep_every)
@@ -72,7 +81,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     )
     best = checkpoint.Best(workdir, config.checkpoint.best)
     start_step = int(jax.device_get(state.step))
-    clock = telemetry.Clock(record["seconds"] if own else {})
+    clock.resume(start_step, record["seconds"] if own else {}, past["clock"]["step"], past["clock"]["seconds"])
     writer = telemetry.create_writer(workdir, start_step if own else None)
     progress = telemetry.Progress(start_step, total_steps)
     if begin is not None:
@@ -82,14 +91,16 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     with clock.book("compile"):
         shapes = batch_shape(config, source.num_classes, source.multi_label, mesh)
         train_step = program.train_step.lower(program.state_shape, shapes).compile()
+    on = sharding.batch_sharding(mesh)
+    parts, part_count = sharding.batch_parts(on)
     batches = loader.train_batches(
         source,
         augment,
         batch_size=config.data.batch_size,
         seed=config.seed,
         start_step=start_step,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        parts=parts,
+        part_count=part_count,
         repeats=config.data.repeats,
         on_corrupt=config.data.on_corrupt,
         workers=config.data.workers,
@@ -97,64 +108,91 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         prefetch=config.data.prefetch,
         timeout=config.data.timeout,
     )
-    on_devices = loader.to_device(batches, sharding.batch_sharding(mesh), ahead=1)
+    on_devices = loader.to_device(batches, on, ahead=1)
 
-    def evaluate(step: int, state: TrainState) -> dict[str, float]:
-        with clock.book("evaluation"):
-            values = suite.measure(state, final=step == total_steps)
+    def measure_at(step: int) -> bool:
+        return step == total_steps or step % evaluate_every == 0
+
+    def evaluate(step: int, state: TrainState) -> None:
+        """Measures, and at the end writes the result; neither where the run is asked to stop meanwhile."""
+        try:
+            with clock.book("evaluation"):
+                values = suite.measure(state, final=step == total_steps)
+        except Stopped:
+            return
         writer.write_scalars(step, values)
         progress.show(step, {name: value for name, value in values.items() if not name.endswith(("loss", "std"))})
-        return values
+        if step > 0:
+            best.offer(step, state, values)
+        if step == total_steps:
+            workdirs.finish(workdir, config, source, suite, values, clock)
 
     # ---- Steps. Do not reorder: step n + 1 is dispatched before the metrics of step n are read, and rows and result
     # are written before the checkpoint that makes them part of the run's past.
     with (
+        contextlib.closing(watchdog),
         contextlib.closing(checkpoints),
         contextlib.closing(writer),
         contextlib.closing(progress),
         contextlib.closing(batches),
-        StopRequest() as stop,
         jax.transfer_guard("disallow"),
     ):
-        if start_step == 0:
-            evaluate(0, state)
-        clock.book_rest("start", since=started)
-        log = StepLog(config, source, writer, progress, clock, start_step)
-        for step in range(start_step + 1, total_steps + 1):
+        step = start_step
+        if (measure_at(step) and step not in past["measured"]) if own else step == 0:
+            evaluate(step, state)  # the first, or one that was broken off
+        clock.book_rest("start")
+        workdirs.note_clock(workdir, step, clock)
+        log = StepLog(config, workdir, source, writer, progress, clock, start_step)
+        while step < total_steps and not stop.granted:
+            step += 1
             _profile(config, workdir, step)
             with clock.book("data"):
                 batch = next(on_devices)
             state, metrics = train_step(state, batch)
             log.dispatched(step, metrics)
+            watchdog.beat()
 
-            end = step == total_steps
-            at_evaluation = end or step % evaluate_every == 0
-            at_save = end or step % save_every == 0 or bool(keep_every and step % keep_every == 0)
-            if not (at_evaluation or at_save or stop.requested):
+            at_save = step == total_steps or step % save_every == 0 or bool(keep_every and step % keep_every == 0)
+            if not (stop.asked() or measure_at(step) or at_save):
                 continue
             log.drain()
-            if at_evaluation:
-                values = evaluate(step, state)
-                best.offer(step, state, values)
-            if end:
-                workdirs.finish(workdir, config, source, suite, values, clock)
-            if at_save or stop.requested:
+            if measure_at(step):
+                evaluate(step, state)
+            if at_save or stop.granted:
                 with clock.book("checkpoint"):
                     checkpoints.save(step, state, {"seconds": clock.seconds})
-            if stop.requested:
-                break
-            log.since = time.perf_counter()
+    clock.book_rest("checkpoint")  # the wait until it is written
+    workdirs.note_clock(workdir, step, clock)
 
-    if step < total_steps:
-        print(f"stopped at step {step} and saved it; the same command continues from there")
+    if stop.granted:
+        processes.say(f"stopped at step {step}; the same command continues from there")
         return {"interrupted": step}
-    return workdirs.read_result(workdir)
+    return processes.first(lambda: workdirs.read_result(workdir))
+
+
+def _watched(program: Program, stop: StopRequest, watchdog: Watchdog) -> Program:
+    """Returns the program, each batch of whose evaluations is progress, and may be the last if the run is to stop."""
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        compiled = set()
+
+        def call(params: Any, statistics: Any, batch: Any) -> Any:
+            shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+            watchdog.beat(compiles=shapes not in compiled)
+            compiled.add(shapes)
+            if stop.asked():
+                raise Stopped
+            return function(params, statistics, batch)
+
+        return call
+
+    return dataclasses.replace(program, classify=watched(program.classify), features=watched(program.features))
 
 
 def _profile(config: Config, workdir: Path, step: int) -> None:
     """Profiles log.profile_steps steps from log.profile_from on; TensorBoard shows workdir/profile."""
     first = config.log.profile_from
-    if first is None:
+    if first is None or not processes.is_first():
         return
     if step == first:
         jax.profiler.start_trace(str(workdir / "profile"))
@@ -168,21 +206,21 @@ class StepLog:
     def __init__(
         self,
         config: Config,
+        workdir: Path,
         source: Source,
         writer: telemetry.Writers,
         progress: telemetry.Progress,
         clock: telemetry.Clock,
         start_step: int,
     ):
-        self._config, self._writer, self._progress, self._clock = config, writer, progress, clock
+        self._config, self._workdir = config, workdir
+        self._writer, self._progress, self._clock = writer, progress, clock
         cost = flops.count(config.model, image_size=config.data.transform.size, num_classes=source.num_classes)
         self._flops_a_step = cost.train_flops * config.data.batch_size / jax.device_count()
         self._peak = telemetry.peak_flops(jax.devices()[0], config.log.peak_flops)
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
         self._logged_step = start_step
-        self._seconds = 0.0
-        self._data_seconds = clock.seconds.get("data", 0.0)
-        self.since = time.perf_counter()  # when counting of steps' time began; the loop moves it past other work
+        self._logged_seconds = dict(clock.seconds)
 
     def dispatched(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Takes the metrics of a step that has just been dispatched and reads those of the one before it."""
@@ -192,13 +230,7 @@ class StepLog:
     def drain(self) -> None:
         """Reads what is still pending, before other work."""
         self._read()
-        self._tick()
-
-    def _tick(self) -> None:
-        now = time.perf_counter()
-        elapsed = now - self.since
-        self._seconds, self.since = self._seconds + elapsed, now
-        self._clock.seconds["step"] = self._clock.seconds.get("step", 0.0) + elapsed
+        self._clock.book_rest("step")
 
     def _read(self) -> None:
         if self._pending is None:
@@ -218,44 +250,26 @@ class StepLog:
             )
         if step % int(self._config.log.every.amount) and step != int(self._config.duration.amount):
             return
-        self._tick()
-        count, waited = step - self._logged_step, self._clock.seconds.get("data", 0.0) - self._data_seconds
-        seconds = max(self._seconds, 1e-9) / count
+        self._clock.book_rest("step")
+        count, waited, stepped = step - self._logged_step, self._since_row("data"), self._since_row("step")
+        seconds = max(waited + stepped, 1e-9) / count
         flops_per_second = self._flops_a_step / seconds
         values |= {
             "step_seconds": seconds,
             "images_per_second_per_device": self._config.data.batch_size / seconds / jax.device_count(),
-            "data_wait_share": waited / max(self._seconds, 1e-9),
+            "data_wait_share": waited / max(waited + stepped, 1e-9),
+            "useful_share": self._clock.useful_share,
             "flops_per_second_per_device": flops_per_second,
             "examples": step * self._config.data.batch_size,
         }
         if self._peak is not None:
             values["mfu"] = flops_per_second / self._peak
-        self._logged_step, self._seconds, self._data_seconds = step, 0.0, self._clock.seconds.get("data", 0.0)
+        self._logged_step, self._logged_seconds = step, dict(self._clock.seconds)
         self._writer.write_scalars(step, values)
+        workdirs.note_clock(self._workdir, step, self._clock)
         rate = self._config.data.batch_size / seconds
         self._progress.show(step, {"loss": values["loss"], "lr": values["learning_rate"], "images/s": rate})
 
-
-class StopRequest:
-    """Turns the first SIGTERM or SIGINT into a flag; the second acts at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        self._restore()
-
-    def __exit__(self, *error: object) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    def _since_row(self, name: str) -> float:
+        """Returns the seconds booked on `name` since the last row."""
+        return self._clock.seconds.get(name, 0.0) - self._logged_seconds.get(name, 0.0)

@@ -132,24 +132,76 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 class Clock:
-    """Seconds of the run by what they went into, over all of its restarts."""
+    """Seconds of the run by what they went into, over all of its restarts. Every second is booked once.
 
-    def __init__(self, seconds: Mapping[str, float] | None = None):
-        self.seconds = dict(seconds or {})
-        self._before = sum(self.seconds.values())
+    As a context manager it books what XLA compiles on "compile", wherever that happens.
+    """
+
+    _COMPILED = "/jax/core/compile/backend_compile_duration"
+
+    def __init__(self, started: float | None = None):
+        self.seconds: dict[str, float] = {}
+        self._started = time.perf_counter() if started is None else started
+        self._before = 0.0  # seconds of earlier processes
+        self._inside: list[float] = []  # for each booking that is open, what was booked inside it
+
+    def __enter__(self) -> "Clock":
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._hear)
+
+    def _hear(self, event: str, duration_secs: float, **_: Any) -> None:
+        if event == self._COMPILED:
+            self._add("compile", duration_secs)
+
+    def _add(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        if self._inside:
+            self._inside[-1] += seconds
+
+    def resume(self, step: int, saved: Mapping[str, float], last_step: int, last: Mapping[str, float]) -> None:
+        """Adds the seconds of earlier processes.
+
+        Args:
+            step: that of the checkpoint from which the run goes on.
+            saved: the seconds in that checkpoint.
+            last_step: the step at which the last process noted its seconds for the last time, and
+            last: those seconds. What steps after the checkpoint took is "lost": they are run again.
+        """
+        more = sum(last.values()) - sum(saved.values())
+        earlier = dict(last if last_step <= step and more > 0 else saved)
+        if last_step > step and more > 0:
+            earlier["lost"] = earlier.get("lost", 0.0) + more
+        for name, seconds in earlier.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self._before = sum(earlier.values())
 
     @contextlib.contextmanager
     def book(self, name: str) -> Iterator[None]:
+        """Books the time inside, but what is booked inside of it."""
         start = time.perf_counter()
+        self._inside.append(0.0)
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            self._add(name, time.perf_counter() - start - self._inside.pop())
 
-    def book_rest(self, name: str, *, since: float) -> None:
-        """Books what passed since `since` (of time.perf_counter) and was booked on nothing else in this process."""
-        rest = time.perf_counter() - since - (sum(self.seconds.values()) - self._before)
-        self.seconds[name] = self.seconds.get(name, 0.0) + max(0.0, rest)
+    def book_rest(self, name: str) -> None:
+        """Books what has passed in this process and was booked on nothing yet."""
+        passed = time.perf_counter() - self._started
+        self._add(name, max(0.0, passed - (self.total - self._before)))
+
+    @property
+    def total(self) -> float:
+        """All that was booked, in seconds."""
+        return sum(self.seconds.values())
+
+    @property
+    def useful_share(self) -> float:
+        """Which part of all went into steps that count."""
+        return self.seconds.get("step", 0.0) / max(self.total, 1e-9)
 
 
 class Progress:

@@ -6,6 +6,9 @@
 Every field of the config can be overridden by --config.<field>=<value>; unknown fields and wrong types are refused.
 The same command, given again, continues from the newest checkpoint in the workdir and ends with the same numbers as a
 run that was never stopped.
+
+On several hosts the same command runs once on each. Cloud TPU, Slurm and Open MPI say by themselves who is who; else
+--coordinator=HOST:PORT --num_processes=N --process_id=I do.
 """
 
 from collections.abc import Sequence
@@ -16,6 +19,7 @@ from absl import flags
 from vit_scaling import cli
 
 _CONFIG = cli.define_config()
+_START_PROCESSES = cli.define_processes()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics, figure and result.", required=True)
 
 
@@ -23,9 +27,11 @@ def main(argv: Sequence[str]) -> None:
     del argv
     # Heavy imports wait until the flags are known to be good, so that a typo is answered at once.
     from vit_scaling import loop
+    from vit_scaling.parallel import processes
 
+    _START_PROCESSES()
     result = loop.train(_CONFIG.value, Path(_WORKDIR.value))
-    if "accuracy" not in result:
+    if "accuracy" not in result or not processes.is_first():
         return
     workdir = Path(_WORKDIR.value)
     for name, value in sorted(result["metrics"].items()):

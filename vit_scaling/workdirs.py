@@ -1,8 +1,10 @@
 """The folder of a run: whose it is, what was run there, and what came of it.
 
 config.json      the resolved config, versions, git revision, device
+clock.json       seconds of the run so far by what they went into, and the step at which they were noted
 metrics.jsonl    one row for each measurement; tensorboard/ has the same
 checkpoints/     <step>/ for each one kept
+compiled/        what XLA compiled, for the next start
 result.json      the final numbers
 figure.png       curves, learning rate, predictions
 """
@@ -18,14 +20,14 @@ from typing import Any
 
 import jax
 
+from vit_scaling import __version__, checkpoint, figures, telemetry
 from vit_scaling import config as config_lib
-from vit_scaling import figures, telemetry
 from vit_scaling.config import Config
 from vit_scaling.data.sources import Source
 from vit_scaling.evaluators.suite import Suite
 from vit_scaling.optim import chain, schedule
 from vit_scaling.optim.schedule import Duration
-from vit_scaling.parallel import sharding
+from vit_scaling.parallel import processes, sharding
 from vit_scaling.step import Program
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -54,7 +56,7 @@ def trunk(config: Config) -> Path | None:
     """
     if config.schedule.cooldown_from is None:
         return None
-    checkpoint = Path(config.schedule.cooldown_from)
+    origin = Path(config.schedule.cooldown_from)
     if schedule.needs_total(config.schedule):
         raise ValueError(
             f"schedule.cooldown_from needs a schedule that does not know its end, rsqrt or constant; "
@@ -62,16 +64,16 @@ def trunk(config: Config) -> Path | None:
         )
     if not config.schedule.cooldown.amount:
         raise ValueError("schedule.cooldown_from needs schedule.cooldown, the length of the branch; it is 0")
-    record = checkpoint.parent.parent / "config.json"
-    if not checkpoint.name.isdigit() or not record.exists():
+    record = origin.parent.parent / "config.json"
+    if not origin.name.isdigit() or not record.exists():
         raise ValueError(
-            f"schedule.cooldown_from is {str(checkpoint)!r}; name a checkpoint of a run, <workdir>/checkpoints/<step>"
+            f"schedule.cooldown_from is {str(origin)!r}; name a checkpoint of a run, <workdir>/checkpoints/<step>"
         )
     stored = json.loads(record.read_text())["config"]
     differing = config_lib.differences(stored, config_lib.to_dict(config), BRANCH_MAY_CHANGE)
     if differing:
         raise ValueError(f"a branch differs from its trunk in its cooldown alone, but {differing[0]}")
-    return checkpoint
+    return origin
 
 
 def branch(config: Config, trunk: Path) -> Config:
@@ -80,14 +82,43 @@ def branch(config: Config, trunk: Path) -> Config:
     return dataclasses.replace(config, duration=Duration(total))
 
 
+def environment() -> dict[str, Any]:
+    """Returns what a process runs with, and must have in common with the others of its run."""
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+        | {"vit_scaling": __version__, "python": platform.python_version()},
+        "git_revision": _git_revision(),
+        "device_kind": jax.devices()[0].device_kind,
+    }
+
+
+def agree(config: Config, examples: Mapping[str, int]) -> None:
+    """Makes sure that all processes are about to do the same.
+
+    Args:
+        config: the resolved config.
+        examples: how many each source holds, by its name.
+
+    Raises:
+        ValueError: in every process: which of them differs from process 0, and in what.
+    """
+    own = {"examples": dict(examples), "config": config_lib.to_dict(config), **environment()}
+    answers = processes.gather(config_lib.differences(processes.tell(own), own, may_change=()))
+    for process, differing in enumerate(answers):
+        if differing:
+            more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise ValueError(
+                f"process 0 (there) and process {process} (here) are not about to do the same: "
+                f"{'; '.join(differing[:3])}{more}"
+            )
+
+
 def claim(workdir: Path, config: Config) -> None:
     """Makes the workdir this experiment's.
 
     Raises:
         ValueError: it belongs to another one, or to something else; it is left as it was.
     """
-    if jax.process_index() != 0:
-        return
     record = workdir / "config.json"
     resolved = config_lib.to_dict(config)
     if record.exists():
@@ -100,19 +131,36 @@ def claim(workdir: Path, config: Config) -> None:
     elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise ValueError(f"the workdir {workdir} exists and holds no run of this project; name a new one")
     workdir.mkdir(parents=True, exist_ok=True)
-    device = jax.devices()[0]
-    write_json(
-        record,
-        {
-            "config": resolved,
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
-            | {"python": platform.python_version()},
-            "git_revision": _git_revision(),
-            "device_kind": device.device_kind,
-            "device_count": jax.device_count(),
-            "process_count": jax.process_count(),
-        },
-    )
+    counts = {"device_count": jax.device_count(), "process_count": jax.process_count()}
+    write_json(record, {"config": resolved, **environment(), **counts})
+
+
+def keep_compilations(workdir: Path) -> None:
+    """Lets JAX keep what it compiles in the workdir, unless the user has it kept elsewhere: a restart finds it there.
+
+    Process 0 alone writes to it, and an entry that a crash cut short is compiled again.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str((workdir / "compiled").absolute()))
+
+
+def past(workdir: Path) -> dict[str, Any]:
+    """Returns what a run left in its workdir, as JSON: {"checkpoints": steps, "measured": steps of evaluations,
+    "clock": what clock.json says, "finished": whether there is a result}."""
+    rows = telemetry.read_jsonl(workdir / "metrics.jsonl")
+    clock = workdir / "clock.json"
+    return {
+        "checkpoints": checkpoint.steps(workdir / "checkpoints"),
+        "measured": [row["step"] for row in rows if "loss" not in row],
+        "clock": json.loads(clock.read_text()) if clock.exists() else {"step": 0, "seconds": {}},
+        "finished": (workdir / "result.json").exists(),
+    }
+
+
+def note_clock(workdir: Path, step: int, clock: telemetry.Clock) -> None:
+    """Writes clock.json, for the process that goes on from here."""
+    if processes.is_first():
+        write_json(workdir / "clock.json", {"step": step, "seconds": clock.seconds})
 
 
 def _git_revision() -> str | None:
@@ -155,7 +203,7 @@ def finish(
     workdir: Path, config: Config, source: Source, suite: Suite, values: Mapping[str, float], clock: telemetry.Clock
 ) -> None:
     """Writes result.json and figure.png; the checkpoint of the last step comes after them."""
-    if jax.process_index() != 0:
+    if not processes.is_first():
         return
     steps = int(config.duration.amount)
     accuracy = next((values[name] for name in ("test/accuracy", "validation/accuracy") if name in values), None)

@@ -2,7 +2,7 @@
 
 The global order is an endless sequence: the source's records, shuffled anew in every epoch (a mixture: its parts, each
 shuffled by itself, interleaved by weight). Batch t is its stretch from t * batch_size on, across the end of an epoch
-too, and process p of P reads the p-th of P equal parts of that stretch. An example's augmentation is drawn from
+too, and every process reads some of the equal parts of that stretch. An example's augmentation is drawn from
 (seed, position in the sequence). So neither workers, threads, processes nor restarts change which images make up
 batch t, and to resume one needs the step alone.
 
@@ -12,7 +12,7 @@ Whole batches are read ahead, in threads (the decoders release Python's lock) or
 import dataclasses
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import cv2
@@ -68,8 +68,8 @@ def train_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    parts: Sequence[int] = (0,),
+    part_count: int = 1,
     repeats: int = 1,
     on_corrupt: str = "error",
     workers: int = 0,
@@ -85,20 +85,20 @@ def train_batches(
         batch_size: examples in the global batch.
         seed: fixes order and augmentation, 0 <= seed < 2^32.
         start_step: the first batch; `train_batches(start_step=t)` continues a run that made t steps.
-        process_index, process_count: which of how many equal parts of each batch.
+        parts, part_count: which of how many equal parts of each batch, in this order; see `sharding.batch_parts`.
         repeats, on_corrupt: see `DataConfig`.
         workers, threads, prefetch, timeout: see `DataConfig`; they never change a batch.
 
     Returns:
-        An iterator of {"image": uint8 [batch_size / process_count, height, width, 3], "label": int32
-        [batch_size / process_count], or float32 multi-hot [..., classes]}.
+        An iterator of {"image": uint8 [rows, height, width, 3], "label": int32 [rows], or float32 multi-hot
+        [rows, classes]}, where rows = batch_size * len(parts) / part_count.
 
     Raises:
         ValueError: the batch is larger than the data set or cannot be divided, or a number is out of range. While
             reading: a record cannot be read, or is corrupt and `on_corrupt` is "error"; the message names it.
         RuntimeError: while reading: a record is stuck, or a worker process died; the message names the records.
     """
-    local_size = _local_size(batch_size, process_index, process_count)
+    rows = _rows(batch_size, parts, part_count)
     if batch_size > len(source):
         raise ValueError(f"the batch of {batch_size} is larger than the data set of {len(source)} examples")
     if not 0 <= seed < 2**32:
@@ -111,8 +111,7 @@ def train_batches(
     read = _Read(source, transform, on_corrupt, board)
     examples = _TrainExamples(read, _order(source, seed), seed, repeats)
     steps = range(start_step, _ENDLESS // batch_size)
-    parts = _Parts(examples, steps, batch_size, process_index * local_size, local_size)
-    return Batches(parts, source, board, workers, threads, prefetch, timeout)
+    return Batches(_Rows(examples, steps, batch_size, rows), source, board, workers, threads, prefetch, timeout)
 
 
 def eval_batches(
@@ -120,8 +119,8 @@ def eval_batches(
     transform: Transform,
     *,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    parts: Sequence[int] = (0,),
+    part_count: int = 1,
     on_corrupt: str = "error",
     workers: int = 0,
     threads: int = 2,
@@ -137,14 +136,13 @@ def eval_batches(
     Raises:
         ValueError: the batch cannot be divided, or the source is empty.
     """
-    local_size = _local_size(batch_size, process_index, process_count)
+    rows = _rows(batch_size, parts, part_count)
     if not len(source):
         raise ValueError("the evaluation set is empty")
     board = _board(workers, threads, prefetch)
     examples = _EvalExamples(_Read(source, transform, on_corrupt, board))
     steps = range(-(-len(source) // batch_size))
-    parts = _Parts(examples, steps, batch_size, process_index * local_size, local_size)
-    return Batches(parts, source, board, workers, threads, prefetch, timeout)
+    return Batches(_Rows(examples, steps, batch_size, rows), source, board, workers, threads, prefetch, timeout)
 
 
 def to_device(
@@ -274,31 +272,30 @@ class _EvalExamples:
         return self._nothing if example is None else example | {"mask": np.bool_(True)}
 
 
-class _Parts:
-    """This process's part of every batch, at random access: number i is its part of batch `steps[i]`.
+class _Rows:
+    """This process's rows of every batch, at random access: number i is its share of batch `steps[i]`.
 
     Examples are copied into the batch as they come, while they are still in the processor's cache.
     """
 
-    def __init__(self, examples: Any, steps: range, batch_size: int, offset: int, size: int):
+    def __init__(self, examples: Any, steps: range, batch_size: int, rows: list[int]):
         self._examples = examples
         self._steps = steps
         self._batch_size = batch_size
-        self._offset = offset
-        self._size = size
+        self._rows = rows
 
     def __len__(self) -> int:
         return len(self._steps)
 
     def __getitem__(self, number: int) -> Batch:
-        start = self._steps[number] * self._batch_size + self._offset
+        start = self._steps[number] * self._batch_size
         batch: Batch = {}
-        for row in range(self._size):
+        for place, row in enumerate(self._rows):
             example = self._examples[start + row]
             if not batch:
-                batch = {key: np.empty((self._size, *value.shape), value.dtype) for key, value in example.items()}
+                batch = {key: np.empty((len(self._rows), *value.shape), value.dtype) for key, value in example.items()}
             for key, value in example.items():
-                batch[key][row] = value
+                batch[key][place] = value
         return batch
 
 
@@ -309,9 +306,10 @@ def _board(workers: int, threads: int, prefetch: int) -> Board:
     return Board(max(workers, 1), threads)
 
 
-def _local_size(batch_size: int, process_index: int, process_count: int) -> int:
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(f"batch_size {batch_size} must be a positive multiple of the {process_count} processes")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index {process_index} must be at least 0 and below process_count {process_count}")
-    return batch_size // process_count
+def _rows(batch_size: int, parts: Sequence[int], part_count: int) -> list[int]:
+    if batch_size < 1 or batch_size % part_count:
+        raise ValueError(f"batch_size {batch_size} must be a positive multiple of its {part_count} parts")
+    if not parts or not all(0 <= part < part_count for part in parts):
+        raise ValueError(f"parts {tuple(parts)} of a batch must be at least 0 and below part_count {part_count}")
+    size = batch_size // part_count
+    return [row for part in parts for row in range(part * size, (part + 1) * size)]

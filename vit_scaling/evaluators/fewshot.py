@@ -130,6 +130,11 @@ class FewShot:
         self._rows = np.searchsorted(indices, np.stack(orders)).reshape(config.seeds, self._num_classes, most)
         self._test_labels = np.asarray([test[index]["label"] for index in range(len(test))])
 
+    @property
+    def examples(self) -> int:
+        """How many images are shots or tested."""
+        return len(self._train_labels) + len(self._test_labels)
+
     def evaluate(
         self, program: Features, params: Any, statistics: Any, data: DataConfig, *, batch_size: int
     ) -> dict[str, float]:

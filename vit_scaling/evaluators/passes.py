@@ -32,12 +32,14 @@ def one_pass(
         ValueError: the batch cannot be divided over the devices.
     """
     sharding.check_batch(batch_size, mesh, name="evaluation.batch_size")
+    on = sharding.batch_sharding(mesh)
+    parts, part_count = sharding.batch_parts(on)
     batches = loader.eval_batches(
         source,
         transform(transform_config, train=False),
         batch_size=batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        parts=parts,
+        part_count=part_count,
         on_corrupt=data.on_corrupt,
         workers=data.workers,
         threads=data.threads,
@@ -45,4 +47,4 @@ def one_pass(
         timeout=data.timeout,
     )
     with contextlib.closing(batches):
-        yield from loader.to_device(batches, sharding.batch_sharding(mesh), ahead=1)
+        yield from loader.to_device(batches, on, ahead=1)

@@ -34,6 +34,11 @@ class Suite:
         self._fewshot = None if config.evaluation.fewshot is None else FewShot(config.evaluation.fewshot)
         self._pictured: tuple[Source, np.ndarray] | None = None
 
+    def examples_of(self) -> dict[str, int]:
+        """Returns how many examples each source holds, by its name."""
+        counts = {f"evaluation.{name}": len(source) for name, source in self._sources.items()}
+        return counts | ({} if self._fewshot is None else {"evaluation.fewshot": self._fewshot.examples})
+
     def measure(self, state: TrainState, *, final: bool) -> dict[str, float]:
         """Returns every number by name: "validation/accuracy", "fewshot/10shot", "validation_ema/accuracy", ...
 

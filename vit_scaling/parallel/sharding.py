@@ -4,6 +4,7 @@ Parameters are known by their paths (see vit_scaling.paths). The table names, fo
 mesh axis that splits each. Leading axes that the table does not name, the stacked layers, are never split.
 """
 
+import functools
 import math
 import re
 from typing import Any, NamedTuple
@@ -62,9 +63,33 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+@functools.lru_cache(maxsize=8)
+def batch_parts(on: Sharding) -> tuple[tuple[int, ...], int]:
+    """Returns (parts, count): a batch lies on the mesh in `count` equal parts, of which this process holds `parts`.
+
+    Processes along `model` hold the same parts; on a torus, the parts of one process need not be neighbours.
+    """
+    start = {device: index[0].start or 0 for device, index in on.devices_indices_map((on.num_devices,)).items()}
+    starts = sorted(set(start.values()))
+    own = sorted({start[device] for device in on.addressable_devices})
+    return tuple(starts.index(place) for place in own), len(starts)
+
+
 def put_batch(local: dict[str, np.ndarray], on: Sharding) -> dict[str, jax.Array]:
-    """Returns the global batch of which `local` is this process's part, on the devices."""
-    return {name: jax.make_array_from_process_local_data(on, value) for name, value in local.items()}
+    """Returns the global batch, of which `local` is what `batch_parts` says, in order, on the devices."""
+    parts, count = batch_parts(on)
+
+    def put(value: np.ndarray) -> jax.Array:
+        size = len(value) // len(parts)
+        rows = {part * size: value[place * size : (place + 1) * size] for place, part in enumerate(parts)}
+
+        def rows_at(index: Any) -> np.ndarray:
+            return rows[index[0].start or 0]
+
+        with jax.transfer_guard_host_to_device("allow"):  # the one transfer that is meant
+            return jax.make_array_from_callback((count * size, *value.shape[1:]), on, rows_at)
+
+    return {name: put(value) for name, value in local.items()}
 
 
 def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1, name: str = "data.batch_size") -> None:
