@@ -7,6 +7,10 @@ usage() {
   cat <<'TEXT'
 ./run.sh              make the environment, pretrain a small ViT on real digits, show what came of it (minutes)
 ./run.sh train ARGS   the same trainer with your own flags: --config=configs/vit_imagenet.py:S/16 --workdir=runs/s16
+./run.sh pod ARGS     train on a slice of Cloud TPU VMs; --help says how, here and below, and --dry-run shows what
+./run.sh slurm ARGS   train on a Slurm cluster
+./run.sh k8s ARGS     train on Kubernetes
+./run.sh install [X]  make the environment, with an extra: tpu or cuda
 ./run.sh test [ARGS]  run the tests; arguments go to pytest
 ./run.sh lint         check format, style and types
 ./run.sh python       print the Python that is used
@@ -69,6 +73,8 @@ train)
   prepare ""
   exec .venv/bin/python -m vit_scaling.train "$@"
   ;;
+pod | slurm | k8s) exec "launch/$command.sh" "$@" ;;
+install) prepare "${1:-}" ;;
 test)
   prepare test
   say "running the tests: python -m pytest $*"

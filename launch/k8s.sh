@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# Trains on Kubernetes, on one slice of a TPU node pool or on nodes with GPUs: prints a manifest and applies it. Pods
+# that end are started again until there is a result.
+#
+#   ./run.sh k8s --name=NAME --image=IMAGE --hosts=N --chips=RESOURCE=COUNT --select=LABEL=VALUE [--select=...]
+#       --claim=CLAIM --workdir=DIR [--namespace=SPACE] [--dry-run] -- --config=FILE.py:VARIANT [flags of the trainer]
+#
+#   --image    holds this project, installed
+#   --hosts    hosts of the slice; --chips is what each has, such as google.com/tpu=4 or nvidia.com/gpu=8
+#   --select   labels of the nodes, such as cloud.google.com/gke-tpu-accelerator=tpu-v5-lite-podslice and
+#              cloud.google.com/gke-tpu-topology=4x4
+#   --claim    a PersistentVolumeClaim that all pods may write; it is mounted at /run/vit_scaling
+#   --workdir  a folder in it, such as /run/vit_scaling/s16
+#   --dry-run  print the manifest and apply nothing
+
+set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+read_flags "name image hosts chips select claim workdir namespace" "$@"
+need name image hosts chips select claim workdir
+need_config
+[[ ${flag[name]} =~ ^[a-z0-9]([a-z0-9-]*[a-z0-9])?$ ]] || fail "--name is ${flag[name]}; Kubernetes wants a-z, 0-9 and -"
+[[ ${flag[hosts]} =~ ^[1-9][0-9]*$ ]] || fail "--hosts is ${flag[hosts]}; it must be a number of hosts, 1 or more"
+[[ ${flag[chips]} =~ ^[^=]+=[1-9][0-9]*$ ]] || fail "--chips is ${flag[chips]}; it must be RESOURCE=COUNT"
+[[ ${flag[workdir]} == /run/vit_scaling/* ]] || fail "--workdir is ${flag[workdir]}; it must lie in /run/vit_scaling, where --claim is mounted"
+
+mapfile -t labels <<<"${flag[select]}"
+for label in "${labels[@]}"; do
+  [[ $label == *=* ]] || fail "--select is $label; it must be LABEL=VALUE"
+done
+
+manifest() {
+  local name=${flag[name]} chips=${flag[chips]}
+  cat <<TEXT
+apiVersion: v1
+kind: Service
+metadata:
+  name: $name${flag[namespace]:+
+  namespace: ${flag[namespace]}}
+spec:
+  clusterIP: None
+  publishNotReadyAddresses: true
+  selector:
+    job-name: $name
+---
+apiVersion: batch/v1
+kind: Job
+metadata:
+  name: $name${flag[namespace]:+
+  namespace: ${flag[namespace]}}
+spec:
+  completionMode: Indexed
+  completions: ${flag[hosts]}
+  parallelism: ${flag[hosts]}
+  backoffLimit: 10000
+  template:
+    spec:
+      subdomain: $name
+      restartPolicy: OnFailure
+      terminationGracePeriodSeconds: 180
+      nodeSelector:
+$(for label in "${labels[@]}"; do echo "        ${label%%=*}: \"${label#*=}\""; done)
+      volumes:
+      - name: runs
+        persistentVolumeClaim:
+          claimName: ${flag[claim]}
+      containers:
+      - name: train
+        image: ${flag[image]}
+        ports:
+        - containerPort: 8476
+        resources:
+          limits:
+            ${chips%%=*}: ${chips#*=}
+        volumeMounts:
+        - name: runs
+          mountPath: /run/vit_scaling
+        command:
+        - bash
+        - -c
+        - |
+          # exec would hide the exit code: a run that was stopped exits with 0, and is not finished.
+          trap 'kill -TERM "\$trainer"' TERM
+          python -m vit_scaling.train $(quoted "--workdir=${flag[workdir]}" "${train[@]}") \\
+            --coordinator=$name-0.$name:8476 --num_processes=${flag[hosts]} --process_id="\$JOB_COMPLETION_INDEX" &
+          trainer=\$!
+          wait "\$trainer" || wait "\$trainer"
+          test -e $(quoted "${flag[workdir]}/result.json")
+TEXT
+}
+
+manifest
+if [ -z "${flag[dry-run]:-}" ]; then
+  command -v kubectl >/dev/null || fail "there is no kubectl here; install it, or call this with --dry-run"
+  manifest | kubectl apply --filename=-
+fi
