@@ -144,9 +144,12 @@ def test_kill_nine_at_any_moment_changes_nothing(uninterrupted: Path, tmp_path: 
         "m.create = lambda config: create(config, jax.devices()[:1]); loop.train(tiny.config(), Path(sys.argv[1]))"
     )
     command = [sys.executable, "-c", code, str(workdir)]
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
 
     def run_until(condition: Any) -> int | None:
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
         deadline = time.monotonic() + 240
         while process.poll() is None and not condition() and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -157,8 +160,17 @@ def test_kill_nine_at_any_moment_changes_nothing(uninterrupted: Path, tmp_path: 
     def step_reached(step: int) -> Any:
         return lambda: any(row["step"] >= step for row in telemetry.read_jsonl(workdir / "metrics.jsonl"))
 
+    def compiling() -> float:
+        return json.loads((workdir / "clock.json").read_text())["seconds"]["compile"]
+
     assert run_until(step_reached(2)) == -signal.SIGKILL  # before the first checkpoint
+    first = compiling()
+    kept = list((workdir / "compiled").glob("*train_step*"))
+    assert kept
     assert run_until(lambda: (workdir / "checkpoints" / "4").exists()) in (-signal.SIGKILL, 0)
+    assert compiling() < first / 2  # what was kept is found again
+    for entry in kept:
+        entry.write_bytes(entry.read_bytes()[:1000])  # and what a kill has cut short does no harm
     assert run_until(lambda: False) == 0
     # Another process, and its config has no seed of its own: the numbers are those of this one.
     assert rows_of(workdir) == rows_of(uninterrupted)
