@@ -148,7 +148,7 @@ def test_a_host_that_is_stopped_lets_its_trainer_save(tmp_path: Path) -> None:
     """SIGTERM comes to both, as when a machine is shut down; a new start stops the old one in the same way."""
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
     (tmp_path / ".venv").mkdir()
-    saves = f"trap 'sleep 0.5; echo saved >>{tmp_path}/calls; exit 0' TERM; echo began >>{tmp_path}/calls"
+    saves = f"trap 'sleep 2.5; echo saved >>{tmp_path}/calls; exit 0' TERM; echo began >>{tmp_path}/calls"
     fake(tmp_path / ".venv" / "bin", "python", f"{saves}; [ -e {tmp_path}/second ] || while true; do sleep 0.1; done")
     command = [str(tmp_path / "launch" / "host.sh"), str(tmp_path), "--config=a"]
     calls = tmp_path / "calls"
