@@ -206,8 +206,9 @@ def test_a_config_that_cannot_work_leaves_no_workdir(tmp_path: Path) -> None:
         dataclasses.replace(config, model=tiny.model(heads=3)),
         dataclasses.replace(config, evaluation=c.EvaluationConfig(every=c.Duration(1), validation=tiny.digits("nope"))),
         dataclasses.replace(config, duration=c.Duration(1)),
+        dataclasses.replace(config, log=dataclasses.replace(config.log, watchdog=-1.0)),
     ):
-        with pytest.raises(ValueError, match=r"batch_size|heads|nope|do not fit") as caught:
+        with pytest.raises(ValueError, match=r"batch_size|heads|nope|do not fit|watchdog is -1") as caught:
             loop.train(broken, tmp_path / "run")
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "run").exists()

@@ -16,8 +16,10 @@ import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
+import numpy as np
 import pytest
 
 from tests import host_config
@@ -344,6 +346,33 @@ def test_tpu_chips_are_left_to_jax(monkeypatch: pytest.MonkeyPatch) -> None:
     assert processes.arguments(None, None, None, {}) == {}
     assert processes.arguments(None, None, None, {"JAX_PLATFORMS": "cpu"}) is None
     assert processes.arguments(None, None, None, NO_TPU) is None
+
+
+@pytest.mark.parametrize(
+    ("places", "own", "expected"),
+    [
+        ([0, 2, 4, 6], [2, 3], ((2, 3), 4)),  # one part a device
+        ([0, 0, 2, 2], [2, 3], ((1,), 2)),  # two devices along `model` share a part
+        ([0, 2, 4, 6], [0, 2], ((0, 2), 4)),  # a host's chips are no neighbours in the mesh
+        ([6, 4, 2, 0], [0, 1], ((2, 3), 4)),  # the mesh has another order than the devices
+    ],
+)
+def test_a_process_reads_the_parts_that_its_devices_hold(places: list[int], own: list[int], expected: Any) -> None:
+    on = mock.create_autospec(jax.sharding.NamedSharding, instance=True)
+    on.num_devices = len(places)
+    on.devices_indices_map.return_value = {device: (slice(place, None),) for device, place in enumerate(places)}
+    on.addressable_devices = set(own)
+    assert sharding.batch_parts(on) == expected
+
+
+def test_batches_lie_in_order_on_a_mesh_of_any_order() -> None:
+    devices = [jax.devices()[number] for number in (0, 4, 1, 5, 2, 6, 3, 7)]
+    mesh = jax.sharding.Mesh(devices, "data", axis_types=(jax.sharding.AxisType.Auto,))
+    value = np.arange(32).reshape(16, 2)
+    on = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    placed = sharding.put_batch({"a": value}, on)["a"]
+    np.testing.assert_array_equal(placed, value)
+    assert {shard.device: shard.data.shape for shard in placed.addressable_shards} == dict.fromkeys(devices, (2, 2))
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
