@@ -106,6 +106,11 @@ def test_differences_name_the_fields() -> None:
     other = dataclasses.replace(config, seed=1, mesh=c.MeshConfig(data=2), log=c.LogConfig(stop_after_skipped=1))
     assert c.differences(c.to_dict(config), c.to_dict(other)) == ["seed is 0 there and 1 here"]
     assert c.differences(c.to_dict(config), c.to_dict(config)) == []
+    # A run of before a field existed is one in which it was off.
+    older = {name: value for name, value in c.to_dict(config).items() if name != "init"}
+    assert c.differences(older, c.to_dict(config)) == []
+    started = dataclasses.replace(config, init=c.InitConfig(path="weights"))
+    assert c.differences(older, c.to_dict(started)) == ["init.path is None there and 'weights' here"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ are name maps (timm.py, huggingface.py, big_vision.py); files.py reads without t
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -315,7 +316,10 @@ def write(weights: Weights, path: str | Path, *, layout: str, texts: Mapping[str
         tensors = native.tensors(weights.parameters, weights.statistics)
     else:
         tensors, config = _foreign(weights, next(known for known in LAYOUTS if known.name == layout))
-    files.write_folder(path, tensors, config, texts or {})
+    beside = dict(texts or {})
+    if layout == "huggingface":
+        beside["preprocessor_config.json"] = json.dumps(huggingface.processor(weights.image_size), indent=2) + "\n"
+    files.write_folder(path, tensors, config, beside)
 
 
 def _foreign(weights: Weights, layout: Layout) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -299,6 +299,21 @@ def neighbour(config: ModelConfig, image_size: tuple[int, int], num_classes: int
     raise ValueError(f"Hugging Face's layout is written for ViT and Swin, not for a {type(config).__name__}")
 
 
+def processor(image_size: tuple[int, int]) -> dict[str, Any]:
+    """Returns the preprocessor_config.json that brings pixels to [-1, 1] and images to this size."""
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": image_size[0], "width": image_size[1]},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+
+
 def _square(size: tuple[int, int]) -> int | list[int]:
     return size[0] if size[0] == size[1] else list(size)
 
