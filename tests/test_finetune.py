@@ -226,6 +226,13 @@ def test_layer_decay_scales_the_direction_and_its_decay() -> None:
     for path, leaf in decayed.items():
         np.testing.assert_allclose(leaf, plain[path] * rates[path], rtol=1e-6, err_msg=path)
     assert decayed["blocks/mlp/up/kernel"][0, 0, 0] == pytest.approx(0.125 * (2 + 0.03))
+    rows = {row.path: row.rates for row in chain.describe(c.OptimConfig(layer_decay=0.5), shapes)}
+    assert rows == {
+        "embedding/kernel": (0.0625, 0.0625),
+        "blocks/mlp/up/kernel": (0.125, 0.5),
+        "head/kernel": (1.0, 1.0),
+        "head/bias": (1.0, 1.0),
+    }
     frozen = direction(layer_decay=0.5, freeze=(r"(?!head/).*",))
     assert {path for path, leaf in frozen.items() if leaf.any()} == {"head/kernel", "head/bias"}
 

@@ -175,13 +175,15 @@ def describe(config: Config, program: Program, source: Source) -> str:
     """Returns what a person wants to see before a run: each parameter with its rules, the data, the devices."""
     params = program.state_shape.params
     rules = {row.path: row for row in chain.describe(config.optim, params)}
-    header = ("parameter", "shape", "decay", "factored", "split over", "MB a device")
+    header = ("parameter", "shape", "decay", "lr", "factored", "split over", "MB a device")
     table = [header]
     for row in sharding.describe(params, program.mesh):
         rule = rules[row.path]
         decay = "frozen" if rule.frozen else f"{rule.decay:g}"
         factored = "yes" if rule.factored else "-"
-        table.append((row.path, str(row.shape), decay, factored, row.split, f"{row.bytes_a_device / 1e6:.3f}"))
+        rate = "-".join(f"x{value:.3g}" for value in sorted(set(rule.rates)))
+        size = f"{row.bytes_a_device / 1e6:.3f}"
+        table.append((row.path, str(row.shape), decay, rate, factored, row.split, size))
     widths = [max(len(row[column]) for row in table) for column in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
     steps = int(config.duration.amount)
