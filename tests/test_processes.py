@@ -29,7 +29,7 @@ from vit_scaling.parallel import mesh as mesh_lib
 from vit_scaling.parallel import processes, sharding
 
 ROOT = Path(__file__).parent.parent
-DEADLINE = 200.0  # seconds after which processes that have not ended are killed
+DEADLINE = 400.0  # seconds after which processes that have not ended are killed
 WATCHDOG = 60.0
 
 
