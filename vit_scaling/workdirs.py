@@ -188,7 +188,7 @@ def describe(config: Config, program: Program, source: Source) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
     steps = int(config.duration.amount)
     epochs = steps * config.data.batch_size / len(source)
-    axes = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
+    axes = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if axis != "fold" or size > 1)
     return "\n".join(
         [
             *lines,
