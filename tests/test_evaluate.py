@@ -175,7 +175,10 @@ def test_from_a_file_to_an_export_and_its_numbers(exported: Path, tmp_path: Path
         "README.md",
         "config.json",
         "model.safetensors",
+        "preprocessor_config.json",
     ]
+    processor = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
+    assert (processor["size"], processor["image_mean"]) == ({"height": 42, "width": 28}, [0.5, 0.5, 0.5])
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (config["image_size"], config["model_type"], len(config["id2label"])) == ([42, 28], "vit", 3)
     before, after = pretrained.read(exported), pretrained.read(tmp_path / "hf")
