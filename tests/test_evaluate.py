@@ -35,7 +35,8 @@ def one_hot_logits(predictions: list[int], classes: int, confidence: float) -> n
 def test_accuracies_and_confusions_by_hand() -> None:
     logits = one_hot_logits([0, 0, 1, 2, 6, 6], 7, 0.5)
     logits[3, 5] += 1e-3  # so that of the others class 5 comes next
-    logits[4, 0] -= 1e-3  # and there class 0 last
+    logits[4, 0] -= 1e-3  # and there class 0 is the sixth
+    logits[4, 5] -= 2e-3
     found = report(logits, np.array([0, 1, 1, 5, 0, 6]), loss="softmax")
     assert found.numbers["top1"] == pytest.approx(3 / 6)
     assert found.numbers["top5"] == pytest.approx(5 / 6)
