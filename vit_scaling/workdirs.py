@@ -140,7 +140,7 @@ def keep_compilations(workdir: Path) -> None:
 
     Process 0 alone writes to it, and an entry that a crash cut short is compiled again.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str((workdir / "compiled").absolute()))
 
 

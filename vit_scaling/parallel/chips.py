@@ -8,6 +8,7 @@ Network speeds count one direction: what a device can receive.
 import dataclasses
 import importlib.util
 import math
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -31,6 +32,10 @@ class Chip:
     slow: float  # bytes/s received between slices or nodes
     dims: int = 0  # axes of a TPU slice; 0 for GPUs
     largest: int = 8  # chips of the largest slice, or GPUs of a node
+    sms: int = 0  # of a GPU: streaming multiprocessors,
+    capability: tuple[int, int] = (0, 0)  # compute capability,
+    shared: int = 0  # KiB of shared memory on each multiprocessor,
+    l2: int = 0  # and MiB of L2 cache
 
 
 CHIPS = {
@@ -43,11 +48,65 @@ CHIPS = {
         Chip("v5p", "TPU v5", 1, 459e12, 95.73 * GIB, 2765e9, 600e9, 6.25e9, 3, 8960),
         Chip("v6e", "TPU v6 lite", 1, 918e12, 31.24 * GIB, 1640e9, 400e9, 12.5e9, 2, 256),
         Chip("tpu7x", "TPU7x", 2, 1153.5e12, 94.74 * GIB, 3690e9, 300e9, 6.25e9, 3, 9216),
-        Chip("a100-40gb", "NVIDIA A100-SXM4-40GB", 1, 312e12, 40e9, 1555e9, 300e9, 25e9),
-        Chip("a100", "NVIDIA A100-SXM4-80GB", 1, 312e12, 80e9, 2039e9, 300e9, 25e9),
-        Chip("h100", "NVIDIA H100 80GB HBM3", 1, 989e12, 80e9, 3350e9, 450e9, 50e9),
-        Chip("h200", "NVIDIA H200", 1, 989e12, 141e9, 4800e9, 450e9, 50e9),
-        Chip("b200", "NVIDIA B200", 1, 2250e12, 180e9, 7700e9, 900e9, 50e9),
+        Chip(
+            "a100-40gb",
+            "NVIDIA A100-SXM4-40GB",
+            1,
+            312e12,
+            40e9,
+            1555e9,
+            300e9,
+            25e9,
+            sms=108,
+            capability=(8, 0),
+            shared=164,
+            l2=40,
+        ),
+        Chip(
+            "a100",
+            "NVIDIA A100-SXM4-80GB",
+            1,
+            312e12,
+            80e9,
+            2039e9,
+            300e9,
+            25e9,
+            sms=108,
+            capability=(8, 0),
+            shared=164,
+            l2=40,
+        ),
+        Chip(
+            "h100",
+            "NVIDIA H100 80GB HBM3",
+            1,
+            989e12,
+            80e9,
+            3350e9,
+            450e9,
+            50e9,
+            sms=132,
+            capability=(9, 0),
+            shared=228,
+            l2=50,
+        ),
+        Chip(
+            "h200", "NVIDIA H200", 1, 989e12, 141e9, 4800e9, 450e9, 50e9, sms=132, capability=(9, 0), shared=228, l2=50
+        ),
+        Chip(
+            "b200",
+            "NVIDIA B200",
+            1,
+            2250e12,
+            180e9,
+            7700e9,
+            900e9,
+            50e9,
+            sms=148,
+            capability=(10, 0),
+            shared=228,
+            l2=126,
+        ),
     )
 }
 TPUS = tuple(chip.name for chip in CHIPS.values() if chip.dims)
@@ -129,17 +188,39 @@ def _comes_in(chip: Chip, size: str, shape: tuple[int, ...]) -> bool:
     return size in _SHAPES_3D or (all(side and side % 4 == 0 for side in shape) and shape == tuple(sorted(shape)))
 
 
+def compiler(machine: Topology) -> str | None:
+    """Returns the package that compiles for a machine's devices, where it is installed."""
+    packages = ("libtpu",) if machine.chip.dims else ("jax_cuda12_plugin", "jax_cuda13_plugin")
+    return next((package for package in packages if importlib.util.find_spec(package)), None)
+
+
 def describe_devices(machine: Topology) -> Sequence[jax.Device]:
-    """Returns devices of TPUs that are not here, for which programs can be compiled and not run.
+    """Returns devices that are not here, for which programs can be compiled and not run.
 
     Raises:
-        ValueError: libtpu, the compiler, is not installed.
-        RuntimeError: libtpu does not know the topology.
+        ValueError: the compiler is not installed.
+        RuntimeError: the compiler does not know the machine.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError('libtpu, the TPU compiler, is not installed; it comes with: pip install "vit_scaling[plan]"')
+    if compiler(machine) is None:
+        package = "libtpu, the TPU compiler," if machine.chip.dims else "the CUDA compiler"
+        wanted = '"jax[tpu]"' if machine.chip.dims else "jax-cuda12-plugin"
+        raise ValueError(f"{package} is not installed; it comes with: pip install {wanted}")
     from jax.experimental import topologies
 
+    platform, name, options = _tpus(machine) if machine.chip.dims else _gpus(machine)
+    try:
+        found = topologies.get_topology_desc(platform=platform, topology_name=name, **options).devices
+    except Exception as error:
+        raise RuntimeError(f"the compiler cannot describe {machine}: {str(error).splitlines()[0]}") from error
+    assert len(found) == machine.devices, f"{machine}: {len(found)} devices, not {machine.devices}"
+    return found
+
+
+def _tpus(machine: Topology) -> tuple[str, str, dict[str, Any]]:
+    """Returns the platform, name and options by which libtpu knows a machine."""
+    # No TPU is taken, so that several processes may compile at once; nor is a cloud's metadata server asked for one.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     options: dict[str, Any] = {}
     if machine.chip.name == "v4":
         options["chip_config_name"] = "megacore"  # both cores of a chip as one device, as jobs see it
@@ -147,10 +228,30 @@ def describe_devices(machine: Topology) -> Sequence[jax.Device]:
         options["chips_per_host_bounds"] = (1, 1, 1)
     if machine.slices > 1:
         options["num_slices"] = machine.slices
-    name = f"{machine.chip.name}:{'x'.join(str(side) for side in machine.shape)}"
-    try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
-    except Exception as error:
-        raise RuntimeError(f"libtpu cannot describe {name}: {str(error).splitlines()[0]}") from error
-    assert len(found) == machine.devices, f"{name}: {len(found)} devices, not {machine.devices}"
-    return found
+    return "tpu", f"{machine.chip.name}:{'x'.join(str(side) for side in machine.shape)}", options
+
+
+def _gpus(machine: Topology) -> tuple[str, str, dict[str, Any]]:
+    """Returns the same for XLA's CUDA compiler, which wants to be told what a GPU is like."""
+    chip = machine.chip
+    nodes, rest = divmod(machine.devices, chip.largest)
+    hosts = f"1x{nodes}x{chip.largest}" if nodes and not rest else f"1x1x{machine.devices}"
+    major, minor = chip.capability
+    target = f"""
+        gpu_device_info {{
+          threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+          core_count: {chip.sms} fpus_per_core: {64 if major == 8 else 128} clock_rate_ghz: 1.5
+          shared_memory_per_block: {48 * 1024} shared_memory_per_block_optin: {(chip.shared - 1) * 1024}
+          shared_memory_per_core: {chip.shared * 1024} l2_cache_size: {chip.l2 * 2**20}
+          memory_bandwidth: {int(chip.bandwidth)} device_memory_size: {int(chip.memory)}
+          cuda_compute_capability {{ major: {major} minor: {minor} }}
+        }}
+        platform_name: "CUDA"
+        dnn_version_info {{ major: 9 minor: 10 }}
+        runtime_version {{ major: 12 minor: 8 }}
+        device_description_str: "{chip.device_kind}"
+    """
+    return "cuda", chip.name, {"target_config": target, "topology": hosts}

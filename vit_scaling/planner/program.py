@@ -17,7 +17,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 _SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
 # Names and views of data that stays where it is, and instructions whose work is counted inside them.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional"}
-_FREE |= {"after-all", "partition-id", "replica-id", "opt-barrier", "iota", "broadcast"}
+_FREE |= {"async", "after-all", "partition-id", "replica-id", "opt-barrier", "iota", "broadcast"}
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
@@ -31,9 +31,9 @@ class Collective(NamedTuple):
     kind: str
     times: int  # that a step runs it
     payload: float  # bytes of its result on one device, each time
-    wire: float  # bytes that one device must receive, each time, by the best algorithm
     group: int  # devices that take part together
-    across: bool  # whether a group has devices of several slices
+    links: float  # bytes that one device must receive, each time, by the best algorithm, from its own slice
+    slow: float  # and from others, what comes into a slice being shared out among the group's devices there
 
 
 class Traffic(NamedTuple):
@@ -65,7 +65,7 @@ def traffic(text: str, slices: np.ndarray | None = None) -> Traffic:
 
     Args:
         text: the optimised program, `compiled.as_text()`.
-        slices: [devices] the slice of each device in the mesh's flat order; None for one slice.
+        slices: [devices] the slice, or the node, of each device in the mesh's flat order; None for one.
 
     Raises:
         ValueError: the text is no program.
@@ -76,9 +76,8 @@ def traffic(text: str, slices: np.ndarray | None = None) -> Traffic:
     collectives: list[Collective] = []
     memory = 0.0
     for instruction, computation, times, fused in _walk(computations, entry):
-        kind = _kind(instruction)
-        if kind is not None:
-            collectives.append(_collective(instruction, kind, times, slices))
+        if instruction.opcode in KINDS:
+            collectives.append(_collective(instruction, times, slices))
         if not fused:
             memory += times * _memory(instruction, computation, computations)
     return Traffic(tuple(c for c in collectives if c.group > 1 and c.payload), memory)
@@ -104,9 +103,23 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str | None]:
             opcode, _, arguments = rest.partition("(")
             inside = arguments[: _closing("(" + arguments) - 1]
             operands = tuple(_NAME.findall(inside))
-            instruction = _Instruction(match[2], opcode.strip(), shape, operands, rest, bool(match[1]))
+            opcode, shape = _started(opcode.strip(), shape)
+            instruction = _Instruction(match[2], opcode, shape, operands, rest, bool(match[1]))
             computations[current].instructions[match[2]] = instruction
     return computations, entry
+
+
+def _started(opcode: str, shape: str) -> tuple[str, str]:
+    """Returns an instruction that is split into start and done as the whole of it, at its start."""
+    name = opcode.removesuffix("-start")
+    if name == opcode or name == "async" or not shape.startswith("("):
+        return name, shape
+    elements = _elements(shape)
+    if elements[0].startswith("("):  # what goes in, what comes out, signals
+        return name, elements[1]
+    if name == "all-reduce":  # what comes out
+        return name, shape
+    return name, elements[0 if name == "copy" else 1]
 
 
 def _closing(text: str) -> int:
@@ -126,6 +139,17 @@ def _split_shape(text: str) -> tuple[str, str]:
         return text[:end], text[end:].strip()
     shape, _, rest = text.partition(" ")
     return shape, rest
+
+
+def _elements(shape: str) -> list[str]:
+    """Splits the shape of a tuple into those of its elements, which may be tuples."""
+    found, rest = [], shape[1:-1].strip()
+    while rest:
+        rest = re.sub(r"^/\*[^*]*\*/", "", rest)
+        end = _closing(rest) + 1 if rest.startswith("(") else _ARRAY.match(rest).end()  # type: ignore[union-attr]
+        found.append(rest[:end])
+        rest = rest[end:].lstrip(", ")
+    return found
 
 
 def _bytes(shape: str) -> float:
@@ -156,7 +180,8 @@ def _walk(
             body, condition = _attribute(instruction, "body"), _attribute(instruction, "condition")
             assert body is not None
             assert condition is not None
-            trips = _trips(computations[condition], computations[body])
+            known = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.text)
+            trips = int(known[1]) if known else _trips(computations[condition], computations[body])
             yield from _walk(computations, body, times * trips, fused)
         elif instruction.opcode == "conditional":
             branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.text)
@@ -207,28 +232,29 @@ def _constant(instruction: _Instruction) -> int | None:
 # ---- collectives -----------------------------------------------------------------------------------------------------
 
 
-def _kind(instruction: _Instruction) -> str | None:
-    """Returns which collective an instruction is; one that is split into start and done counts at its start."""
-    opcode = instruction.opcode.removesuffix("-start")
-    return opcode if opcode in KINDS else None
-
-
-def _collective(instruction: _Instruction, kind: str, times: int, slices: np.ndarray | None) -> Collective:
+def _collective(instruction: _Instruction, times: int, slices: np.ndarray | None) -> Collective:
+    kind = instruction.opcode
     payload = _bytes(instruction.shape)
-    if instruction.opcode.endswith("-start") and instruction.shape.startswith("("):
-        # A tuple of what goes in, what comes out, and of signals.
-        parts = [_bytes(array[0]) for array in re.finditer(r"\w+\[[\d,]*\](\{[^}]*\})?", instruction.shape)]
-        payload = max(parts) if kind != "all-reduce" else payload
     group = _groups(instruction)
     size = 2 if kind == "collective-permute" else len(group) if group is not None else 2
-    share = (size - 1) / size
-    wire = {
-        "all-reduce": 2 * payload * share,  # scattered sums, gathered again
-        "reduce-scatter": payload * (size - 1),
-        "collective-permute": payload,
-    }.get(kind, payload * share)
-    across = slices is not None and group is not None and len(set(slices[group])) > 1
-    return Collective(kind, times, payload, wire, size, bool(across))
+    count = 1 if slices is None or group is None else len(set(slices[group]))
+    every = _received(kind, payload, size)
+    # A slice as one device: it gets what several devices of the group get, over the networks of all of them.
+    together = size // count
+    slow = _received(kind, payload * (together if kind == "reduce-scatter" else 1), count) / together
+    return Collective(kind, times, payload, size, links=every - slow, slow=slow)
+
+
+def _received(kind: str, payload: float, size: int) -> float:
+    """Returns the bytes that each of `size` devices receives for a result of `payload` bytes."""
+    if size == 1:
+        return 0.0
+    if kind == "collective-permute":
+        return payload
+    if kind == "reduce-scatter":
+        return payload * (size - 1)
+    passes = 2 if kind == "all-reduce" else 1  # scattered sums, gathered again
+    return passes * payload * (size - 1) / size
 
 
 def _groups(instruction: _Instruction) -> np.ndarray | None:
@@ -267,41 +293,39 @@ def _memory(instruction: _Instruction, computation: _Computation, computations: 
         return 2 * _bytes(operands[1].shape) if len(operands) > 1 else 0.0
     if instruction.opcode != "fusion":
         return _bytes(instruction.shape) + sum(_bytes(operand.shape) for operand in operands)
-    name = _attribute(instruction, "calls")
-    inner = computations.get(name) if name else None
-    if inner is None:
-        return _bytes(instruction.shape) + sum(_bytes(operand.shape) for operand in operands)
-    return _fusion_reads(inner, operands) + _fusion_writes(inner, instruction)
+    inner = computations[str(_attribute(instruction, "calls"))]
+    reads = sum(_touched(inner, number, _bytes(o.shape), computations) for number, o in enumerate(operands))
+    return reads + max(0.0, _bytes(instruction.shape) - _kept(inner, computations))
 
 
-def _fusion_reads(inner: _Computation, operands: list[_Instruction]) -> float:
-    """Returns the bytes a fusion reads; of an operand that it only slices or updates in place, those it touches."""
+def _touched(inner: _Computation, number: int, whole: float, computations: dict[str, _Computation]) -> float:
+    """Returns the bytes that a fusion reads of operand `number`: of one that it only slices, the slices."""
+    named = (i for i in inner.instructions.values() if re.match(rf"parameter\({number}\)", i.text))
+    names = [i.name for i in named]
     total = 0.0
-    parameters = {
-        int(found[1]): i
-        for i in inner.instructions.values()
-        if i.opcode == "parameter" and (found := re.match(r"parameter\((\d+)\)", i.text))
-    }
-    for number, operand in enumerate(operands):
-        parameter = parameters.get(number)
-        users = [i for i in inner.instructions.values() if parameter is not None and parameter.name in i.operands]
-        if users and all(user.opcode in ("dynamic-slice", "slice", "gather") for user in users):
-            total += min(_bytes(operand.shape), sum(_bytes(user.shape) for user in users))
-        elif parameter is None or not users or not all(_updates(user, parameter.name) for user in users):
-            total += _bytes(operand.shape)
+    while names:
+        name = names.pop()
+        for user in inner.instructions.values():
+            if name not in user.operands:
+                continue
+            if user.opcode == "bitcast":
+                names.append(user.name)
+            elif user.opcode in ("dynamic-slice", "slice", "gather"):
+                total += _bytes(user.shape)
+            elif user.opcode == "fusion":
+                nested = computations[str(_attribute(user, "calls"))]
+                total += _touched(nested, user.operands.index(name), whole, computations)
+            elif not (user.opcode == "dynamic-update-slice" and user.operands[0] == name):
+                return whole  # all of it is read; what is updated in place is not
+    return min(total, whole)
+
+
+def _kept(inner: _Computation, computations: dict[str, _Computation]) -> float:
+    """Returns the bytes of a fusion's result that it leaves as they were, updating a piece of them in place."""
+    total = 0.0
+    for i in inner.instructions.values():
+        if i.opcode == "dynamic-update-slice" and i.operands[1] in inner.instructions:
+            total += _bytes(i.shape) - _bytes(inner.instructions[i.operands[1]].shape)
+        elif i.opcode == "fusion":
+            total += _kept(computations[str(_attribute(i, "calls"))], computations)
     return total
-
-
-def _updates(instruction: _Instruction, name: str) -> bool:
-    """Whether an instruction writes a piece into what is called `name`, in place."""
-    return instruction.opcode == "dynamic-update-slice" and instruction.operands[0] == name
-
-
-def _fusion_writes(inner: _Computation, instruction: _Instruction) -> float:
-    updates = [i for i in inner.instructions.values() if i.opcode == "dynamic-update-slice"]
-    whole = _bytes(instruction.shape)
-    for update in updates:
-        piece = inner.instructions.get(update.operands[1])
-        if piece is not None:
-            whole -= max(0.0, _bytes(update.shape) - _bytes(piece.shape))
-    return max(whole, 0.0)

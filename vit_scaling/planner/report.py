@@ -1,0 +1,108 @@
+"""A plan as a person reads it, and several in one table."""
+
+from collections.abc import Sequence
+
+from vit_scaling.parallel.chips import GIB
+from vit_scaling.planner.plan import Plan
+
+
+def text(plan: Plan) -> str:
+    """Returns the whole plan, as lines."""
+    lines = [
+        f"{plan.machine}: {plan.chips} chips, {plan.devices} devices; mesh {_mesh(plan)}",
+        f"batch {plan.batch_size}{_accumulate(plan)}, remat {plan.remat}, {plan.params:,} parameters, "
+        f"train state {plan.state_bytes / GIB:.2f} GiB",
+        "",
+        *_table(
+            ("parameter", "shape", "split over", "MB a device"), [(*r[:3], f"{r[3] / 1e6:.3f}") for r in plan.table]
+        ),
+        "",
+    ]
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    lines.append(f"{verdict}, {'as compiled' if plan.how == 'compiled' else 'by arithmetic; nothing was compiled'}")
+    if plan.message:
+        lines.append(f"  {plan.message}")
+    if plan.memory is not None:
+        m = plan.memory
+        parts = (("state and batch", m.arguments), ("outputs", m.outputs), ("temporaries", m.temporaries))
+        lines += [f"  {name:16s} {size / GIB:8.3f} GiB" for name, size in (*parts, ("program", m.program))]
+        lines.append(f"  {'in all':16s} {m.needed / GIB:8.3f} of {m.available / GIB:.2f} GiB a device")
+    if plan.compile_seconds is not None:
+        lines.append(f"compiled in {plan.compile_seconds:.0f} s")
+    if plan.moved:
+        rows = [
+            (m.kind, f"{m.count}", f"{m.payload / 1e6:,.1f}", f"{m.links / 1e6:,.1f}", f"{m.slow / 1e6:,.1f}")
+            for m in plan.moved
+        ]
+        lines += ["", "a step's collectives, in MB on one device:"]
+        lines += _table(("kind", "times", "results", "over links", "over the slow network"), rows)
+    if plan.bounds is not None and plan.mfu_ceiling is not None and plan.chip_days is not None:
+        b = plan.bounds
+        lines += [
+            "",
+            f"model FLOPs of a step: {plan.model_flops:.3e}; computed, with what remat repeats: "
+            f"{plan.executed_flops:.3e}",
+            "a step takes at least, at the published peaks:",
+            f"  arithmetic     {1e3 * b.compute:10.2f} ms",
+            f"  memory         {1e3 * b.memory:10.2f} ms ({(plan.memory_traffic or 0) / 1e9:.1f} GB a device)",
+            f"  links          {1e3 * b.fast_network:10.2f} ms",
+            f"  slow network   {1e3 * b.slow_network:10.2f} ms",
+            f"MFU at most {100 * plan.mfu_ceiling:.0f}%, limited by {b.limit}",
+            f"whole run: {plan.steps:,} steps, {plan.images:,} images, at least {plan.chip_days:,.1f} chip-days "
+            f"({plan.chip_days / plan.chips:.2f} days)",
+        ]
+    return "\n".join(lines)
+
+
+def row(plan: Plan) -> tuple[str, ...]:
+    """Returns one line of a table of plans; `HEADER` names its cells."""
+    memory = "-" if plan.memory is None else f"{plan.memory.needed / GIB:.2f}"
+    if not plan.fits:
+        short = "" if plan.short_by is None else f" by {plan.short_by / GIB:.1f} GiB"
+        return (
+            _mesh(plan),
+            str(plan.batch_size),
+            str(plan.accumulate),
+            plan.remat,
+            memory,
+            f"no{short}",
+            "-",
+            "-",
+            "-",
+        )
+    assert plan.bounds is not None
+    assert plan.mfu_ceiling is not None
+    return (
+        _mesh(plan),
+        str(plan.batch_size),
+        str(plan.accumulate),
+        plan.remat,
+        memory,
+        "yes",
+        f"{1e3 * plan.bounds.step:.0f}",
+        plan.bounds.limit,
+        f"{100 * plan.mfu_ceiling:.0f}",
+    )
+
+
+HEADER = ("mesh", "batch", "parts", "remat", "GiB a device", "fits", "step >= ms", "limited by", "MFU <= %")
+
+
+def table(plans: Sequence[Plan]) -> str:
+    """Returns plans side by side."""
+    return "\n".join(_table(HEADER, [row(plan) for plan in plans]))
+
+
+def _mesh(plan: Plan) -> str:
+    data = plan.mesh["data"] * plan.mesh["fold"]
+    return f"{plan.mesh['replica']} x {data} x {plan.mesh['model']}"
+
+
+def _accumulate(plan: Plan) -> str:
+    return f" in {plan.accumulate} parts" if plan.accumulate > 1 else ""
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    cells = [header, *rows]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells]

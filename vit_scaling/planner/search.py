@@ -1,0 +1,105 @@
+"""Which mesh, remat policy and number of parts a config should have on a machine: tried out, not guessed.
+
+Images a second at the bound of a step decide. What recomputes more is slower, so that for a mesh and a batch the
+policies are tried from "none" to "full" and the first that fits is taken; only where none fits, the batch is taken in
+parts. Fully sharded data parallelism comes first. Tensor parallelism, which needs less memory, and more replicas, which
+need less of the network, are tried where it does not fit or waits for the network.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+from vit_scaling.config import Config
+from vit_scaling.parallel.chips import Topology
+from vit_scaling.parallel.mesh import MeshConfig
+from vit_scaling.planner.plan import Plan, make, remat
+
+POLICIES = ("none", "dots", "full")
+PARTS = (1, 2, 4, 8)
+
+
+def search(
+    config: Config,
+    machine: Topology,
+    *,
+    num_classes: int,
+    batch_sizes: Sequence[int] = (),
+    multi_label: bool = False,
+    found: Callable[[Plan], None] = lambda plan: None,
+) -> list[Plan]:
+    """Returns the plans that were tried, those that fit first, the best one at the head.
+
+    Args:
+        batch_sizes: to try beside the config's own.
+        found: called with each plan as it is made.
+
+    Raises:
+        ValueError: no mesh of this machine can hold the batch; the sentence is that of the last one tried.
+    """
+    plans: list[Plan] = []
+    refused: ValueError | None = None
+    for batch_size in dict.fromkeys((config.data.batch_size, *batch_sizes)):
+        for mesh in meshes(machine):
+            try:
+                for plan in _until_it_fits(config, machine, mesh, batch_size, num_classes, multi_label):
+                    plans.append(plan)
+                    found(plan)
+            except ValueError as error:  # this mesh cannot hold this batch or this model
+                refused = error
+                continue
+            if plan.fits and plan.bounds is not None and "network" not in plan.bounds.limit:
+                break
+    if not plans:
+        assert refused is not None
+        raise refused
+    return sorted(plans, key=lambda plan: (not plan.fits, -images_per_second(plan)))
+
+
+def images_per_second(plan: Plan) -> float:
+    """Returns the images a second at the bound of a step; 0 for a plan that does not fit."""
+    return plan.batch_size / plan.bounds.step if plan.fits and plan.bounds is not None else 0.0
+
+
+def meshes(machine: Topology) -> Iterator[MeshConfig]:
+    """Yields fully sharded data parallelism, then with tensor parallelism, then hybrids with more replicas."""
+    slices = machine.slices
+    within = machine.devices // slices
+    yield MeshConfig(replica=slices)
+    if within % 2 == 0:
+        yield MeshConfig(replica=slices, model=2)
+    if within > 16:
+        yield MeshConfig(replica=slices * (within // 16), data=16)
+
+
+def _until_it_fits(
+    config: Config, machine: Topology, mesh: MeshConfig, batch_size: int, num_classes: int, multi_label: bool
+) -> Iterator[Plan]:
+    for parts, policy in itertools.product(PARTS, POLICIES):
+        if parts > 1 and policy != "full":
+            continue  # what does not fit with everything recomputed fits less without
+        candidate = with_remat(config, policy)
+        if candidate is None:
+            continue
+        candidate = dataclasses.replace(
+            candidate,
+            mesh=mesh,
+            data=dataclasses.replace(config.data, batch_size=batch_size),
+            optim=dataclasses.replace(config.optim, accumulate=parts),
+        )
+        plan = make(candidate, machine, num_classes=num_classes, multi_label=multi_label)
+        yield plan
+        if plan.fits:
+            return
+
+
+def with_remat(config: Config, policy: str) -> Config | None:
+    """Returns the config with this remat policy, or None where its model has no such choice."""
+    value = getattr(config.model, "remat", None)
+    if value is None:
+        return config if policy == remat(config.model) else None
+    if isinstance(value, bool):
+        if policy == "dots":
+            return None
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, remat=policy == "full"))  # type: ignore[arg-type]
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, remat=policy))  # type: ignore[arg-type]
