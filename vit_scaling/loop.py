@@ -17,8 +17,8 @@ from vit_scaling.data import loader
 from vit_scaling.data.sources import Source, open_source
 from vit_scaling.data.transforms import transform
 from vit_scaling.evaluators.suite import Suite
+from vit_scaling.parallel import chips, processes, sharding
 from vit_scaling.parallel import mesh as mesh_lib
-from vit_scaling.parallel import processes, sharding
 from vit_scaling.parallel.interrupts import Stopped, StopRequest, Watchdog
 from vit_scaling.scaling import flops
 from vit_scaling.step import Program, TrainState, batch_shape, build
@@ -217,7 +217,7 @@ class StepLog:
         self._writer, self._progress, self._clock = writer, progress, clock
         cost = flops.count(config.model, image_size=config.data.transform.size, num_classes=source.num_classes)
         self._flops_a_step = cost.train_flops * config.data.batch_size / jax.device_count()
-        self._peak = telemetry.peak_flops(jax.devices()[0], config.log.peak_flops)
+        self._peak = chips.peak_flops(jax.devices()[0], config.log.peak_flops)
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
         self._logged_step = start_step
         self._logged_seconds = dict(clock.seconds)

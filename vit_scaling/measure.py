@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_scaling import models, telemetry
+from vit_scaling import models
 from vit_scaling.config import FewShotConfig
 from vit_scaling.data import mixing
 from vit_scaling.data.loader import DataConfig
@@ -19,8 +19,8 @@ from vit_scaling.evaluators.fewshot import FewShot
 from vit_scaling.evaluators.passes import one_pass
 from vit_scaling.evaluators.report import Report, report
 from vit_scaling.interop import Weights
+from vit_scaling.parallel import chips, sharding
 from vit_scaling.parallel import mesh as mesh_lib
-from vit_scaling.parallel import sharding
 from vit_scaling.scaling import flops
 
 
@@ -103,7 +103,7 @@ def throughput(model: Frozen, weights: Weights, batch_size: int, seconds: float)
     rate = batch_size / float(np.median(times))
     cost = flops.count(weights.config, image_size=weights.image_size, num_classes=weights.num_classes)
     found = {"images_per_second": rate, "batch_size": float(batch_size), "runs": float(len(times))}
-    peak = telemetry.peak_flops(jax.devices()[0], None)
+    peak = chips.peak_flops(jax.devices()[0])
     if peak is not None:
         found["mfu"] = rate * cost.forward_flops / peak / model.mesh.size
     return found

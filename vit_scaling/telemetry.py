@@ -14,26 +14,6 @@ import tensorboardX
 from absl import logging
 from tqdm import tqdm
 
-# Published dense bfloat16 peaks of one JAX device, in FLOP/s, by jax.Device.device_kind: vendors' data sheets.
-# A TPU v2 or v3 device is one core, half a chip.
-PEAK_FLOPS = {
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
-
-
-def peak_flops(device: jax.Device, given: float | None) -> float | None:
-    """Returns the FLOP/s against which MFU is measured: as given, else the chip's published peak, else None."""
-    return given if given is not None else PEAK_FLOPS.get(device.device_kind)
-
 
 @runtime_checkable
 class Writer(Protocol):

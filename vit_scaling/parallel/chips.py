@@ -112,14 +112,24 @@ CHIPS = {
 TPUS = tuple(chip.name for chip in CHIPS.values() if chip.dims)
 GPUS = tuple(chip.name for chip in CHIPS.values() if not chip.dims)
 
+# What libtpu is told where there is no TPU: several processes may compile at once, no cloud's metadata server is asked,
+# and no questions about this host are open; none of it says for what is compiled.
+_LIBTPU = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+}
+
 # Two-dimensional slices come in these shapes; three-dimensional ones in these or with all sides multiples of 4.
 _SHAPES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16", "16x32", "32x32")
 _SHAPES_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
 
 
-def of_device(device: jax.Device) -> Chip | None:
-    """Returns what kind of accelerator a device is; None for one that is not in the table."""
-    return next((chip for chip in CHIPS.values() if chip.device_kind == device.device_kind), None)
+def peak_flops(device: jax.Device, given: float | None = None) -> float | None:
+    """Returns the FLOP/s of a device against which MFU is measured: as given, else published; None if neither."""
+    known = {chip.device_kind: chip.flops for chip in CHIPS.values()}
+    return given if given is not None else known.get(device.device_kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,9 +228,8 @@ def describe_devices(machine: Topology) -> Sequence[jax.Device]:
 
 def _tpus(machine: Topology) -> tuple[str, str, dict[str, Any]]:
     """Returns the platform, name and options by which libtpu knows a machine."""
-    # No TPU is taken, so that several processes may compile at once; nor is a cloud's metadata server asked for one.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    for name, value in _LIBTPU.items():
+        os.environ.setdefault(name, value)
     options: dict[str, Any] = {}
     if machine.chip.name == "v4":
         options["chip_config_name"] = "megacore"  # both cores of a chip as one device, as jobs see it
