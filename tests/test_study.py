@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 import threading
 from pathlib import Path
@@ -116,7 +117,7 @@ if folder.name in sys.argv[4:]: sys.exit("error: out of luck")
 folder.mkdir(parents=True)
 (folder / "config.json").write_text(config)
 (folder / "result.json").write_text(json.dumps(
-    {"metrics": {"test/accuracy": 0.75, "fewshot/10shot": 0.5}, "seconds": {"step": 1.0, "compile": 2.0}}))
+    {"metrics": {"test/accuracy": 0.75, "fewshot/10shot": 0.5}, "seconds": {"step": 60.0, "compile": 120.0}}))
 """
 
 
@@ -154,7 +155,7 @@ def test_a_failed_run_does_not_sink_the_rest(study, tmp_path):
     table = sweep.gather(study, jobs, tmp_path)
     assert len(table) == 5
     run = table[-1]
-    assert (run.error, run.fewshot_error, run.images, run.seconds) == (0.25, 0.5, 200, 3.0)
+    assert (run.error, run.fewshot_error, run.images, run.seconds) == (0.25, 0.5, 200, 180.0)
 
 
 def test_a_stopped_study_continues(study, tmp_path):
@@ -168,8 +169,13 @@ def test_a_stopped_study_continues(study, tmp_path):
         sweep.run_all(jobs, tmp_path, pretend(tmp_path), parallel=1, say=stop_after_two)
     first = started(tmp_path)
     assert len(first) == 2
-    sweep.run_all(jobs, tmp_path, pretend(tmp_path), parallel=1, say=lambda line: None)
+    lines = []
+    sweep.run_all(jobs, tmp_path, pretend(tmp_path), parallel=1, say=lines.append)
     assert started(tmp_path) == [job.name for job in jobs]  # each once
+    # Two minutes a run beside its steps, as the clocks say of what finished before the stop too.
+    minutes = [int(re.search(r"about (\d+) min left", line)[1]) for line in lines[1:]]
+    assert all(said >= 2 * left for said, left in zip(minutes, range(len(jobs) - 3, -1, -1), strict=True))
+    assert minutes[-1] == 0
     study.base.optim.lr *= 2
     with pytest.raises(ValueError, match=r"belongs to another study: in d1_p100_trunk optim\.lr"):
         sweep.run_all(sweep.plan(study, tmp_path), tmp_path, pretend(tmp_path), parallel=1, say=lambda line: None)

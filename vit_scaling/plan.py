@@ -4,9 +4,9 @@
     python -m vit_scaling.plan --config=configs/vit_imagenet.py:B/16 --topology=v5e:16x16 --slices=2 --search
     python -m vit_scaling.plan --config=configs/vit_imagenet.py:L/16 --topology=gpu:h100x64
 
-For TPUs the train step of the run itself is compiled, without a TPU, by libtpu from PyPI: pip install "jax[tpu]". GPUs
-are planned by arithmetic. Peaks are the vendors' published ones; a bound says what no step can beat, not what it will
-take.
+The train step of the run itself is compiled, without the machine: for TPUs by libtpu (pip install "jax[tpu]"), for GPUs
+by XLA's CUDA plugin (pip install jax-cuda12-plugin); without that plugin GPUs are planned by arithmetic. Peaks are the
+vendors' published ones; a bound says what no step can beat, not what it will take.
 """
 
 import json

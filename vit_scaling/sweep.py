@@ -311,19 +311,19 @@ def run_all(
     total, left = len(jobs), sum(work(job) for job in waiting)
     if finished:
         say(f"{len(finished)} of {total} runs have finished before")
-    before = len(finished)
 
     def remaining(runs: int) -> str:
-        """Steps take time by their FLOPs, start and compilation by the run."""
-        measured = len(finished) - before
-        if not measured:
+        """By the clocks of what has finished, earlier too: steps take time by their FLOPs, all else by the run."""
+        clocks = [(work(job), _clock(job, workdir)) for job in jobs if job.name in finished]
+        if not clocks:
             return ""
-        seconds = stepping / spent_work * left + around / measured * runs
+        stepping = sum(seconds["step"] for _, seconds in clocks)
+        around = sum(sum(seconds.values()) for _, seconds in clocks) - stepping
+        seconds = stepping / sum(spent for spent, _ in clocks) * left + around / len(clocks) * runs
         return f"; about {seconds / parallel / 60:.0f} min left"
 
     failed: dict[str, str] = {}
     running: dict[int, tuple[Job, subprocess.Popen, float]] = {}
-    stepping, around, spent_work = 0.0, 0.0, 0.0
     try:
         while waiting or running:
             for job in [job for job in waiting if job.needs in failed]:
@@ -344,8 +344,6 @@ def run_all(
                 left -= work(job)
                 if process.returncode == 0 and done(job, workdir):
                     finished.add(job.name)
-                    steps = json.loads((folder(workdir, job.name) / "result.json").read_text())["seconds"]["step"]
-                    stepping, around, spent_work = stepping + steps, around + seconds - steps, spent_work + work(job)
                     outcome = f"finished in {seconds:.0f} s"
                 else:
                     failed[job.name] = _last_line(log_file(workdir, job.name))
@@ -358,6 +356,11 @@ def run_all(
         for _, process, _ in running.values():
             process.wait()
     return failed
+
+
+def _clock(job: Job, workdir: Path) -> dict[str, float]:
+    """Returns the seconds of a finished run by what they went into."""
+    return json.loads((folder(workdir, job.name) / "result.json").read_text())["seconds"]
 
 
 def log_file(workdir: Path, name: str) -> Path:
