@@ -328,20 +328,24 @@ def test_gpus_by_arithmetic() -> None:
 
 
 def test_search_recomputes_only_what_it_must() -> None:
-    """By arithmetic, so in no time: the policy escalates with the batch, then the batch is taken in parts."""
+    """By arithmetic, so in no time: the policy grows with the batch, which is then taken in parts; "full" is last."""
     machine = chips.topology("gpu:a100-40gbx8")
     best = {
-        batch: search.search(experiment("B/16", batch), machine, num_classes=1000)[0] for batch in (256, 4096, 2**17)
+        batch: search.search(experiment("B/16", batch), machine, num_classes=1000)[0] for batch in (256, 4096, 2**16)
     }
-    assert [best[b].fits for b in best] == [True, True, True]
-    assert best[256].remat == "none"
-    assert best[4096].remat in ("dots", "full")
-    assert best[2**17].remat == "full"
-    assert best[2**17].accumulate > 1
-    # More parts than needed would gather the kernels more often.
-    fewer = dataclasses.replace(experiment("B/16", 2**17))
-    fewer.optim = dataclasses.replace(fewer.optim, accumulate=best[2**17].accumulate // 2)
+    assert all(plan.fits for plan in best.values())
+    assert [(plan.remat, plan.accumulate > 1) for plan in best.values()] == [
+        ("none", False),
+        ("dots", False),
+        ("dots", True),
+    ]
+    # Half the parts would not have fitted.
+    fewer = search.with_remat(experiment("B/16", 2**16), "dots")
+    assert fewer is not None
+    fewer.optim = dataclasses.replace(fewer.optim, accumulate=best[2**16].accumulate // 2)
     assert not plan_lib.make(fewer, machine, num_classes=1000).fits
+    large = search.search(experiment("22B/14", 8192), machine, num_classes=1000)[0]
+    assert (large.fits, large.remat) == (True, "full")
 
 
 def test_search_orders_by_images_a_second() -> None:

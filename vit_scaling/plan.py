@@ -58,10 +58,10 @@ def main(argv: Sequence[str]) -> None:
 
     def found(plan: plan_lib.Plan) -> None:
         tried.append(plan)
-        print("  ".join(report.row(plan)), flush=True)
+        print(report.row(plan), flush=True)
         _write([plan_lib.to_dict(plan) for plan in tried])
 
-    print("  ".join(report.HEADER), flush=True)
+    print(report.header(), flush=True)
     plans = search.search(
         config,
         machine,

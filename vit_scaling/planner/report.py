@@ -54,43 +54,33 @@ def text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def row(plan: Plan) -> tuple[str, ...]:
-    """Returns one line of a table of plans; `HEADER` names its cells."""
+_COLUMNS = {
+    "mesh": 12,
+    "batch": 7,
+    "parts": 5,
+    "remat": 5,
+    "GiB a device": 12,
+    "fits": 16,
+    "step >= ms": 10,
+    "limited by": 12,
+    "MFU <= %": 8,
+}
+
+
+def header() -> str:
+    """Returns the names above the lines that `row` returns."""
+    return "  ".join(name.ljust(width) for name, width in _COLUMNS.items()).rstrip()
+
+
+def row(plan: Plan) -> str:
+    """Returns a plan as one line of a table."""
     memory = "-" if plan.memory is None else f"{plan.memory.needed / GIB:.2f}"
-    if not plan.fits:
-        short = "" if plan.short_by is None else f" by {plan.short_by / GIB:.1f} GiB"
-        return (
-            _mesh(plan),
-            str(plan.batch_size),
-            str(plan.accumulate),
-            plan.remat,
-            memory,
-            f"no{short}",
-            "-",
-            "-",
-            "-",
-        )
-    assert plan.bounds is not None
-    assert plan.mfu_ceiling is not None
-    return (
-        _mesh(plan),
-        str(plan.batch_size),
-        str(plan.accumulate),
-        plan.remat,
-        memory,
-        "yes",
-        f"{1e3 * plan.bounds.step:.0f}",
-        plan.bounds.limit,
-        f"{100 * plan.mfu_ceiling:.0f}",
-    )
-
-
-HEADER = ("mesh", "batch", "parts", "remat", "GiB a device", "fits", "step >= ms", "limited by", "MFU <= %")
-
-
-def table(plans: Sequence[Plan]) -> str:
-    """Returns plans side by side."""
-    return "\n".join(_table(HEADER, [row(plan) for plan in plans]))
+    cells = [_mesh(plan), str(plan.batch_size), str(plan.accumulate), plan.remat, memory]
+    if plan.fits and plan.bounds is not None and plan.mfu_ceiling is not None:
+        cells += ["yes", f"{1e3 * plan.bounds.step:.0f}", plan.bounds.limit, f"{100 * plan.mfu_ceiling:.0f}"]
+    else:
+        cells += ["no" if plan.short_by is None else f"no, by {plan.short_by / GIB:.1f} GiB", "-", "-", "-"]
+    return "  ".join(cell.ljust(width) for cell, width in zip(cells, _COLUMNS.values(), strict=True)).rstrip()
 
 
 def _mesh(plan: Plan) -> str:

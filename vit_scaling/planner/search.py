@@ -1,13 +1,14 @@
 """Which mesh, remat policy and number of parts a config should have on a machine: tried out, not guessed.
 
-Images a second at the bound of a step decide. What recomputes more is slower, so that for a mesh and a batch the
-policies are tried from "none" to "full" and the first that fits is taken; only where none fits, the batch is taken in
-parts. Fully sharded data parallelism comes first. Tensor parallelism, which needs less memory, and more replicas, which
-need less of the network, are tried where it does not fit or waits for the network.
+Images a second at the bound of a step decide. For a mesh and a batch the policies are tried from "none" to "full" until
+one fits: "dots" recomputes no matrix product and loses next to nothing to "none", "full" costs a forward pass. A batch
+that does not fit with "dots" is tried in parts too, which computes no more and only gathers the kernels more often.
+Fully sharded data parallelism comes first. Tensor parallelism, which needs less memory, and more replicas, which need
+less of the network, are tried where it does not fit or waits for the network.
 """
 
 import dataclasses
-import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 from vit_scaling.config import Config
@@ -16,7 +17,7 @@ from vit_scaling.parallel.mesh import MeshConfig
 from vit_scaling.planner.plan import Plan, make, remat
 
 POLICIES = ("none", "dots", "full")
-PARTS = (1, 2, 4, 8)
+MAX_PARTS = 64
 
 
 def search(
@@ -75,22 +76,35 @@ def meshes(machine: Topology) -> Iterator[MeshConfig]:
 def _until_it_fits(
     config: Config, machine: Topology, mesh: MeshConfig, batch_size: int, num_classes: int, multi_label: bool
 ) -> Iterator[Plan]:
-    for parts, policy in itertools.product(PARTS, POLICIES):
-        if parts > 1 and policy != "full":
-            continue  # what does not fit with everything recomputed fits less without
+    def attempt(policy: str, parts: int) -> Plan:
         candidate = with_remat(config, policy)
-        if candidate is None:
-            continue
+        assert candidate is not None
         candidate = dataclasses.replace(
             candidate,
             mesh=mesh,
             data=dataclasses.replace(config.data, batch_size=batch_size),
             optim=dataclasses.replace(config.optim, accumulate=parts),
         )
-        plan = make(candidate, machine, num_classes=num_classes, multi_label=multi_label)
+        return make(candidate, machine, num_classes=num_classes, multi_label=multi_label)
+
+    policies = [policy for policy in POLICIES if with_remat(config, policy) is not None]
+    for policy in policies:
+        plan = attempt(policy, 1)
         yield plan
         if plan.fits:
             return
+        if policy == "none" and "dots" in policies:
+            continue  # with "dots" a part can be larger, for the same work
+        # What is missing tells how many parts it takes, the state left out of account.
+        needed = 2 if plan.short_by is None else 1 + plan.short_by / machine.chip.memory
+        parts = 2 ** max(1, math.ceil(math.log2(needed)))
+        while not plan.fits and parts <= MAX_PARTS:
+            try:
+                plan = attempt(policy, parts)
+            except ValueError:  # the batch has no so many parts
+                break
+            yield plan
+            parts *= 2
 
 
 def with_remat(config: Config, policy: str) -> Config | None:
