@@ -161,6 +161,7 @@ STARTED = """HloModule jit_g
   %fusion-done = f32[12,64]{1,0} fusion-done(%fusion-start)
   %gather-start = ((bf16[8]{0}, bf16[2]{0}), (bf16[64]{0}, /*index=1*/bf16[16]{0})) all-gather-start(%value, %value), replica_groups={{0,1,2,3,4,5,6,7}}
   %gather-done = (bf16[64]{0}, bf16[16]{0}) all-gather-done(%gather-start)
+  %scatter = bf16[8]{0} reduce-scatter(%value), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
   ROOT %out = (s32[], f32[12,64]{1,0}, f32[64]{0}) tuple(%counter, %fusion-done, %value)
 }
 
@@ -178,13 +179,16 @@ ENTRY %main (p0: f32[12,64], p1: f32[64]) -> f32[12,64] {
 def test_a_program_with_starts_by_hand() -> None:
     """As GPUs have it: instructions in two halves, and loops that say how often they run."""
     found = program.traffic(STARTED, slices=np.repeat([0, 1], 4))
-    (gather,) = found.collectives
+    gather, scatter = found.collectives
     assert (gather.kind, gather.times, gather.payload, gather.group) == ("all-gather", 12, 2 * (64 + 16), 8)
     # Seven eighths of it come from elsewhere: four from the other slice, each device's network bringing a fourth.
     assert gather.slow == 160 / 2 / 4
     assert gather.links == 160 * 7 / 8 - gather.slow
-    # A row of 256 bytes is read and written in place, at an index; what is gathered is read (as float32) and written.
-    assert found.memory_bytes == 12 * (256 + 256 + 4 + 2 * 256 + 160)
+    # Seven sums of 16 bytes come in; from the other slice, four, each device's network again bringing a fourth.
+    assert (scatter.slow, scatter.links) == (16, 6 * 16)
+    # A row of 256 bytes is read and written in place, at an index; what is gathered or summed is read (as float32) and
+    # written.
+    assert found.memory_bytes == 12 * (256 + 256 + 4 + 2 * 256 + 160 + 256 + 16)
 
 
 def test_a_program_of_eight_real_devices() -> None:
@@ -339,6 +343,7 @@ def test_search_recomputes_only_what_it_must() -> None:
         ("dots", False),
         ("dots", True),
     ]
+    assert len(search.search(experiment("B/16", 256), machine, num_classes=1000)) == 1  # and no more is tried
     # Half the parts would not have fitted.
     fewer = search.with_remat(experiment("B/16", 2**16), "dots")
     assert fewer is not None
