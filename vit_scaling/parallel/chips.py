@@ -2,7 +2,8 @@
 
 Peaks are the vendors' published ones: Google Cloud's pages of each TPU version, Jouppi et al. 2020 (v2 and v3) and
 NVIDIA's data sheets, for dense bfloat16. Memory of a TPU is what its compiler will fill, by its own error message.
-Network speeds count one direction: what a device can receive.
+Network speeds count one direction: what a device can receive; between slices and nodes its share of the host's network
+card as the larger clouds offer it.
 """
 
 import dataclasses
