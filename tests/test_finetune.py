@@ -19,6 +19,7 @@ from vit_scaling.data.transforms import TransformConfig
 from vit_scaling.models import resize, swin
 from vit_scaling.optim import chain
 from vit_scaling.parallel import mesh as mesh_lib
+from vit_scaling.parallel.mesh import MeshConfig
 from vit_scaling.step import build
 
 
@@ -109,11 +110,8 @@ def test_the_average_or_the_classifier_of_a_run(pretraining: Path) -> None:
 def test_parameters_arrive_on_every_mesh(pretraining: Path) -> None:
     """Split over eight devices, they are the same numbers with the program's shardings."""
     config = c.resolve(fine_tuning(pretraining), 100)
-    mesh = jax.sharding.Mesh(
-        np.array(jax.devices()).reshape(1, 4, 2),
-        ("replica", "data", "model"),
-        axis_types=(jax.sharding.AxisType.Auto,) * 3,
-    )
+    grid = np.array(jax.devices()).reshape(mesh_lib.shape(MeshConfig(model=2), 8))
+    mesh = jax.sharding.Mesh(grid, mesh_lib.AXES, axis_types=(jax.sharding.AxisType.Auto,) * grid.ndim)
     program = build(config, num_classes=10, total_steps=2, mesh=mesh)
     weights = pretrained.start_of(config, 10, Path("absent"))
     assert weights is not None

@@ -13,6 +13,9 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from vit_scaling.ops import local, local_pallas, relative
+from vit_scaling.parallel import mesh as mesh_lib
+from vit_scaling.parallel import sharding
+from vit_scaling.parallel.mesh import MeshConfig
 
 MEMORY_BACKENDS = ("blocks", "shifts", "rows")
 
@@ -180,10 +183,9 @@ def test_weights_are_the_softmax_that_the_result_averages_with():
 
 def test_a_split_batch_stays_split():
     """Every back end divides over a mesh with the numbers of one device, and gathers neither batch nor map."""
-    devices = np.array(jax.devices()[:4]).reshape(1, 2, 2)
-    mesh = jax.sharding.Mesh(devices, ("replica", "data", "model"), axis_types=(AxisType.Auto,) * 3)
+    mesh = mesh_lib.create(MeshConfig(model=2), jax.devices()[:4])
     args = inputs(9, 8, 2, 4, 3)
-    split, whole = (NamedSharding(mesh, PartitionSpec(spec)) for spec in (("replica", "data"), None))
+    split, whole = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
     placed = [jax.device_put(x, split if x.ndim == 5 else whole) for x in args]
     expected = jax.jit(oracle)(*args)
     for backend in local.BACKENDS:

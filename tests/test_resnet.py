@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_scaling.models import resnet, spatial
 from vit_scaling.models.attention_cnn import AttentionCNNConfig
 from vit_scaling.models.resnet import ResNet, ResNetConfig
+from vit_scaling.parallel import mesh as mesh_lib
+from vit_scaling.parallel import sharding
+from vit_scaling.parallel.mesh import MeshConfig
 from vit_scaling.scaling import flops
 from vit_scaling.scaling.flops_resnet import attention_cnn_linear
 
@@ -304,10 +307,8 @@ def test_scan_and_remat_change_no_number(group):
 def test_statistics_of_a_split_batch_are_those_of_the_whole(group):
     """Each of eight devices has one image: unsynchronised norms would see one image each."""
     build, x, result = group
-    mesh = jax.sharding.Mesh(
-        np.array(jax.devices()).reshape(2, 4, 1), ("replica", "data", "model"), axis_types=(AxisType.Auto,) * 3
-    )
-    x = jax.device_put(x, NamedSharding(mesh, PartitionSpec(("replica", "data"))))
+    mesh = mesh_lib.create(MeshConfig(replica=2))
+    x = jax.device_put(x, sharding.batch_sharding(mesh))
     with jax.set_mesh(mesh):
         model = jax.device_put(build(), NamedSharding(mesh, PartitionSpec()))
         assert_equal_results(training_step(model, x), result)

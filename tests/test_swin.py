@@ -16,7 +16,9 @@ from vit_scaling import models, paths
 from vit_scaling.models import swin
 from vit_scaling.ops import windows
 from vit_scaling.optim import chain
+from vit_scaling.parallel import mesh as mesh_lib
 from vit_scaling.parallel import sharding
+from vit_scaling.parallel.mesh import MeshConfig
 from vit_scaling.scaling.flops_swin import swin_forward
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -384,8 +386,7 @@ def test_sharded_equals_unsharded(version, monkeypatch):
 
 
 def mesh_of(*sizes):
-    devices = np.array(jax.devices()).reshape(sizes)
-    return jax.sharding.Mesh(devices, ("replica", "data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    return mesh_lib.create(MeshConfig(*sizes))
 
 
 def test_published_sizes_can_be_sharded():
