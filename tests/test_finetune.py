@@ -13,7 +13,7 @@ import pytest
 
 from configs import finetune, transfer_sweep
 from tests import tiny
-from vit_scaling import checkpoint, grid, interop, loop, models, paths, pretrained, sweep, workdirs
+from vit_scaling import checkpoint, grid, interop, loop, models, paths, pretrained, runner, workdirs
 from vit_scaling import config as c
 from vit_scaling.data.transforms import TransformConfig
 from vit_scaling.models import resize, swin
@@ -278,7 +278,7 @@ def test_the_sweep_ends_with_a_table_of_the_best(tmp_path: Path) -> None:
     assert [job.config.optim.lr for job in jobs] == [0.01, 0.03]
     assert grid.table(sweep_config, jobs, tmp_path).count("\n") == 2
     for job, accuracy in zip(jobs, (0.25, 0.5), strict=True):
-        folder = sweep.folder(tmp_path, job.name)
+        folder = runner.folder(tmp_path, job.name)
         workdirs.claim(folder, c.resolve(job.config, 4000))
         metrics = {"validation/accuracy": accuracy, "test/accuracy": 0.3}
         (folder / "result.json").write_text(json.dumps({"metrics": metrics}))

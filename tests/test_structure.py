@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("step", "checkpoint", "telemetry", "figures"),
     ("evaluators",),
-    ("workdirs", "sweep", "planner", "grid", "pretrained", "cards", "measure"),
+    ("workdirs", "runner", "sweep", "planner", "grid", "pretrained", "cards", "measure"),
     ("loop",),
     ("cli",),
     ("train", "evaluate", "plan", "study", "costs", "prepare", "weights", "explore"),

@@ -13,7 +13,8 @@ import pytest
 
 from configs import study as study_file
 from vit_scaling import config as config_lib
-from vit_scaling import loop, sweep
+from vit_scaling import loop, runner, sweep
+from vit_scaling.data.sources import open_source
 from vit_scaling.optim.schedule import Duration
 from vit_scaling.parallel import mesh
 from vit_scaling.scaling import report, runs
@@ -51,7 +52,7 @@ def test_one_trunk_serves_every_duration_of_a_size(study):
                 assert branch.needs == trunk.name
                 assert order.index(trunk.name) < order.index(branch.name)
                 assert branch.steps == images / 20
-                assert branch.data_images == data_images == len(sweep.open_source(branch.config.data.train))
+                assert branch.data_images == data_images == len(open_source(branch.config.data.train))
                 start = branch.steps - branch.own_steps
                 assert branch.config.schedule.cooldown.amount == branch.own_steps == 0.2 * branch.steps
                 assert branch.config.schedule.cooldown_from == f"w/runs/{trunk.name}/checkpoints/{start}"
@@ -124,7 +125,7 @@ folder.mkdir(parents=True)
 def pretend(workdir, *unlucky):
     def command(job):
         stored = json.dumps({"config": config_lib.to_dict(config_lib.resolve(job.config, job.data_images))})
-        folder, mark = sweep.folder(workdir, job.name), workdir / "started"
+        folder, mark = runner.folder(workdir, job.name), workdir / "started"
         return [sys.executable, "-c", PRETEND, str(folder), stored, str(mark), *unlucky]
 
     return command
@@ -136,7 +137,7 @@ def started(workdir):
 
 def test_a_failed_run_does_not_sink_the_rest(study, tmp_path):
     jobs, lines = sweep.plan(study, tmp_path), []
-    failed = sweep.run_all(jobs, tmp_path, pretend(tmp_path, "d1_p100_trunk"), parallel=2, say=lines.append)
+    failed = runner.run_all(jobs, tmp_path, pretend(tmp_path, "d1_p100_trunk"), parallel=2, say=lines.append)
     assert failed == {
         "d1_p100_trunk": "out of luck",
         "d1_p100_i100": "its trunk d1_p100_trunk failed",
@@ -150,7 +151,7 @@ def test_a_failed_run_does_not_sink_the_rest(study, tmp_path):
     assert any("out of luck" in line for line in lines)
     # The next call tries what failed, and only that.
     (tmp_path / "started").unlink()
-    assert sweep.run_all(jobs, tmp_path, pretend(tmp_path), parallel=1, say=lines.append) == {}
+    assert runner.run_all(jobs, tmp_path, pretend(tmp_path), parallel=1, say=lines.append) == {}
     assert started(tmp_path) == ["d1_p100_trunk", "d1_p100_i100", "d1_p100_i200"]
     table = sweep.gather(study, jobs, tmp_path)
     assert len(table) == 5
@@ -166,11 +167,11 @@ def test_a_stopped_study_continues(study, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sweep.run_all(jobs, tmp_path, pretend(tmp_path), parallel=1, say=stop_after_two)
+        runner.run_all(jobs, tmp_path, pretend(tmp_path), parallel=1, say=stop_after_two)
     first = started(tmp_path)
     assert len(first) == 2
     lines = []
-    sweep.run_all(jobs, tmp_path, pretend(tmp_path), parallel=1, say=lines.append)
+    runner.run_all(jobs, tmp_path, pretend(tmp_path), parallel=1, say=lines.append)
     assert started(tmp_path) == [job.name for job in jobs]  # each once
     # Two minutes a run beside its steps, as the clocks say of what finished before the stop too.
     minutes = [int(re.search(r"about (\d+) min left", line)[1]) for line in lines[1:]]
@@ -178,15 +179,15 @@ def test_a_stopped_study_continues(study, tmp_path):
     assert minutes[-1] == 0
     study.base.optim.lr *= 2
     with pytest.raises(ValueError, match=r"belongs to another study: in d1_p100_trunk optim\.lr"):
-        sweep.run_all(sweep.plan(study, tmp_path), tmp_path, pretend(tmp_path), parallel=1, say=lambda line: None)
+        runner.run_all(sweep.plan(study, tmp_path), tmp_path, pretend(tmp_path), parallel=1, say=lambda line: None)
 
 
 def test_a_run_is_never_in_two_hands(tmp_path, capsys):
-    held = sweep.lock(tmp_path, "a")
+    held = runner.lock(tmp_path, "a")
     taken = threading.Event()
 
     def second():
-        with sweep.lock(tmp_path, "a"):
+        with runner.lock(tmp_path, "a"):
             taken.set()
 
     thread = threading.Thread(target=second)
@@ -200,7 +201,7 @@ def test_a_run_is_never_in_two_hands(tmp_path, capsys):
 
 def test_metric_that_runs_do_not_have(study, tmp_path):
     jobs = sweep.plan(study, tmp_path)[-1:]
-    sweep.run_all(jobs, tmp_path, pretend(tmp_path), parallel=1, say=lambda line: None)
+    runner.run_all(jobs, tmp_path, pretend(tmp_path), parallel=1, say=lambda line: None)
     study.metric = "test/f1"
     with pytest.raises(ValueError, match=r"metric is 'test/f1', but runs measured fewshot/10shot, test/accuracy"):
         sweep.gather(study, jobs, tmp_path)
@@ -216,14 +217,14 @@ def test_real_runs_and_a_branch_equals_its_planned_twin(study, tmp_path, monkeyp
     study.base.model.pool, study.base.optim.name = "gap", "sgd"  # these compile faster, too
     jobs = sweep.plan(study, tmp_path)
     for job in jobs:
-        loop.train(job.config, sweep.folder(tmp_path, job.name))
-        assert sweep.done(job, tmp_path)
+        loop.train(job.config, runner.folder(tmp_path, job.name))
+        assert runner.done(job, tmp_path)
     branch, planned = sweep.gather(study, jobs, tmp_path)
     assert branch.images == planned.images == 96
     assert branch.compute == planned.compute > 0
     losses = []
     for job in jobs[1:]:
-        rows = (sweep.folder(tmp_path, job.name) / "metrics.jsonl").read_text().splitlines()
+        rows = (runner.folder(tmp_path, job.name) / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(row)["test/loss"] for row in rows if "test/loss" in row][-1])
     assert losses[0] == losses[1]  # to the last bit
 

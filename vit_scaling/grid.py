@@ -1,6 +1,6 @@
 """A sweep: one experiment with every combination of some fields' values, the best chosen on held-out data.
 
-Which runs those are, and the table of what came out. `sweep.py` runs them, each in a process and folder of its own.
+Which runs those are, and the table of what came out. `runner.py` runs them, each in a process and folder of its own.
 """
 
 import copy
@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_scaling import sweep
+from vit_scaling import runner, sweep
 from vit_scaling.config import Config
 from vit_scaling.data.sources import open_source
-from vit_scaling.sweep import Job
+from vit_scaling.runner import Job
 
 
 @dataclasses.dataclass
@@ -59,9 +59,9 @@ def table(grid: GridConfig, jobs: Sequence[Job], workdir: Path) -> str:
     """
     rows = []
     for job in jobs:
-        if not sweep.done(job, workdir):
+        if not runner.done(job, workdir):
             continue
-        metrics = json.loads((sweep.folder(workdir, job.name) / "result.json").read_text())["metrics"]
+        metrics = json.loads((runner.folder(workdir, job.name) / "result.json").read_text())["metrics"]
         if grid.metric not in metrics:
             raise ValueError(f"metric is {grid.metric!r}, but runs measured {', '.join(sorted(metrics))}")
         rows.append((metrics[grid.metric], job, metrics))

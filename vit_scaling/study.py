@@ -32,7 +32,7 @@ _OWN_FLAGS = ("parallel", "print", "only", "report")
 def main(argv: Sequence[str]) -> None:
     del argv
     # Heavy imports wait until the flags are known to be good, so that a typo is answered at once.
-    from vit_scaling import grid, sweep
+    from vit_scaling import grid, runner, sweep
     from vit_scaling.scaling import report, runs
 
     workdir, study = Path(_WORKDIR.value), _CONFIG.value
@@ -48,11 +48,11 @@ def main(argv: Sequence[str]) -> None:
 
     failed: dict[str, str] = {}
     if not _REPORT.value:
-        work = sum(sweep.work(job) for job in jobs)
+        work = sum(runner.work(job) for job in jobs)
         print(f"{len(jobs)} runs of {work:.1e} training FLOPs in all; logs are in {workdir / 'logs'}", flush=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # both ask for an orderly stop
         try:
-            failed = sweep.run_all(
+            failed = runner.run_all(
                 jobs, workdir, _command, parallel=_PARALLEL.value, say=lambda line: print(line, flush=True)
             )
         except KeyboardInterrupt:
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
         return
     table = sweep.gather(study, jobs, workdir)
     runs.write(workdir / "runs.csv", table)
-    unfinished = {job.name: failed.get(job.name, "has not run yet") for job in jobs if not sweep.done(job, workdir)}
+    unfinished = {job.name: failed.get(job.name, "has not run yet") for job in jobs if not runner.done(job, workdir)}
     path = report.write(workdir, f"Scaling study {workdir.name}", table, study.budgets, unfinished)
     print(path.read_text().split("\n## ")[1])
     print(f"report:  {path}\ntable:   {workdir / 'runs.csv'}\nfigures: {workdir / 'figures'}")
@@ -81,13 +81,13 @@ def _leave_if(failed: dict[str, str], total: int) -> None:
 
 
 def _run_one(jobs: Sequence, workdir: Path, name: str) -> None:
-    from vit_scaling import loop, sweep
+    from vit_scaling import loop, runner
 
     job = next((job for job in jobs if job.name == name), None)
     if job is None:
         raise ValueError(f"--only={name} names no run of the study; the first is {jobs[0].name}")
-    with sweep.lock(workdir, name):
-        result = loop.train(job.config, sweep.folder(workdir, name))
+    with runner.lock(workdir, name):
+        result = loop.train(job.config, runner.folder(workdir, name))
     if "interrupted" in result:
         sys.exit(1)
 
