@@ -39,6 +39,12 @@ class Ended(NamedTuple):
     seconds: list[float]  # when each ended, since all were started
 
 
+@pytest.fixture(autouse=True)
+def _sharding_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The config of these tests changes what is split, for its own processes."""
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", sharding.MIN_SHARDED_SIZE)
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
