@@ -372,7 +372,7 @@ def test_search_recomputes_only_what_it_must() -> None:
     ]
     assert len(search.search(experiment("B/16", 256), machine, num_classes=1000)) == 1  # and no more is tried
     # Half the parts would not have fitted.
-    fewer = search.with_remat(experiment("B/16", 2**16), "dots")
+    fewer = plan_lib.with_remat(experiment("B/16", 2**16), "dots")
     assert fewer is not None
     fewer.optim = dataclasses.replace(fewer.optim, accumulate=best[2**16].accumulate // 2)
     assert not plan_lib.make(fewer, machine, num_classes=1000).fits

@@ -270,7 +270,13 @@ def _arithmetic(config: Config, machine: Topology, num_classes: int) -> Plan:
         Moved(kind, count, count * payload, count * payload * (1 - outside), count * payload * outside)
         for kind, count, payload in moved
     ]
-    traffic = 3 * cost.activation_bytes * images + 3 * params * size + 3 * shard_bytes
+    # Every intermediate result is written and read again for its gradient, and under full remat written twice.
+    plain = with_remat(config, "none") or config
+    all_activations = flops.count(
+        plain.model, image_size=config.data.transform.size, num_classes=num_classes
+    ).activation_bytes
+    passes_over = 3 if remat(config.model) == "full" else 2
+    traffic = passes_over * all_activations * images / model + 3 * params * size + 3 * shard_bytes
     short = memory.needed - memory.available
     return _plan(
         config,
@@ -300,6 +306,18 @@ def remat(model_config: Any) -> str:
     """Returns what a model's backward pass recomputes: none, dots or full."""
     value = getattr(model_config, "remat", "none")
     return ("full" if value else "none") if isinstance(value, bool) else value
+
+
+def with_remat(config: Config, policy: str) -> Config | None:
+    """Returns the config with this remat policy, or None where its model has no such choice."""
+    value = getattr(config.model, "remat", None)
+    if value is None:
+        return config if policy == remat(config.model) else None
+    if isinstance(value, bool):
+        if policy == "dots":
+            return None
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, remat=policy == "full"))  # type: ignore[arg-type]
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, remat=policy))  # type: ignore[arg-type]
 
 
 def _plan(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from vit_scaling.config import Config
 from vit_scaling.parallel.chips import Topology
 from vit_scaling.parallel.mesh import MeshConfig
-from vit_scaling.planner.plan import Plan, make, remat
+from vit_scaling.planner.plan import Plan, make, with_remat
 
 POLICIES = ("none", "dots", "full")
 MAX_PARTS = 64
@@ -105,15 +105,3 @@ def _until_it_fits(
                 break
             yield plan
             parts *= 2
-
-
-def with_remat(config: Config, policy: str) -> Config | None:
-    """Returns the config with this remat policy, or None where its model has no such choice."""
-    value = getattr(config.model, "remat", None)
-    if value is None:
-        return config if policy == remat(config.model) else None
-    if isinstance(value, bool):
-        if policy == "dots":
-            return None
-        return dataclasses.replace(config, model=dataclasses.replace(config.model, remat=policy == "full"))  # type: ignore[arg-type]
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, remat=policy))  # type: ignore[arg-type]
