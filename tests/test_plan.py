@@ -370,7 +370,12 @@ def test_search_recomputes_only_what_it_must() -> None:
         ("dots", False),
         ("dots", True),
     ]
-    assert len(search.search(experiment("B/16", 256), machine, num_classes=1000)) == 1  # and no more is tried
+    # What fits and does not wait for the memory is enough; what waits for it is tried with more computing too.
+    assert len(search.search(experiment("B/16", 256), machine, num_classes=1000)) == 1
+    slow = dataclasses.replace(machine, chip=dataclasses.replace(machine.chip, bandwidth=machine.chip.bandwidth / 10))
+    tried = search.search(experiment("B/16", 256), slow, num_classes=1000)
+    assert {plan.remat for plan in tried} == {"none", "dots", "full"}
+    assert all(plan.bounds is not None and plan.bounds.limit == "memory" for plan in tried)
     # Half the parts would not have fitted.
     fewer = plan_lib.with_remat(experiment("B/16", 2**16), "dots")
     assert fewer is not None

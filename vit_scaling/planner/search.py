@@ -1,10 +1,11 @@
 """Which mesh, remat policy and number of parts a config should have on a machine: tried out, not guessed.
 
 Images a second at the bound of a step decide. For a mesh and a batch the policies are tried from "none" to "full" until
-one fits: "dots" recomputes no matrix product and loses next to nothing to "none", "full" costs a forward pass. A batch
-that does not fit with "dots" is tried in parts too, which computes no more and only gathers the kernels more often.
-Fully sharded data parallelism comes first. Tensor parallelism, which needs less memory, and more replicas, which need
-less of the network, are tried where it does not fit or waits for the network.
+one fits and does not wait for the device's memory: what is computed again need not be written and read. "dots" repeats
+no matrix product, "full" costs a forward pass. A batch that does not fit with "dots" is tried in parts too, which
+computes no more and only gathers the kernels more often. Fully sharded data parallelism comes first. Tensor
+parallelism, which needs less memory, and more replicas, which need less of the network, are tried where it does not fit
+or waits for the network.
 """
 
 import dataclasses
@@ -42,14 +43,17 @@ def search(
     refused: ValueError | None = None
     for batch_size in dict.fromkeys((config.data.batch_size, *batch_sizes)):
         for mesh in meshes(machine):
+            before = len(plans)
             try:
-                for plan in _until_it_fits(config, machine, mesh, batch_size, num_classes, multi_label):
+                for plan in _policies_and_parts(config, machine, mesh, batch_size, num_classes, multi_label):
                     plans.append(plan)
                     found(plan)
             except ValueError as error:  # this mesh cannot hold this batch or this model
                 refused = error
                 continue
-            if plan.fits and plan.bounds is not None and "network" not in plan.bounds.limit:
+            if any(
+                plan.bounds is not None and "network" not in plan.bounds.limit for plan in plans[before:] if plan.fits
+            ):
                 break
     if not plans:
         assert refused is not None
@@ -73,7 +77,7 @@ def meshes(machine: Topology) -> Iterator[MeshConfig]:
         yield MeshConfig(replica=slices * (within // 16), data=16)
 
 
-def _until_it_fits(
+def _policies_and_parts(
     config: Config, machine: Topology, mesh: MeshConfig, batch_size: int, num_classes: int, multi_label: bool
 ) -> Iterator[Plan]:
     def attempt(policy: str, parts: int) -> Plan:
@@ -91,9 +95,9 @@ def _until_it_fits(
     for policy in policies:
         plan = attempt(policy, 1)
         yield plan
-        if plan.fits:
+        if plan.fits and plan.bounds is not None and plan.bounds.limit != "memory":
             return
-        if policy == "none" and "dots" in policies:
+        if plan.fits or (policy == "none" and "dots" in policies):
             continue  # with "dots" a part can be larger, for the same work
         # What is missing tells how many parts it takes, the state left out of account.
         needed = 2 if plan.short_by is None else 1 + plan.short_by / machine.chip.memory
