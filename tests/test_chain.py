@@ -1,5 +1,7 @@
 """The whole optimizer: decay by pattern, clipping, freezing, each choice under strict promotion."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +49,18 @@ def test_direction_is_scaled_gradient_plus_decay_of_kernels():
     )
 
 
+@pytest.mark.parametrize(("name", "second"), [("sgd", 0.9 * 1 + 2), ("nesterov", 2 + 0.9 * (0.9 * 1 + 2))])
+def test_momentum_by_hand(name, second):
+    """Gradients 1 and 2: Nesterov's step looks ahead to where the momentum will carry it."""
+    params = {"body": {"kernel": jnp.zeros((2,))}}
+    c = OptimConfig(name=name, moment_dtype="float32", clip=None, weight_decay=0.0, decay_rules=((".*", "body"),))
+    tx = chain.create(c, params)
+    state = tx.init(params)
+    for gradient, want in ((1.0, 1.0 if name == "sgd" else 1.9), (2.0, second)):
+        direction, state = tx.update(jax.tree.map(lambda p, g=gradient: jnp.full_like(p, g), params), state, params)
+        np.testing.assert_allclose(direction["body"]["kernel"], want, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", chain.NAMES)
 @pytest.mark.parametrize("dtype", chain.DTYPES)
 def test_every_optimizer_under_jit_and_strict_promotion(name, dtype):
@@ -56,7 +70,8 @@ def test_every_optimizer_under_jit_and_strict_promotion(name, dtype):
     state = tx.init(params)
     abstract = jax.eval_shape(tx.init, params)
     step = jax.jit(tx.update)
-    theirs = {"adam": optax.scale_by_adam(mu_dtype=dtype), "sgd": optax.trace(0.9, accumulator_dtype=dtype)}
+    trace = functools.partial(optax.trace, 0.9, accumulator_dtype=dtype)
+    theirs = {"adam": optax.scale_by_adam(mu_dtype=dtype), "sgd": trace(), "nesterov": trace(nesterov=True)}
     twin = optax.chain(optax.clip_by_global_norm(1.0), theirs.get(name, scale_by_adafactor(momentum_dtype=dtype)))
     twin_state = twin.init(params)
     for seed in (1, 2, 3):
@@ -135,7 +150,7 @@ def test_ema():
 @pytest.mark.parametrize(
     ("fields", "names"),
     [
-        ({"name": "lion"}, "optim.name.*lion.*adafactor, adam, sgd"),
+        ({"name": "lion"}, "optim.name.*lion.*adafactor, adam, sgd, nesterov"),
         ({"moment_dtype": "float8"}, "optim.moment_dtype.*bfloat16, float32"),
         ({"beta2": 1.0}, "optim.beta2 is 1.0"),
         ({"lr": -1.0}, "optim.lr is -1.0"),

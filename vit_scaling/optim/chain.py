@@ -17,7 +17,7 @@ import optax
 from vit_scaling import paths
 from vit_scaling.optim.adafactor import factored_axes, scale_by_adafactor
 
-NAMES = ("adafactor", "adam", "sgd")
+NAMES = ("adafactor", "adam", "sgd", "nesterov")
 DTYPES = ("bfloat16", "float32")
 Tree = Any
 
@@ -40,9 +40,9 @@ class OptimConfig:
     """How parameters are updated.
 
     Attributes:
-        name: "adafactor" (the paper's), "adam" or "sgd" (with momentum).
+        name: "adafactor" (the paper's), "adam", "sgd" (with momentum) or "nesterov" (with Nesterov's).
         lr: peak learning rate.
-        beta1: decay of the first moment, for "sgd" of the momentum.
+        beta1: decay of the first moment, for "sgd" and "nesterov" of the momentum.
         beta2: decay of "adam"'s second moment; upper limit of "adafactor"'s.
         moment_dtype: type in which the first moment is kept, "bfloat16" or "float32".
         weight_decay: of the body, in AdamW's units: multiplied by the learning rate.
@@ -213,7 +213,7 @@ def _scaling(config: OptimConfig) -> optax.GradientTransformation:
         return scale_by_adafactor(momentum=config.beta1, momentum_dtype=dtype, beta2_cap=config.beta2)
     if config.name == "adam":
         return optax.scale_by_adam(b1=config.beta1, b2=config.beta2, mu_dtype=dtype)
-    return optax.trace(decay=config.beta1, accumulator_dtype=dtype)
+    return optax.trace(decay=config.beta1, nesterov=config.name == "nesterov", accumulator_dtype=dtype)
 
 
 def _check(config: OptimConfig) -> None:
