@@ -126,11 +126,9 @@ def tables(found: dict) -> str:
             short = f"short by {least['short_by'] / GIB:.1f} at least" if least else best["message"][:80]
             lines.append(f"{head} {short} | - | - |")
             continue
-        bounds = best["bounds"]
-        lines.append(
-            f"{head} {best['memory']['needed'] / GIB:.2f} | {1e3 * bounds['step']:,.0f} ms, {bounds['limit']} | "
-            f"{100 * best['mfu_ceiling']:.0f}% |"
-        )
+        limit, ms = best["bounds"]["limit"], 1e3 * best["bounds"]["step"]
+        bound = f"{ms:,.{0 if ms > 100 else 1}f} ms, {limit}"
+        lines.append(f"{head} {best['memory']['needed'] / GIB:.2f} | {bound} | {100 * best['mfu_ceiling']:.0f}% |")
     lines += [
         "",
         "| chips | batch | GFLOPs a chip | MB received by collectives | GiB a chip |",
