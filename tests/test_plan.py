@@ -217,12 +217,17 @@ def test_no_program() -> None:
 
 # ---- real plans, compiled for TPUs -----------------------------------------------------------------------------------
 
+tpu = pytest.mark.skipif(
+    chips.compiler(chips.topology("v5e:1x1")) is None, reason="libtpu is made for linux x86-64 alone"
+)
+
 
 @pytest.fixture(scope="module")
 def b16() -> Plan:
     return plan_lib.make(experiment("B/16", 1024), chips.topology("v5e:4x4"), num_classes=1000)
 
 
+@tpu
 def test_b16_takes_less_than_half_of_the_incumbents_memory(b16: Plan) -> None:
     assert b16.fits
     assert b16.memory is not None
@@ -233,6 +238,7 @@ def test_b16_takes_less_than_half_of_the_incumbents_memory(b16: Plan) -> None:
     assert state + images < b16.memory.arguments < 1.15 * state + 8 / 3 * images
 
 
+@tpu
 def test_without_the_constraint_at_each_block_the_bound_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test that proves the one above: XLA then keeps gathered activations."""
     monkeypatch.setattr(vit, "constrain", lambda x: x)
@@ -240,6 +246,7 @@ def test_without_the_constraint_at_each_block_the_bound_breaks(monkeypatch: pyte
     assert not plan.fits or (plan.memory is not None and plan.memory.needed > 4.43 * GIB / 2)
 
 
+@tpu
 def test_what_a_b16_step_moves(b16: Plan) -> None:
     """Kernels are gathered in bfloat16, forward and backward; gradients are summed once."""
     assert b16.bounds is not None
@@ -255,6 +262,7 @@ def test_what_a_b16_step_moves(b16: Plan) -> None:
     assert b16.chip_days == pytest.approx(b16.bounds.step * 10**6 * 16 / 86_400)
 
 
+@tpu
 def test_g14_on_256_chips() -> None:
     """4,096 images at once, where 256 divides no width of the model; and at most half of the incumbent's memory."""
     plan = plan_lib.make(experiment("G/14", 4096), chips.topology("v5e:16x16"), num_classes=29_593)
@@ -264,6 +272,7 @@ def test_g14_on_256_chips() -> None:
     assert plan.mesh == {"replica": 1, "data": 128, "fold": 2, "model": 1}
 
 
+@tpu
 def test_only_replica_crosses_slices() -> None:
     machine = chips.topology("v5e:2x4", 2)
     config = small(64)
@@ -277,6 +286,7 @@ def test_only_replica_crosses_slices() -> None:
     assert sum(m.payload for m in plan.moved if m.kind == "all-gather") > 2 * plan.params
 
 
+@tpu
 def test_the_cost_of_a_chip_stays_under_weak_scaling() -> None:
     """From 8 to 256 chips, 4 images each: the same FLOPs, and collectives that do not grow with the machine."""
     plans = [
@@ -288,6 +298,7 @@ def test_the_cost_of_a_chip_stays_under_weak_scaling() -> None:
     assert results[1] < 2 * results[0]  # large machines express a gather as a sum, of twice the traffic
 
 
+@tpu
 def test_what_does_not_fit_says_by_how_much() -> None:
     plan = plan_lib.make(experiment("B/16", 4096, remat="none"), chips.topology("v5e:2x2"), num_classes=1000)
     assert not plan.fits
@@ -298,6 +309,7 @@ def test_what_does_not_fit_says_by_how_much() -> None:
     assert plan.chip_days is None
 
 
+@tpu
 def test_a_state_that_cannot_fit_is_not_compiled() -> None:
     plan = plan_lib.make(experiment("22B/14", 64), chips.topology("v5e:2x2"), num_classes=1000)
     assert plan.message.startswith("the train state alone takes")
