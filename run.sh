@@ -77,8 +77,8 @@ pod | slurm | k8s) exec "launch/$command.sh" "$@" ;;
 install) prepare "${1:-}" ;;
 test)
   prepare test
-  say "running the tests: python -m pytest $*"
-  exec .venv/bin/python -m pytest "$@"
+  say "running the tests: python -m pytest --numprocesses=2 --dist=loadfile $*"
+  exec .venv/bin/python -m pytest --numprocesses=2 --dist=loadfile "$@"
   ;;
 lint)
   prepare test
