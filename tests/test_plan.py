@@ -6,7 +6,6 @@ November 2026, in GiB a chip: B/16 on v5e:4x4 at batch 1,024 4.43; G/14 on v5e:1
 """
 
 import dataclasses
-import importlib.util
 import json
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from configs import vit_jft
 from vit_scaling import config as config_lib
 from vit_scaling.config import Config
 from vit_scaling.models import vit
@@ -36,12 +36,7 @@ ROOT = Path(__file__).parent.parent
 
 def experiment(variant: str, batch_size: int, **model: Any) -> Config:
     """The JFT recipe (MAP head, full remat, bfloat16, Adafactor) at a size and batch."""
-    spec = importlib.util.spec_from_file_location("vit_jft", ROOT / "configs" / "vit_jft.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config(variant)
+    config = vit_jft.get_config(variant)
     config.data.batch_size = batch_size
     config.model = dataclasses.replace(config.model, **model)
     return config_lib.resolve(config, 10**7)
