@@ -2,8 +2,8 @@
 
 python -m vit_scaling.study --config=configs/study.py --workdir=studies/digits
 
-10 trunks, 60 cooldowns and 11 comparisons. docs/scaling_study.md tells what was run of it and what came out. `:smoke`
-is a study of the same kind that takes a minute or two; its numbers mean nothing.
+10 trunks, 60 cooldowns and 11 comparisons, about an hour; docs/scaling_study.md tells what came out. `:smoke` is a
+study of the same kind that takes a minute or two; its numbers mean nothing.
 """
 
 import functools

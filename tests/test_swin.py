@@ -13,7 +13,7 @@ import pytest
 
 from tests.golden import fill
 from vit_scaling import models, paths
-from vit_scaling.models import swin
+from vit_scaling.models import resize, swin
 from vit_scaling.ops import windows
 from vit_scaling.optim import chain
 from vit_scaling.parallel import mesh as mesh_lib
@@ -318,7 +318,7 @@ def test_attention_maps_and_features():
 def test_adapt_bias_tables_and_absolute_positions():
     config = dataclasses.replace(SMALL[1], absolute_position=True)
     parameters = make(config, (64, 64))[1]
-    adapt = functools.partial(swin.adapt, parameters, config, (64, 64))
+    adapt = functools.partial(resize.adapt_swin, parameters, config, (64, 64))
     same = paths.flatten(adapt(target=config, target_image_size=(64, 64)))
     for path, leaf in paths.flatten(parameters).items():
         np.testing.assert_array_equal(same[path], leaf, err_msg=path)
@@ -333,10 +333,10 @@ def test_adapt_bias_tables_and_absolute_positions():
         np.testing.assert_allclose(tables[1], windows.resize_table(np.asarray(before[1]), 6, method), atol=1e-6)
     positions = fill.normal("positions", (49, 2))
     np.testing.assert_array_equal(
-        swin.resize_positions(positions, (7, 7), (11, 11)), windows.resize_table(positions, 6)
+        resize.resize_positions(positions, (7, 7), (11, 11)), windows.resize_table(positions, 6)
     )
     plane = (np.arange(16.0)[:, None] + 3 * np.arange(16.0)[None, :]).reshape(-1, 1)
-    larger = swin.resize_positions(plane, (16, 16), (24, 32)).reshape(24, 32)[4:-4, 4:-4]
+    larger = resize.resize_positions(plane, (16, 16), (24, 32)).reshape(24, 32)[4:-4, 4:-4]
     slopes = [np.diff(larger, axis=axis).mean() for axis in (0, 1)]
     np.testing.assert_allclose(slopes, [16 / 24, 3 * 16 / 32], rtol=0.02)
     with pytest.raises(ValueError, match="the absolute positions are for 16x16"):

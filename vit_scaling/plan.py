@@ -6,7 +6,7 @@
 
 The train step of the run itself is compiled, without the machine: for TPUs by libtpu (pip install "jax[tpu]"), for GPUs
 by XLA's CUDA plugin (pip install jax-cuda12-plugin); without that plugin GPUs are planned by arithmetic. Peaks are the
-vendors' published ones; a bound says what no step can beat, not what it will take.
+vendors' published ones; a bound says what this program cannot beat, not what it will take.
 """
 
 import json

@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from vit_scaling import paths
 from vit_scaling.models import ModelConfig, layers, swin, vit
+from vit_scaling.ops import windows
 
 # What must be equal, for its parameters mean something else in another network.
 VIT_FIELDS = (
@@ -31,7 +32,7 @@ def adapt(
 
     ViT: positions are resampled to the new grid, square or not (bicubic); patch kernels by the pseudo-inverse of the
     resizing (FlexiViT); a class token is dropped where the target takes the mean; so are pre-logits. Swin: see
-    `swin.adapt`.
+    `adapt_swin`.
 
     Args:
         parameters: nested dict of NumPy arrays, of `config` built for `image_size`.
@@ -69,7 +70,45 @@ def _adapt_swin(
             f"these weights of a Swin V2 were trained in windows of {trained}; its positions need to know: "
             f"set model.pretrained_windows to {trained}"
         )
-    return swin.adapt(parameters, config, image_size, target=target, target_image_size=target_image_size)
+    return adapt_swin(parameters, config, image_size, target=target, target_image_size=target_image_size)
+
+
+def adapt_swin(
+    parameters: Mapping[str, Any],
+    config: swin.SwinConfig,
+    image_size: tuple[int, int],
+    *,
+    target: swin.SwinConfig,
+    target_image_size: tuple[int, int],
+    method: str = "bicubic",
+) -> dict[str, Any]:
+    """Returns the parameters of a model for another window or image size: position tables resized, the rest as it is.
+
+    Args:
+        parameters: nested dict of the model of `config` built for `image_size`.
+        config: what the parameters belong to.
+        image_size: height and width in pixels that they were trained at.
+        target: the config to adapt to, of the same network but for its window.
+        target_image_size: height and width in pixels of the new images.
+        method: "bicubic" as the official code, or "geometric"; see `ops.windows.resize_table`.
+
+    Raises:
+        ValueError: the configs differ in more than their window, or there is no such method.
+    """
+    for field in ("version", "width", "depths", "heads", "patch", "mlp_ratio", "absolute_position", "extra_norm_every"):
+        ours, theirs = getattr(config, field), getattr(target, field)
+        if ours != theirs:
+            raise ValueError(f"weights of a Swin with {field} {ours} cannot become one with {field} {theirs}")
+    windows_after = swin.stage_windows(target, target_image_size)
+    leaves = paths.flatten(parameters)
+    for path, leaf in leaves.items():
+        if path.endswith("/relative_position_bias_table"):
+            window = windows_after[int(path.removeprefix("stage").split("/")[0]) - 1]
+            leaves[path] = np.stack([windows.resize_table(np.asarray(table), window, method) for table in leaf])
+        elif path == "position_embedding":
+            old, new = swin.stage_grids(config, image_size)[0], swin.stage_grids(target, target_image_size)[0]
+            leaves[path] = resize_positions(np.asarray(leaf), old, new)
+    return paths.unflatten(leaves)
 
 
 def _adapt_vit(
@@ -95,7 +134,7 @@ def _adapt_vit(
         leaves = {path: leaf for path, leaf in leaves.items() if not path.startswith("pre_logits/")}
     if "position_embedding" in leaves:
         old, new = layers.grid_size(image_size, config.patch), layers.grid_size(target_image_size, target.patch)
-        leaves["position_embedding"] = swin.resize_positions(np.asarray(leaves["position_embedding"]), old, new)
+        leaves["position_embedding"] = resize_positions(np.asarray(leaves["position_embedding"]), old, new)
     leaves["embedding/kernel"] = resize_patch(np.asarray(leaves["embedding/kernel"]), target.patch)
     return paths.unflatten(leaves)
 
@@ -105,6 +144,17 @@ def _same(config: Any, target: Any, fields: Sequence[str]) -> None:
         ours, theirs = getattr(config, field), getattr(target, field)
         if ours != theirs:
             raise ValueError(f"the weights' model.{field} is {ours!r}, and {theirs!r} is asked for; set it to {ours!r}")
+
+
+def resize_positions(
+    positions_LD: Float[np.ndarray, "L D"], old: tuple[int, int], new: tuple[int, int]
+) -> Float[np.ndarray, "new_L D"]:
+    """Returns the absolute position embedding of a grid resampled to another, bicubic as the official code."""
+    if old == new:
+        return positions_LD
+    rows, columns = (windows.cubic_weights(before, after) for before, after in zip(old, new, strict=True))
+    resized = np.einsum("ay,bx,yxD->abD", rows, columns, positions_LD.reshape(*old, -1))
+    return resized.reshape(-1, positions_LD.shape[1]).astype(positions_LD.dtype)
 
 
 def linear_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:

@@ -8,7 +8,6 @@ position table, P pairs of blocks, M classes.
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from vit_scaling import paths
 from vit_scaling.models import layers
 from vit_scaling.ops import windows
 from vit_scaling.parallel.sharding import constrain
@@ -416,58 +414,9 @@ def transfer(config: SwinConfig, image_size: tuple[int, int], *, window: int) ->
     """Returns the config with another window for weights that were trained with this one at this image size.
 
     V2 keeps its weights as they are: its position network reads offsets of the new window on the scale of the windows
-    that it was trained with (V2 section 3.3). V1 needs its tables resized by `adapt`.
+    that it was trained with (V2 section 3.3). V1 needs its tables resized by `resize.adapt_swin`.
     """
     if config.version == 1:
         return dataclasses.replace(config, window=window)
     trained = config.pretrained_windows or stage_windows(config, image_size)
     return dataclasses.replace(config, window=window, pretrained_windows=trained)
-
-
-def adapt(
-    parameters: Mapping[str, Any],
-    config: SwinConfig,
-    image_size: tuple[int, int],
-    *,
-    target: SwinConfig,
-    target_image_size: tuple[int, int],
-    method: str = "bicubic",
-) -> dict[str, Any]:
-    """Returns the parameters of a model for another window or image size: position tables resized, the rest as it is.
-
-    Args:
-        parameters: nested dict of the model of `config` built for `image_size`.
-        config: what the parameters belong to.
-        image_size: height and width in pixels that they were trained at.
-        target: the config to adapt to, of the same network but for its window.
-        target_image_size: height and width in pixels of the new images.
-        method: "bicubic" as the official code, or "geometric"; see `ops.windows.resize_table`.
-
-    Raises:
-        ValueError: the configs differ in more than their window, or there is no such method.
-    """
-    for field in ("version", "width", "depths", "heads", "patch", "mlp_ratio", "absolute_position", "extra_norm_every"):
-        ours, theirs = getattr(config, field), getattr(target, field)
-        if ours != theirs:
-            raise ValueError(f"weights of a Swin with {field} {ours} cannot become one with {field} {theirs}")
-    windows_after = stage_windows(target, target_image_size)
-    leaves = paths.flatten(parameters)
-    for path, leaf in leaves.items():
-        if path.endswith("/relative_position_bias_table"):
-            window = windows_after[int(path.removeprefix("stage").split("/")[0]) - 1]
-            leaves[path] = np.stack([windows.resize_table(np.asarray(table), window, method) for table in leaf])
-        elif path == "position_embedding":
-            old, new = stage_grids(config, image_size)[0], stage_grids(target, target_image_size)[0]
-            leaves[path] = resize_positions(np.asarray(leaf), old, new)
-    return paths.unflatten(leaves)
-
-
-def resize_positions(
-    positions_LD: Float[np.ndarray, "L D"], old: tuple[int, int], new: tuple[int, int]
-) -> Float[np.ndarray, "new_L D"]:
-    """Returns the absolute position embedding of a grid resampled to another, bicubic as the official code."""
-    if old == new:
-        return positions_LD
-    rows, columns = (windows.cubic_weights(before, after) for before, after in zip(old, new, strict=True))
-    resized = np.einsum("ay,bx,yxD->abD", rows, columns, positions_LD.reshape(*old, -1))
-    return resized.reshape(-1, positions_LD.shape[1]).astype(positions_LD.dtype)

@@ -51,7 +51,7 @@ class Moved:
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """Seconds that one step takes at least, each as if the others cost nothing."""
+    """Seconds that one step of this program takes at least, each as if the others cost nothing."""
 
     compute: float
     memory: float
@@ -187,8 +187,8 @@ def _compiled(config: Config, machine: Topology, num_classes: int, multi_label: 
 class _CompilerSettings:
     """How plans are compiled: at the compiler's fastest level, with nothing cached.
 
-    Memory and traffic of O0 are within a few percent of what a run gets, for a quarter of the time. An executable of
-    another platform cannot be kept in JAX's cache.
+    Memory at O0 is within a few percent of what a run gets, for a quarter of the time; the full level may move less. An
+    executable of another platform cannot be kept in JAX's cache.
     """
 
     CHOSEN: ClassVar = {"jax_enable_compilation_cache": False, "jax_optimization_level": "O0"}
