@@ -74,7 +74,7 @@ class AsItIs:
 
     size = (4, 4)
 
-    def __call__(self, record, rng):
+    def __call__(self, record, rng, out=None):
         return {"image": np.repeat(record["image"][..., None], 3, 2), "label": record["label"]}
 
 
@@ -290,6 +290,22 @@ def test_a_stuck_thread_does_not_keep_the_process_alive(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=45)
     assert done.returncode == 1
     assert "number 11 has been read for" in done.stderr.splitlines()[-1]
+
+
+def test_python_ends_cleanly_in_the_middle_of_reading():
+    """Threads that Python kills while they are in OpenCV end the process with SIGABRT."""
+    code = (
+        "import cv2, numpy, test_loader as t\n"
+        "class Long(t.AsItIs):\n"
+        "    def __call__(self, record, rng, out=None):\n"
+        "        cv2.resize(numpy.zeros((999, 999), numpy.uint8), (9999, 9999), interpolation=cv2.INTER_LANCZOS4)\n"
+        "        return super().__call__(record, rng)\n"
+        "batches = t.train_batches(t.Numbers(20), Long(), batch_size=1, seed=5, threads=2)\n"
+        "next(batches)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), os.getcwd()])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=45)
+    assert done.returncode == 0, done.stderr
 
 
 def test_dropped_and_closed_iterators_leave_no_thread_behind():

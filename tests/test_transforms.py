@@ -5,6 +5,7 @@ The references are Pillow, NumPy written out, and figures measured with TensorFl
 
 import dataclasses
 import io
+import itertools
 import platform
 import struct
 import sys
@@ -561,11 +562,41 @@ def test_an_image_is_a_function_of_record_and_generator(photograph):
     assert not np.array_equal(images[0], images[2])
 
 
+@pytest.mark.parametrize("crop", transforms.CROPS)
+@pytest.mark.parametrize("grey", [False, True])
+def test_an_image_is_the_same_wherever_it_is_written(photograph, crop, grey):
+    """With a place for it or without, mirrored or not, resized there or copied; the place's neighbours stay."""
+    image = photograph[:60, :80] if crop != "none" else photograph[:48, :40]
+    image = image[..., 0].copy() if grey else image
+    train = crop in transforms.RANDOM_CROPS
+    flips = (0.0, 0.5) if train else (0.0,)
+    for flip, erase, data, seed in itertools.product(flips, flips, (image, encode(image)), range(6)):
+        config = TransformConfig((48, 40), crop=crop, resize_to=50, pad=2, flip=flip, erase=erase)
+        record = {"image": data, "label": 0}
+        batch = np.full((3, 48, 40, 3), 77, np.uint8)
+        place = batch[1]
+        result = transform(config, train)(record, rng(seed), place)["image"]
+        if result is not place:
+            batch[1] = result
+        np.testing.assert_array_equal(batch[1], transform(config, train)(record, rng(seed))["image"])
+        assert (batch[[0, 2]] == 77).all()
+
+
+def test_a_training_image_is_written_straight_into_its_place(photograph):
+    place = np.empty((48, 40, 3), np.uint8)
+    for seed in range(8):
+        config = TransformConfig((48, 40), flip=0.5)
+        assert (
+            transform(config, train=True)({"image": encode(photograph), "label": 0}, rng(seed), place)["image"] is place
+        )
+
+
 def test_the_record_is_left_as_it_was(photograph):
     image = photograph[:48, :40].copy()
     config = dataclasses.replace(EVERYTHING, crop="none")
     for seed in range(20):
-        transform(config, train=True)({"image": image, "label": 0}, rng(seed))
+        for out in (None, np.empty_like(image)):
+            transform(config, train=True)({"image": image, "label": 0}, rng(seed), out)
     np.testing.assert_array_equal(image, photograph[:48, :40])
 
 

@@ -212,7 +212,7 @@ def _jpeg_header(data: bytes) -> Header:
         raise CorruptImageError("the JPEG file is cut off: it has no end-of-image marker")
     height, width, components = struct.unpack_from(">HHB", data, frame)
     sampling = [data[frame + 6 + 3 * component] for component in range(components)] if components > 1 else [0x11]
-    block_columns, block_rows = 8 * max(factor >> 4 for factor in sampling), 8 * max(factor & 15 for factor in sampling)
+    block_columns, block_rows = 8 * (max(sampling) >> 4), 8 * max([factor & 15 for factor in sampling])
     one_scan = data[position + 4] == components
     if orientation > 4:
         height, width = width, height

@@ -1,8 +1,7 @@
 """Batches of NumPy arrays whose content is a pure function of (seed, step).
 
-The global order is an endless sequence: the source's records, shuffled anew in every epoch (a mixture: its parts, each
-shuffled by itself, interleaved by weight). Batch t is its stretch from t * batch_size on, across the end of an epoch
-too, and every process reads some of the equal parts of that stretch. An example's augmentation is drawn from
+The global order is an endless sequence (order.py). Batch t is its stretch from t * batch_size on, across the end of an
+epoch too, and every process reads some of the equal parts of that stretch. An example's augmentation is drawn from
 (seed, position in the sequence). So neither workers, threads, processes nor restarts change which images make up
 batch t, and to resume one needs the step alone.
 
@@ -16,15 +15,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import cv2
-import grain
 import jax
 import numpy as np
 from absl import logging
 
 from vit_scaling.data.codec import CorruptImageError
 from vit_scaling.data.mixing import MixingConfig
+from vit_scaling.data.order import Order, endless
 from vit_scaling.data.readers import Batch, Batches, Board
-from vit_scaling.data.sources import MixtureSource, Source, SourceConfig
+from vit_scaling.data.sources import Source, SourceConfig
 from vit_scaling.data.transforms import Transform, TransformConfig
 from vit_scaling.parallel.sharding import put_batch
 
@@ -109,7 +108,7 @@ def train_batches(
         raise ValueError(f"data.repeats is {repeats} and must be at least 1")
     board = _board(workers, threads, prefetch)
     read = _Read(source, transform, on_corrupt, board)
-    examples = _TrainExamples(read, _order(source, seed), seed, repeats)
+    examples = _TrainExamples(read, endless(source, seed), seed, repeats)
     steps = range(start_step, _ENDLESS // batch_size)
     return Batches(_Rows(examples, steps, batch_size, rows), source, board, workers, threads, prefetch, timeout)
 
@@ -163,23 +162,7 @@ def to_device(
     yield from flying
 
 
-# ---- order -----------------------------------------------------------------------------------------------------------
-
-
-def _order(source: Source, seed: int) -> grain.MapDataset:
-    """The endless sequence of record indices."""
-    if not isinstance(source, MixtureSource):
-        return _endless(0, len(source), seed)
-    parts = []
-    for number, (start, part) in enumerate(zip(source.starts, source.parts, strict=True)):
-        part_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-        parts.append(_endless(start, start + len(part), part_seed))
-    return grain.MapDataset.mix(parts, source.weights)
-
-
-def _endless(start: int, stop: int, seed: int) -> grain.MapDataset:
-    """The numbers from `start` to `stop`, again and again, in another order every time."""
-    return grain.MapDataset.range(start, stop).seed(seed).shuffle().repeat(_ENDLESS // (stop - start))
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 class _Generators:
@@ -206,9 +189,6 @@ class _Generators:
         return own.generator
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
 class _Read:
     """From the index of a record to its transformed example."""
 
@@ -220,11 +200,11 @@ class _Read:
         self._skip = on_corrupt == "skip"
         self._board = board
 
-    def __call__(self, index: int, rng: np.random.Generator | None) -> Example | None:
-        """Returns the example of a record, or None if it is corrupt and that is no error."""
+    def __call__(self, index: int, rng: np.random.Generator | None, out: np.ndarray | None) -> Example | None:
+        """Returns the example of a record, or None if it is corrupt and that is no error; for `out` see `Transform`."""
         self._board.begin(index)
         try:
-            return self.transform(self.source[index], rng)
+            return self.transform(self.source[index], rng, out)
         except CorruptImageError as error:
             message = f"{self.source.id(index)} is corrupt: {error}"
             if not self._skip:
@@ -241,17 +221,17 @@ class _Read:
 class _TrainExamples:
     """From a position of the endless sequence to its example."""
 
-    def __init__(self, read: _Read, order: grain.MapDataset, seed: int, repeats: int):
+    def __init__(self, read: _Read, order: Order, seed: int, repeats: int):
         self._read = read
         self._order = order
         self._generators = _Generators(seed)
         self._repeats = repeats
 
-    def __getitem__(self, position: int) -> Example:
-        first, count = int(self._order[position // self._repeats]), len(self._read.source)
+    def __call__(self, position: int, out: np.ndarray | None) -> Example:
+        first = self._order[position // self._repeats]
         rng = self._generators.at(position)
         for attempt in range(_ATTEMPTS):  # the next record stands in for a corrupt one: the same in every run
-            example = self._read((first + attempt) % count, rng)
+            example = self._read((first + attempt) % len(self._read.source), rng, out)
             if example is not None:
                 return example
         raise CorruptImageError(f"{self._read.source.id(first)} and the {_ATTEMPTS - 1} records after it are corrupt")
@@ -267,18 +247,18 @@ class _EvalExamples:
         self._read = read
         self._nothing = {"image": image, "label": label, "mask": np.bool_(False)}
 
-    def __getitem__(self, position: int) -> Example:
-        example = self._read(position, None) if position < len(self._read.source) else None
+    def __call__(self, position: int, out: np.ndarray | None) -> Example:
+        example = self._read(position, None, out) if position < len(self._read.source) else None
         return self._nothing if example is None else example | {"mask": np.bool_(True)}
 
 
 class _Rows:
     """This process's rows of every batch, at random access: number i is its share of batch `steps[i]`.
 
-    Examples are copied into the batch as they come, while they are still in the processor's cache.
+    A transform is offered the image's place in the batch, which spares a copy of every image.
     """
 
-    def __init__(self, examples: Any, steps: range, batch_size: int, rows: list[int]):
+    def __init__(self, examples: _TrainExamples | _EvalExamples, steps: range, batch_size: int, rows: list[int]):
         self._examples = examples
         self._steps = steps
         self._batch_size = batch_size
@@ -291,11 +271,13 @@ class _Rows:
         start = self._steps[number] * self._batch_size
         batch: Batch = {}
         for place, row in enumerate(self._rows):
-            example = self._examples[start + row]
+            out = batch["image"][place] if batch else None
+            example = self._examples(start + row, out)
             if not batch:
                 batch = {key: np.empty((len(self._rows), *value.shape), value.dtype) for key, value in example.items()}
             for key, value in example.items():
-                batch[key][place] = value
+                if value is not out:
+                    batch[key][place] = value
         return batch
 
 

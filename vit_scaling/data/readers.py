@@ -11,6 +11,7 @@ import signal
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -97,7 +98,7 @@ class Board:
 
 
 class Batches:
-    """An iterator over batches that are read ahead; `close()` it, or drop it, to stop the readers."""
+    """An iterator over batches that are read ahead; `close()` it, drop it, or end Python to stop the readers."""
 
     def __init__(
         self,
@@ -113,7 +114,6 @@ class Batches:
         self._source = source
         self._board = board
         self._timeout = timeout
-        self._closed = False
         self._workers: Any = None  # Grain's iterator over worker processes
         if workers:
             if not flags.FLAGS.is_parsed():
@@ -126,6 +126,9 @@ class Batches:
             self._ahead = _Ahead(lambda step: next(reader), len(parts), threads=1, depth=1)
         else:
             self._ahead = _Ahead(parts.__getitem__, len(parts), threads=threads, depth=prefetch)
+        # Called once: by `close`, when nobody holds the batches any more, or when Python ends, while threads can still
+        # end too: Python kills those that are left, and inside a decoder that brings the process down.
+        self._stop = weakref.finalize(self, _stop, self._ahead, self._workers)
 
     @property
     def skipped(self) -> int:
@@ -163,19 +166,11 @@ class Batches:
 
     def close(self) -> None:
         """Stops the readers, after what they are reading now."""
-        if not self._closed:
-            self._closed = True
-            self._ahead.close(seconds=5.0)
-            if self._workers is not None:
-                self._workers.close()
-
-    def __del__(self):
-        if hasattr(self, "_ahead"):
-            self.close()
+        self._stop()
 
     def _abandon(self, pid: int | None = None) -> None:
         """Stops without waiting for a reader that is stuck: a thread is left behind, a worker process is ended."""
-        self._closed = True
+        self._stop.detach()
         self._ahead.close(seconds=0.0)
         if self._workers is not None:
             if pid is not None:
@@ -184,6 +179,12 @@ class Batches:
 
     def _names(self, reading: list[Reading]) -> str:
         return "; ".join(self._source.id(row.record) for row in reading) or "nothing"
+
+
+def _stop(ahead: "_Ahead", workers: Any) -> None:
+    ahead.close(seconds=5.0)
+    if workers is not None:
+        workers.close()
 
 
 class _Ahead:
@@ -250,8 +251,10 @@ class _Ahead:
         with self._changed:
             self.ended = True
             self._changed.notify_all()
+        deadline = time.monotonic() + seconds
         for thread in self._threads:
-            thread.join(seconds)
+            if thread is not threading.current_thread():  # Python may collect garbage in any thread
+                thread.join(max(deadline - time.monotonic(), 0))
         self._results.clear()
 
 

@@ -221,7 +221,7 @@ class FolderSource:
         self.num_classes = listing.num_classes
         self.class_names = listing.class_names
         self.multi_label = listing.multi_label
-        self._folder = config.name
+        self._prefix = os.path.join(config.name, "")
         self._files: list[tuple[str, int | list[int]]] = []
         for split, start, stop in ranges:
             rows = listing.splits[split]
@@ -233,11 +233,11 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         file, label = self._files[index]
-        with open(os.path.join(self._folder, file), "rb", buffering=0) as stream:
+        with open(self._prefix + file, "rb", buffering=0) as stream:
             return {"image": stream.readall(), "label": make_label(label, self.num_classes)}
 
     def id(self, index: int) -> str:
-        return os.path.join(self._folder, self._files[index][0])
+        return self._prefix + self._files[index][0]
 
 
 class ArrayRecordSource:

@@ -95,11 +95,17 @@ def transform(config: TransformConfig, train: bool) -> "Transform":
 
 @runtime_checkable
 class Transform(Protocol):
-    """From one record to one example; whatever does that can take the place of this file's."""
+    """From one record to one example; whatever does that can take the place of this file's.
+
+    `out` is where the example's image will end up: uint8 [height, width, 3]. A transform may write the image there and
+    return `out` itself as the image, or take no notice of it.
+    """
 
     size: tuple[int, int]
 
-    def __call__(self, record: dict[str, Any], rng: np.random.Generator | None) -> dict[str, Any]: ...
+    def __call__(
+        self, record: dict[str, Any], rng: np.random.Generator | None, out: np.ndarray | None = None
+    ) -> dict[str, Any]: ...
 
 
 class _ConfiguredTransform:
@@ -110,12 +116,14 @@ class _ConfiguredTransform:
         self.config = config
         self.size = config.size
 
-    def __call__(self, record: dict[str, Any], rng: np.random.Generator | None) -> dict[str, Any]:
+    def __call__(
+        self, record: dict[str, Any], rng: np.random.Generator | None, out: np.ndarray | None = None
+    ) -> dict[str, Any]:
         config = self.config
         draw = np.random.default_rng(0) if rng is None else rng  # without one nothing is drawn: `validate` saw to it
-        image = crop(config, record["image"], draw)
+        image = crop(config, record["image"], draw, out)
         if config.flip and draw.random() < config.flip:
-            image = cv2.flip(image, 1)
+            image = cv2.flip(image, 1, out)  # in place where the crop has written there
         if config.rotate or config.scale or config.shear or config.shift:
             image = small_affine(config, image, draw)
         image = np.ascontiguousarray(image)
@@ -176,8 +184,13 @@ def validate(config: TransformConfig, train: bool) -> None:
         need(not random, f"an evaluation transform cannot be random, and {', '.join(random)} is set")
 
 
-def crop(config: TransformConfig, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Decodes, crops and resizes to `config.size`. Grey arrays stay grey ([H, W]) until the end, which is faster."""
+def crop(
+    config: TransformConfig, image: bytes | np.ndarray, rng: np.random.Generator, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Decodes, crops and resizes to `config.size`, into `out` where that can be done.
+
+    Grey arrays stay grey ([H, W]) until the end, which is faster.
+    """
     height, width = config.size
     if isinstance(image, bytes):
         header = codec.read_header(image)
@@ -213,11 +226,14 @@ def crop(config: TransformConfig, image: bytes | np.ndarray, rng: np.random.Gene
         target = (max(round(h * ratio), config.resize_to), max(round(w * ratio), config.resize_to))
 
     # The JPEG codec can shrink by 2, 4 or 8 inside the inverse DCT: the smallest image that still covers the target.
-    shrinks = isinstance(image, bytes) and header.format == "jpeg"
-    reduce = next(
-        r for r in (8, 4, 2, 1) if r == 1 or (shrinks and box[2] >= r * target[0] and box[3] >= r * target[1])
-    )
-    resized = resize(decode(reduce=reduce, crop=_reduced(box, reduce)), target, config.resize)
+    covers = min(box[2] // target[0], box[3] // target[1])
+    reduce = 1
+    if covers > 1 and isinstance(image, bytes) and header.format == "jpeg":
+        reduce = min(1 << covers.bit_length() - 1, 8)
+        box = _reduced(box, reduce)
+    resized = resize(decode(reduce=reduce, crop=box), target, config.resize, out)
+    if target == config.size and config.crop != "random":
+        return resized
     return _window(resized, config.size, rng if config.crop == "random" else None)
 
 
@@ -225,22 +241,25 @@ def _as_it_is(array: np.ndarray, reduce: int = 1, crop: Box | None = None) -> np
     return array if crop is None else array[crop[0] : crop[0] + crop[2], crop[1] : crop[1] + crop[3]]
 
 
-def resize(image: np.ndarray, size: tuple[int, int], method: str) -> np.ndarray:
-    """Resizes [H, W] or [H, W, 3] uint8 to `size` (height, width); the head of this file explains the methods."""
+def resize(image: np.ndarray, size: tuple[int, int], method: str, out: np.ndarray | None = None) -> np.ndarray:
+    """Resizes [H, W] or [H, W, 3] uint8 to `size` (height, width); the head of this file explains the methods.
+
+    Where `out` has the result's shape, OpenCV writes there.
+    """
     if image.shape[:2] == size:
         return image
     if method == "antialias":
         return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
-    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if method == "area" else cv2.INTER_LINEAR)
+    return cv2.resize(image, size[::-1], out, interpolation=cv2.INTER_AREA if method == "area" else cv2.INTER_LINEAR)
 
 
 def inception_box(
     height: int, width: int, area: tuple[float, float], aspect: tuple[float, float], rng: np.random.Generator
 ) -> Box:
     """Draws a crop as TensorFlow's sample_distorted_bounding_box does for an image without boxes, 100 attempts."""
+    smallest, largest = area[0] * height * width, area[1] * height * width
     for _ in range(100):
         ratio = aspect[0] + (aspect[1] - aspect[0]) * rng.random()
-        smallest, largest = (share * height * width for share in area)
         low = round(math.sqrt(smallest / ratio))
         high = round(math.sqrt(largest / ratio))
         if round(high * ratio) > width:  # the tallest whose width still fits

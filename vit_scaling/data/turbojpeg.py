@@ -73,10 +73,11 @@ class TurboJPEG:
         return pixels
 
     def _handle(self) -> int:
-        own = self._own
-        if not hasattr(own, "decoder"):
-            own.decoder = _Decoder(self._library)
-        return own.decoder.handle
+        try:
+            return self._own.decoder.handle
+        except AttributeError:
+            self._own.decoder = _Decoder(self._library)
+            return self._own.decoder.handle
 
 
 class _Decoder:
