@@ -71,9 +71,9 @@ def test_the_order_is_that_of_all_earlier_versions(mixture):
 def test_weights_are_exact_and_even(mixture):
     """After n records each part has given its share to within as many as there are parts, after a period exactly."""
     weights = (0.5, 0.3, 0.3)
-    mixed = mixture([5, 50, 500], weights)
-    given = [mixed.parts.index(mixed._locate(index)[0]) for index in stretch(order.endless(mixed, 0), 0, 1000)]
-    for n in range(1, 1001):
+    mixed = mixture([5000, 6000, 7000], weights)
+    given = [mixed.parts.index(mixed._locate(index)[0]) for index in stretch(order.endless(mixed, 0), 0, 3300)]
+    for n in range(1, 3301):
         for part, weight in enumerate(weights):
             share = n * Fraction(str(weight)) / Fraction("1.1")
             assert abs(given[:n].count(part) - share) < (3 if n % 11 else 1e-9)
