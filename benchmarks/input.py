@@ -4,7 +4,8 @@
     python benchmarks/input.py              throughput: decode, inception crop to 224, flip, batch
     python benchmarks/input.py --memory     memory of the loader over 20,000 steps
 
-The files are JPEGs of 500 x 375 (4:2:0), cut from photographs that scikit-learn and scikit-image carry.
+The files are JPEGs of 500 x 375 (4:2:0), cut from photographs that scikit-learn and scikit-image carry. Each has eight
+names, so that there are as many records to shuffle and to look up as in a small set for pretraining.
 Every pipeline reads them from disk with one thread in a process of its own, bound to the same core. They take turns of
 a hundred images, and what counts is each process's CPU time, all of its threads and all that it reads ahead included:
 neither a busy machine nor a lucky minute decides. A peer that is not installed is left out.
@@ -38,12 +39,15 @@ import simplejpeg
 from vit_scaling.data import loader, sources, transforms
 
 BATCH = 50
-FILES = 2400  # to shuffle fewer costs Grain more: up to 0.1 ms a record for a few hundred
+PHOTOGRAPHS, NAMES = 2400, 8
 Pipeline = Callable[[], object]  # makes one batch
 
 
-def write_photographs(folder: Path, count: int, quality: int) -> list[Path]:
-    """Cuts `count` JPEGs of 500 x 375 from the photographs of scikit-learn and scikit-image, in four classes."""
+def write_photographs(folder: Path, count: int, quality: int, names: int = 1) -> list[Path]:
+    """Cuts `count` JPEGs of 500 x 375 from the photographs of scikit-learn and scikit-image, in four classes.
+
+    Returns the paths: each file is linked under `names` of them.
+    """
     import skimage.data
     from sklearn.datasets import load_sample_images
 
@@ -62,6 +66,9 @@ def write_photographs(folder: Path, count: int, quality: int) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=quality, colorsubsampling="420"))
         paths.append(path)
+        for name in range(1, names):
+            paths.append(path.with_name(f"{number:04d}_{name}.jpg"))
+            paths[-1].hardlink_to(path)
     return paths
 
 
@@ -230,11 +237,12 @@ def measure_throughput(rounds: int, images: int, quality: int) -> None:
     names += ["tf.data", "tf.data, uint8"] if importlib.util.find_spec("tensorflow") else []
     names += ["torch + Pillow"] if importlib.util.find_spec("torch") else []
     with tempfile.TemporaryDirectory() as temporary:
-        paths = write_photographs(Path(temporary), FILES, quality)
+        paths = write_photographs(Path(temporary), PHOTOGRAPHS, quality, NAMES)
         write_tfds(Path(temporary) / "tfds", paths)
         size = sum(path.stat().st_size for path in paths) / len(paths)
         print(
-            f"{len(paths)} JPEGs of 500 x 375, {size / 1000:.0f} kB each; one core; {rounds} turns of {images} images"
+            f"{PHOTOGRAPHS} JPEGs of 500 x 375, {size / 1000:.0f} kB each, under {NAMES} names each; one core; "
+            f"{rounds} turns of {images} images"
         )
         turns = {name: Turns(name, Path(temporary)) for name in names}
         seconds = np.array([[turns[name].turn(images // BATCH) / images for name in names] for _ in range(rounds)])
@@ -278,7 +286,7 @@ def measure_memory(steps: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", action="store_true", help="measure memory, not throughput")
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--images", type=int, default=100, help="images in a turn")
     parser.add_argument("--quality", type=int, default=92, help="of the JPEG files")
     parser.add_argument("--steps", type=int, default=20_000)
