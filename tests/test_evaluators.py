@@ -12,6 +12,7 @@ from vit_scaling import config as c
 from vit_scaling.data.sources import open_source
 from vit_scaling.data.transforms import TransformConfig
 from vit_scaling.evaluators import classification, fewshot
+from vit_scaling.evaluators.suite import Suite
 from vit_scaling.parallel import mesh as mesh_lib
 from vit_scaling.step import Program, build
 
@@ -149,3 +150,26 @@ def test_shots_that_are_not_there(program: Program) -> None:
     random = dataclasses.replace(config, shots=(1,), transform=dataclasses.replace(PLAIN, crop="pad", pad=2))
     with pytest.raises(ValueError, match="evaluation transform cannot be random"):
         fewshot.FewShot(random)
+
+
+# ---- All of a run's evaluators ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_the_best_checkpoint_may_be_chosen_by_whatever_is_measured(program: Program, averaged: bool) -> None:
+    """And by nothing else: the sentence about a misspelt name lists what `measure` returns before the end."""
+    shots = c.FewShotConfig(
+        train=tiny.digits("train[:200]"), test=tiny.digits("validation[:10]"), transform=PLAIN, shots=(1, 2), seeds=1
+    )
+    config = tiny.config(optim=c.OptimConfig(lr=1e-3, ema=0.9 if averaged else None))
+    config.evaluation = dataclasses.replace(config.evaluation, fewshot=shots, test=tiny.digits("test[:8]"))
+    state = program.init()
+    measured = Suite(config, program).measure(state if averaged else dataclasses.replace(state, ema=None), final=False)
+    for name in measured:
+        config.checkpoint.best = name
+        Suite(config, program)
+    for name in ("validation/acuracy", "test/accuracy", *([] if averaged else ["validation_ema/accuracy"])):
+        config.checkpoint.best = name
+        with pytest.raises(ValueError, match=f"checkpoint.best is '{name}'; evaluations measure") as refusal:
+            Suite(config, program)
+        assert set(str(refusal.value).partition("measure ")[2].split(", ")) == set(measured)

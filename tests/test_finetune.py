@@ -148,7 +148,7 @@ def test_the_best_evaluation_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     config = tiny.config(4)
     config.checkpoint = c.CheckpointConfig(every=c.Duration(2), best="validation/accuracy")
     config.evaluation.every = c.Duration(1)
-    scores = iter([0.1, 0.3, 0.6, 0.5, 0.6])
+    scores = iter([0.9, 0.3, 0.6, 0.5, 0.6])  # that of the start does not count
     measure = loop.Suite.measure
     monkeypatch.setattr(loop.Suite, "measure", lambda *a, **k: measure(*a, **k) | {"validation/accuracy": next(scores)})
     loop.train(config, tmp_path / "run")
@@ -163,8 +163,14 @@ def test_the_best_evaluation_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert checkpoint.steps(tmp_path / "run" / "best") == [2]
     again.offer(6, kept, {"validation/accuracy": 0.7})
     assert checkpoint.steps(tmp_path / "run" / "best") == [6]
-    with pytest.raises(ValueError, match=r"checkpoint.best is .test/accuracy.; evaluations measure"):
-        checkpoint.Best(tmp_path / "other", "test/accuracy").offer(1, kept, {"validation/accuracy": 0.1})
+
+
+def test_a_misspelt_metric_stops_a_run_before_it_has_a_workdir(tmp_path: Path) -> None:
+    config = tiny.config(4)
+    config.checkpoint.best = "validation/acuracy"
+    with pytest.raises(ValueError, match=r"checkpoint.best is .validation/acuracy.; evaluations measure .*accuracy"):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # ---- Learning rates by layer

@@ -162,16 +162,8 @@ class Best:
                 self.value, self.step = record["value"], record["step"]
 
     def offer(self, step: int, state: Any, values: Mapping[str, float]) -> None:
-        """Saves the state if its metric is higher than all before; waits until it is written.
-
-        Raises:
-            ValueError: the evaluations do not measure the metric.
-        """
-        if self._metric is None:
-            return
-        if self._metric not in values:
-            raise ValueError(f"checkpoint.best is {self._metric!r}; evaluations measure {', '.join(sorted(values))}")
-        if not values[self._metric] > self.value:
+        """Saves the state if its metric, one of `values`, is higher than all before; waits until it is written."""
+        if self._metric is None or not values[self._metric] > self.value:
             return
         self.value, self.step = values[self._metric], step
         with contextlib.closing(Checkpoints(self._directory, keep=1, permanent=0)) as checkpoints:

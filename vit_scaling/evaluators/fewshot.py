@@ -135,10 +135,15 @@ class FewShot:
         """How many images are shots or tested."""
         return len(self._train_labels) + len(self._test_labels)
 
+    @property
+    def names(self) -> list[str]:
+        """The names of what `evaluate` returns."""
+        return [f"{shots}shot{what}" for shots in self._config.shots for what in ("", "_std")]
+
     def evaluate(
         self, program: Features, params: Any, statistics: Any, data: DataConfig, *, batch_size: int
     ) -> dict[str, float]:
-        """Returns {"10shot": mean accuracy over the seeds, "10shot_std": their spread, ...}.
+        """Returns {"10shot": mean accuracy over the seeds, "10shot_std": their spread, ...}, as in `names`.
 
         Every process must call it and gets the same numbers.
         """

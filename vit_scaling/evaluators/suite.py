@@ -17,7 +17,8 @@ class Suite:
     """The evaluators that a config names, their sources opened once.
 
     Raises:
-        ValueError: a source or a transform cannot be used, or the batch cannot be divided.
+        ValueError: a source or a transform cannot be used, the batch cannot be divided, or nobody measures what
+            `checkpoint.best` names.
     """
 
     def __init__(self, config: Config, program: Program):
@@ -33,6 +34,18 @@ class Suite:
         }
         self._fewshot = None if config.evaluation.fewshot is None else FewShot(config.evaluation.fewshot)
         self._pictured: tuple[Source, np.ndarray] | None = None
+        names = self._names(averaged=config.optim.ema is not None)
+        if config.checkpoint.best not in (None, *names):
+            raise ValueError(
+                f"checkpoint.best is {config.checkpoint.best!r}; evaluations measure {', '.join(names) or 'nothing'}"
+            )
+
+    def _names(self, *, averaged: bool) -> list[str]:
+        """Returns the names of what `measure` returns before the end."""
+        shots = [] if self._fewshot is None else self._fewshot.names
+        names = [("validation", name) for name in ("accuracy", "loss") if "validation" in self._sources]
+        names += [("fewshot", name) for name in shots]
+        return [f"{of}{suffix}/{name}" for suffix in (("", "_ema") if averaged else ("",)) for of, name in names]
 
     def examples_of(self) -> dict[str, int]:
         """Returns how many examples each source holds, by its name."""
