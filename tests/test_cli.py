@@ -21,6 +21,10 @@ MISTAKES = {
         [SMOKE, "--config.optim.lrr=1"],
         "the config has no field 'lrr' there; the fields of OptimConfig",
     ),
+    "a group of fields": (
+        [SMOKE, "--config.duration=90epochs"],
+        "--config.duration cannot be set as a whole: its fields are amount, unit, as in --config.duration.amount=...",
+    ),
     "wrong type": ([SMOKE, "--config.optim.lr=fast"], "could not convert string to float: 'fast'"),
     "missing file": (["--config=configs/smok.py"], "there is no config file 'configs/smok.py'; beside it are"),
     "unknown variant": (["--config=configs/vit_imagenet.py:Q/16"], "no ViT size is called 'Q'"),

@@ -19,6 +19,9 @@ import pytest
 from tests import tiny
 from vit_scaling import checkpoint, loop, telemetry
 from vit_scaling import config as c
+from vit_scaling.data import order
+from vit_scaling.data.codec import CorruptImageError
+from vit_scaling.data.sources import BuiltinSource, open_source
 from vit_scaling.evaluators.suite import Suite
 from vit_scaling.parallel import mesh as mesh_lib
 from vit_scaling.step import build
@@ -176,6 +179,29 @@ def test_kill_nine_at_any_moment_changes_nothing(uninterrupted: Path, tmp_path: 
     assert rows_of(workdir) == rows_of(uninterrupted)
     metrics = [json.loads((run / "result.json").read_text())["metrics"] for run in (workdir, uninterrupted)]
     assert metrics[0] == metrics[1]
+
+
+def test_a_run_that_stopped_at_a_corrupt_image_goes_on_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the same workdir, to the bits of a run that skipped from the start."""
+    read = BuiltinSource.__getitem__
+    corrupt = order.endless(open_source(tiny.config().data.train), 0)[5 * 16 + 3]  # of step 6
+
+    def fail(self: Any, index: int) -> dict[str, Any]:
+        if len(self) == 100 and index == corrupt:
+            raise CorruptImageError("made so")
+        return read(self, index)
+
+    monkeypatch.setattr(BuiltinSource, "__getitem__", fail)
+    stopping, skipping = tiny.config(), tiny.config()
+    skipping.data.on_corrupt = "skip"
+    with pytest.raises(ValueError, match=r"is corrupt: made so \(data.on_corrupt=skip goes on without it\)"):
+        loop.train(stopping, tmp_path / "stopped")
+    assert checkpoint.steps(tmp_path / "stopped" / "checkpoints") == [4]
+    loop.train(skipping, tmp_path / "stopped")
+    loop.train(skipping, tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped", 8, skipping)
 
 
 def test_a_finished_run_is_not_run_again(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,6 +107,13 @@ def _flag_sentence(error: BaseException) -> str:
         name, module, owner = unknown.groups()
         fields = ", ".join(field.name for field in dataclasses.fields(getattr(sys.modules[module], owner)))
         return f"the config has no field {name!r} there; the fields of {owner} are {fields}"
+    if whole := re.search(r"flag --([\w.]+)=.*as instance of <class '([\w.]+)\.(\w+)'>", text):
+        name, module, owner = whole.groups()
+        if dataclasses.is_dataclass(kind := getattr(sys.modules.get(module), owner, None)):
+            fields = [field.name for field in dataclasses.fields(kind)]
+            return (
+                f"--{name} cannot be set as a whole: its fields are {', '.join(fields)}, as in --{name}.{fields[0]}=..."
+            )
     if missing := re.search(r"Flag --(\w+) must have a value other than None", text):
         return f"--{missing[1]} must be given; --help tells what it is"
     if "Traceback" in text:  # a config file that raised: its last line is the sentence

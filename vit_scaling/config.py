@@ -104,8 +104,12 @@ class Config:
     seed: int = 0
 
 
-# Where a run may differ from the one that began the workdir: nothing here changes what is computed.
-MAY_CHANGE = ("mesh", "evaluation", "checkpoint", "log", "data.workers", "data.threads", "data.prefetch")
+# Where a run may differ from the one that began the workdir: nothing here changes what is computed. (What on_corrupt
+# lets pass as "error" is the same as "skip", so a run that stopped at a corrupt image can go on without it.)
+MAY_CHANGE = (
+    *("mesh", "evaluation", "checkpoint", "log"),
+    *("data.workers", "data.threads", "data.prefetch", "data.timeout", "data.on_corrupt"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

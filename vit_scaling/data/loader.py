@@ -208,7 +208,7 @@ class _Read:
         except CorruptImageError as error:
             message = f"{self.source.id(index)} is corrupt: {error}"
             if not self._skip:
-                raise CorruptImageError(message) from None
+                raise CorruptImageError(f"{message} (data.on_corrupt=skip goes on without it)") from None
             self._board.skip()
             logging.warning("%s; skipped", message)
             return None
