@@ -280,6 +280,40 @@ def test_a_dead_worker_is_reported_with_its_record():
         take(1, Numbers(20, kill=11), AsItIs(), batch_size=20, workers=1)
 
 
+def test_workers_outlive_signals_but_not_the_training_process():
+    """Ctrl-C reaches the workers too, while the training process still needs batches; after kill -9 none is left."""
+    code = (
+        "import multiprocessing, sys, test_loader as t\n"
+        "if __name__ == '__main__':\n"
+        "    batches = t.train_batches(t.Numbers(20), t.AsItIs(), batch_size=4, seed=5, workers=2, threads=1)\n"
+        "    next(batches)\n"
+        "    print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
+        "    for line in sys.stdin:\n"
+        "        print(sum(len(next(batches)['label']) for _ in range(50)), flush=True)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), os.getcwd()])}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    workers = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(workers) == 2
+    for worker, number in itertools.product(workers, (signal.SIGINT, signal.SIGTERM)):
+        os.kill(worker, number)
+    print(file=process.stdin, flush=True)
+    assert process.stdout.readline() == "200\n"
+    process.kill()
+    process.wait()
+
+    def running(pid):
+        state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+        return bool(state) and not state.startswith("Z")
+
+    deadline = time.monotonic() + 20
+    while any(map(running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(running, workers))
+
+
 def test_a_stuck_thread_does_not_keep_the_process_alive(tmp_path):
     code = (
         "import test_loader as t\n"

@@ -110,9 +110,9 @@ def _flag_sentence(error: BaseException) -> str:
     if whole := re.search(r"flag --([\w.]+)=.*as instance of <class '([\w.]+)\.(\w+)'>", text):
         name, module, owner = whole.groups()
         if dataclasses.is_dataclass(kind := getattr(sys.modules.get(module), owner, None)):
-            fields = [field.name for field in dataclasses.fields(kind)]
+            names = [field.name for field in dataclasses.fields(kind)]
             return (
-                f"--{name} cannot be set as a whole: its fields are {', '.join(fields)}, as in --{name}.{fields[0]}=..."
+                f"--{name} cannot be set as a whole: its fields are {', '.join(names)}, as in --{name}.{names[0]}=..."
             )
     if missing := re.search(r"Flag --(\w+) must have a value other than None", text):
         return f"--{missing[1]} must be given; --help tells what it is"

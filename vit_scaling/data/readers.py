@@ -6,6 +6,7 @@ lock, as every cell has one writer. So a stalled read or a dead worker is report
 """
 
 import itertools
+import multiprocessing
 import os
 import signal
 import tempfile
@@ -267,10 +268,24 @@ def _alive(pid: int) -> bool:
 
 
 def _start_worker(number: int, _: int) -> None:
-    """Runs in a worker process before anything else."""
+    """Runs in a worker process before anything else.
+
+    Ctrl-C and cluster managers signal all processes of a run. When to stop is for the training process to say, which
+    first saves; a worker ends when told so by it, or with it.
+    """
     global _worker
     _worker = number
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
     _one_thread_an_image()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _one_thread_an_image() -> None:
