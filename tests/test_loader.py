@@ -281,12 +281,12 @@ def test_a_dead_worker_is_reported_with_its_record():
 
 
 def test_workers_outlive_signals_but_not_the_training_process():
-    """Ctrl-C reaches the workers too, while the training process still needs batches; after kill -9 none is left."""
+    """Ctrl-C reaches them too, even while they start, and batches are still needed; after kill -9 none is left."""
     code = (
         "import multiprocessing, sys, test_loader as t\n"
         "if __name__ == '__main__':\n"
         "    batches = t.train_batches(t.Numbers(20), t.AsItIs(), batch_size=4, seed=5, workers=2, threads=1)\n"
-        "    next(batches)\n"
+        "    while len(multiprocessing.active_children()) < 2: pass\n"
         "    print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
         "    for line in sys.stdin:\n"
         "        print(sum(len(next(batches)['label']) for _ in range(50)), flush=True)\n"

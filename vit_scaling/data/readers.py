@@ -14,6 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
 
 import cv2
@@ -115,7 +116,7 @@ class Batches:
         self._source = source
         self._board = board
         self._timeout = timeout
-        self._workers: Any = None  # Grain's iterator over worker processes
+        self._workers: _Workers | None = None
         if workers:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain's workers ask for flags, also in a program that has none
@@ -123,8 +124,8 @@ class Batches:
             read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(each, threads))
             dataset = grain.MapDataset.source(parts).to_iter_dataset(read)
             options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=each)
-            self._workers = reader = iter(dataset.mp_prefetch(options, worker_init_fn=_start_worker))
-            self._ahead = _Ahead(lambda step: next(reader), len(parts), threads=1, depth=1)
+            self._workers = _Workers(dataset.mp_prefetch(options, worker_init_fn=_start_worker))
+            self._ahead = _Ahead(self._workers.take, len(parts), threads=1, depth=1)
         else:
             self._ahead = _Ahead(parts.__getitem__, len(parts), threads=threads, depth=prefetch)
         # Called once: by `close`, when nobody holds the batches any more, or when Python ends, while threads can still
@@ -182,7 +183,32 @@ class Batches:
         return "; ".join(self._source.id(row.record) for row in reading) or "nothing"
 
 
-def _stop(ahead: "_Ahead", workers: Any) -> None:
+class _Workers:
+    """Worker processes, which start when their first batch is taken.
+
+    Ctrl-C and cluster managers signal all processes of a run, but when to stop is for the training process to say: it
+    saves first. So the thread that takes batches blocks these signals, and its children inherit that from their first
+    moment. (Python's resource tracker, which comes with the first child, unblocks them: it is started before.)
+    """
+
+    def __init__(self, dataset: grain.IterDataset):
+        self._dataset = dataset
+        self._iterator: Any = None
+
+    def take(self, step: int) -> Batch:
+        if self._iterator is None:
+            resource_tracker.ensure_running()
+            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+            self._iterator = iter(self._dataset)
+        return next(self._iterator)
+
+    def close(self) -> None:
+        iterator, self._iterator = self._iterator, None  # Grain complains of one that is left when Python ends
+        if iterator is not None:
+            iterator.close()
+
+
+def _stop(ahead: "_Ahead", workers: _Workers | None) -> None:
     ahead.close(seconds=5.0)
     if workers is not None:
         workers.close()
@@ -268,15 +294,9 @@ def _alive(pid: int) -> bool:
 
 
 def _start_worker(number: int, _: int) -> None:
-    """Runs in a worker process before anything else.
-
-    Ctrl-C and cluster managers signal all processes of a run. When to stop is for the training process to say, which
-    first saves; a worker ends when told so by it, or with it.
-    """
+    """Runs in a worker process before anything else."""
     global _worker
     _worker = number
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signal_number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
     _one_thread_an_image()
 
