@@ -4,8 +4,9 @@ A source is shuffled anew in every epoch. The parts of a mixture are shuffled ea
 as their weights allow: of the first n records, each part has given its share to within as many as there are parts.
 
 The shuffle is a permutation that is computed for one place at a time, Grain's `index_shuffle`: nothing is stored,
-however large the source, and any position costs the same. What is drawn follows from the seed alone and stays the same
-from one version of Grain to the next, as a run that is continued needs it.
+however large the source, and any position costs the same. Seeds and interleaving are derived here, not by Grain's
+pipelines, which may change; a run that is continued with a later version must see the same order, and a test holds it
+to what earlier ones drew.
 """
 
 import itertools
