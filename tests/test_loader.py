@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tests import children
 from vit_scaling.data import codec, loader, sources, transforms
 from vit_scaling.data.loader import eval_batches, train_batches
 from vit_scaling.data.sources import SourceConfig
@@ -303,15 +304,7 @@ def test_workers_outlive_signals_but_not_the_training_process():
     assert process.stdout.readline() == "200\n"
     process.kill()
     process.wait()
-
-    def running(pid):
-        state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
-        return bool(state) and not state.startswith("Z")
-
-    deadline = time.monotonic() + 20
-    while any(map(running, workers)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not any(map(running, workers))
+    assert children.end(workers)
 
 
 def test_a_stuck_thread_does_not_keep_the_process_alive(tmp_path):

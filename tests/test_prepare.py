@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+from tests import children
 from vit_scaling import prepare
 from vit_scaling.data import codec, records, shards, sources
 from vit_scaling.data.shards import Work
@@ -183,6 +184,21 @@ def test_a_killed_run_continues_without_a_lost_or_doubled_image(tmp_path):
     whole = run(folder.parent, tmp_path / "whole", shard_examples=3)
     assert json.loads((tmp_path / "set" / records.MANIFEST).read_text()) == whole
     assert shards.verify(tmp_path / "set") == {"all": 150}
+
+
+def test_writing_processes_end_with_the_one_that_began_them(tmp_path):
+    folder = tmp_path / "images" / "a"
+    folder.mkdir(parents=True)
+    for number in range(150):
+        (folder / f"{number}.jpg").write_bytes(jpeg(scene(number, 480, 640), 80))
+    process = command(f"--input={folder.parent}", f"--output={tmp_path / 'set'}", "--shard_examples=1", "--workers=2")
+    while process.poll() is None and len(list((tmp_path / "set").glob("all-*"))) < 4:
+        time.sleep(0.01)
+    writers = children.of(process.pid)
+    assert len(writers) >= 2
+    process.kill()
+    process.wait()
+    assert children.end(writers)
 
 
 def test_an_output_of_another_job_is_refused_and_left_alone(images, tmp_path):

@@ -28,7 +28,7 @@ from absl import flags
 from tqdm import tqdm
 
 from vit_scaling import cli
-from vit_scaling.data import codec, files, records, shards, sources, tars
+from vit_scaling.data import children, codec, files, records, shards, sources, tars
 from vit_scaling.data.shards import Item, Work
 
 JOB = ".prepare.jsonl"  # the job, then a line for each finished shard; gone when the manifest is there
@@ -151,7 +151,8 @@ def _write(
         for path, items in left:
             yield shards.write_shard(path, items, work, excluded), items
         return
-    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    spawn = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, spawn, initializer=children.end_with_parent)
     try:
         running = {pool.submit(shards.write_shard, path, items, work, excluded): items for path, items in left}
         for future in concurrent.futures.as_completed(running):

@@ -6,7 +6,6 @@ lock, as every cell has one writer. So a stalled read or a dead worker is report
 """
 
 import itertools
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -22,6 +21,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from vit_scaling.data.children import end_with_parent
 from vit_scaling.data.sources import Source
 
 Batch = dict[str, np.ndarray]
@@ -297,15 +297,8 @@ def _start_worker(number: int, _: int) -> None:
     """Runs in a worker process before anything else."""
     global _worker
     _worker = number
-    threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
+    end_with_parent()
     _one_thread_an_image()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _one_thread_an_image() -> None:
