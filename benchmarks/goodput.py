@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from vit_scaling.scaling import goodput
+from benchmarks import goodput_model as goodput
 
 ROOT = Path(__file__).parent.parent
 LLAMA_3 = 419 / (16_384 * 54 * 24)
@@ -33,10 +33,10 @@ def measure() -> None:
     import jax
 
     from configs import vit_imagenet
-    from vit_scaling import checkpoint
     from vit_scaling.config import resolve
     from vit_scaling.parallel import mesh as mesh_lib
-    from vit_scaling.step import build
+    from vit_scaling.training import checkpoint
+    from vit_scaling.training.step import build
 
     config = resolve(vit_imagenet.get_config("S/16"), 1_281_167)
     mesh = mesh_lib.create(config.mesh)

@@ -36,7 +36,8 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from vit_scaling.data import loader, sources, transforms
+from vit_scaling.data import loader, sources
+from vit_scaling.data.images import transforms
 
 BATCH = 50
 PHOTOGRAPHS, NAMES = 2400, 8

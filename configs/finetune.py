@@ -28,12 +28,12 @@ import functools
 import os
 
 from vit_scaling import config as c
-from vit_scaling import pretrained
+from vit_scaling.data.images.transforms import TransformConfig
 from vit_scaling.data.loader import DataConfig
 from vit_scaling.data.mixing import MixingConfig
 from vit_scaling.data.sources import SourceConfig
-from vit_scaling.data.transforms import TransformConfig
 from vit_scaling.models import ModelConfig, vit
+from vit_scaling.training import initial
 
 # Source, training split, held-out part of it, test split, steps and warmup (big_vision's transfer recipe).
 DATA = {
@@ -109,6 +109,6 @@ def _model(name: str) -> tuple[str | None, ModelConfig]:
     """Returns (weights, model) of what lies there; else (None, a ViT of that size), for --config.init.path."""
     if not os.path.exists(name):
         return None, vit.variant(name)
-    model = pretrained.describe(name)[0]
+    model = initial.describe(name)[0]
     model.drop_path = 0.0  # type: ignore[union-attr]
     return name, model

@@ -9,11 +9,11 @@ study of the same kind that takes a minute or two; its numbers mean nothing.
 import functools
 
 from vit_scaling import config as c
+from vit_scaling.data.images.transforms import TransformConfig
 from vit_scaling.data.loader import DataConfig
 from vit_scaling.data.sources import SourceConfig
-from vit_scaling.data.transforms import TransformConfig
 from vit_scaling.models import vit
-from vit_scaling.sweep import Comparison, Dial, StudyConfig
+from vit_scaling.studies.scaling import Comparison, Dial, StudyConfig
 
 
 def get_config(arg: str | None = None) -> StudyConfig:

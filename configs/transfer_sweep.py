@@ -10,7 +10,7 @@ Learning rates: 0.03 and 0.01 as Scaling Vision Transformers (appendix D), and t
 import pathlib
 import runpy
 
-from vit_scaling.grid import GridConfig
+from vit_scaling.studies.grid import GridConfig
 
 FINETUNE = pathlib.Path(__file__).with_name("finetune.py")
 

@@ -9,9 +9,9 @@ import jax
 import pytest
 
 from vit_scaling import config as c
-from vit_scaling import loop, telemetry
 from vit_scaling.parallel import mesh as mesh_lib
-from vit_scaling.step import batch_shape, build
+from vit_scaling.training import loop, telemetry
+from vit_scaling.training.step import batch_shape, build
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-EXPECTED = Path(__file__).parent / "data" / "launch"
+EXPECTED = Path(__file__).parent / "files" / "launch"
 
 TRAIN = ["--", "--config=configs/vit_imagenet.py:S/16", "--config.optim.decay_rules=(('.*', 'body'),)"]
 POD = [

@@ -1,4 +1,4 @@
-"""The floors of the house: imports point down, and importing does nothing."""
+"""Layers of the package: imports point down, and importing does nothing."""
 
 import ast
 import subprocess
@@ -10,70 +10,81 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vit_scaling"
 
-# Each floor may import from itself and from the floors below it, of which the first line is the lowest.
-FLOORS: tuple[tuple[str, ...], ...] = (
-    ("paths",),
+# Each layer may import from itself and from the layers below it; the first line is the lowest.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("names",),
     ("ops", "parallel"),
-    ("models", "optim", "data", "losses"),
-    ("scaling", "interop"),
+    ("models", "optim", "data"),
+    ("flops", "laws", "interop"),
     ("config",),
-    ("step", "checkpoint", "telemetry", "figures"),
-    ("evaluators",),
-    ("workdirs", "runner", "sweep", "planner", "grid", "pretrained", "cards", "measure"),
-    ("loop",),
+    ("evaluation",),
+    ("training",),
+    ("planner", "studies"),
     ("cli",),
-    ("train", "evaluate", "plan", "study", "costs", "prepare", "weights", "explore"),
+    ("train", "evaluate", "plan", "study", "costs", "prepare", "weights"),
 )
-LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}
-DOORS = set(FLOORS[-1])
+LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
+COMMANDS = set(LAYERS[-1])
 
-# Rooms of one floor see each other only where a floor is one subject.
+# Packages of one layer that must not import each other.
 STRANGERS = {("ops", "parallel"), ("parallel", "ops"), ("models", "optim"), ("models", "data"), ("optim", "data"),
-             ("optim", "models"), ("data", "models"), ("data", "optim")}  # fmt: skip
+             ("optim", "models"), ("data", "models"), ("data", "optim"), ("laws", "flops"), ("laws", "interop"),
+             ("planner", "studies"), ("studies", "planner")}  # fmt: skip
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def room(path: Path) -> str:
+def package(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported_rooms(path: Path) -> set[str]:
-    rooms = set()
+def imported_packages(path: Path) -> set[str]:
+    packages = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "vit_scaling":
             parts = node.module.split(".")
-            rooms |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+            packages |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
         if isinstance(node, ast.Import):
-            rooms |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("vit_scaling.")}
-    return rooms - {"__version__"}
+            packages |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("vit_scaling.")}
+    return packages - {"__version__"}
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in FILES if room(path) != "__init__"], ids=lambda p: str(p.relative_to(PACKAGE))
+    "path", [path for path in FILES if package(path) != "__init__"], ids=lambda p: str(p.relative_to(PACKAGE))
 )
 def test_imports_point_down(path: Path) -> None:
-    own = room(path)
-    assert own in LEVEL, f"{own} stands on no floor: add it to FLOORS"
-    for other in imported_rooms(path) - {own}:
+    own = package(path)
+    assert own in LEVEL, f"{own} is in no layer: add it to LAYERS"
+    for other in imported_packages(path) - {own}:
         assert LEVEL[other] <= LEVEL[own], f"{path.name} of {own} imports {other}, which is above it"
         assert (own, other) not in STRANGERS, f"{own} must not know {other}"
-        assert other not in DOORS, f"{path.name} imports the door {other}"
+        assert other not in COMMANDS, f"{path.name} imports the command {other}"
     if own == "models":
         text = path.read_text()
         assert "parallel.mesh" not in text, "models know `constrain` and no mesh"
 
 
-def test_only_doors_import_the_loop() -> None:
-    importers = {room(path) for path in FILES if "loop" in imported_rooms(path)}
-    assert importers <= DOORS
+def test_every_layer_exists() -> None:
+    here = {package(path) for path in FILES} - {"__init__"}
+    assert here == set(LEVEL)
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in FILES}), ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_folder_says_which_question_it_answers(folder: Path) -> None:
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+    assert text, f"{folder}/__init__.py has no docstring"
+
+
+def test_the_top_stays_small() -> None:
+    assert len(list(PACKAGE.glob("*.py"))) <= 13  # nine commands, cli, config, names and __init__
+    assert len([path for path in PACKAGE.iterdir() if (path / "__init__.py").exists()]) <= 12
 
 
 def test_importing_starts_no_device_and_no_tensorflow() -> None:
     modules = [
         "vit_scaling." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
         for path in FILES
-        if path.name != "__init__.py" and room(path) not in DOORS
+        if path.name != "__init__.py" and package(path) not in COMMANDS
     ]
     code = (
         f"import importlib, sys\nfor m in {modules!r}: importlib.import_module(m)\n"
@@ -85,6 +96,5 @@ def test_importing_starts_no_device_and_no_tensorflow() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_no_file_is_left_without_a_word(path: Path) -> None:
-    text = path.read_text()
-    assert not text or ast.get_docstring(ast.parse(text)), f"{path} says nothing of what it is for"
+def test_every_file_has_a_docstring(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"

@@ -10,14 +10,13 @@ import functools
 import json
 from typing import Any
 
-from vit_scaling import losses
+from vit_scaling.data.images.transforms import TransformConfig
 from vit_scaling.data.loader import DataConfig
 from vit_scaling.data.sources import SourceConfig
-from vit_scaling.data.transforms import TransformConfig
-from vit_scaling.losses import LossConfig
 from vit_scaling.models import ModelConfig
-from vit_scaling.optim import schedule
-from vit_scaling.optim.chain import OptimConfig
+from vit_scaling.optim import losses, schedule
+from vit_scaling.optim.losses import LossConfig
+from vit_scaling.optim.optimizer import OptimConfig
 from vit_scaling.optim.schedule import Duration, ScheduleConfig
 from vit_scaling.parallel.mesh import MeshConfig
 

@@ -3,7 +3,7 @@
     python -m vit_scaling.costs
     python -m vit_scaling.costs --config=configs/vit_imagenet.py:L/16 --config=configs/vit_jft.py:G/14
 
-A multiply-add counts as 2 FLOPs, attention's included; training is three times the forward pass; scaling/flops.py has
+A multiply-add counts as 2 FLOPs, attention's included; training is three times the forward pass; flops/cost.py has
 the convention. Activations are what the backward pass keeps of one image, under the config's own remat.
 """
 
@@ -40,7 +40,7 @@ def line(name: str, num_classes: int) -> tuple[str, ...]:
     Raises:
         ValueError: the file is no experiment's, or has no such variant.
     """
-    from vit_scaling.scaling import flops
+    from vit_scaling import flops
 
     file, _, argument = name.partition(":")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)

@@ -37,15 +37,17 @@ def main(argv: Sequence[str]) -> None:
     del argv
     # Heavy imports wait until the flags are known to be good, so that a typo is answered at once.
     from vit_scaling import config as config_lib
-    from vit_scaling import figures, measure, pretrained, workdirs
     from vit_scaling.data.loader import DataConfig
     from vit_scaling.data.sources import open_source
+    from vit_scaling.evaluation import figure
+    from vit_scaling.evaluation import model as measure
     from vit_scaling.parallel.mesh import MeshConfig
+    from vit_scaling.training import initial, workdir
 
     size = None if _IMAGE_SIZE.value is None else config_lib.image_size("--image_size", _IMAGE_SIZE.value)
-    weights = pretrained.read(_WEIGHTS.value, image_size=size, ema=_EMA.value)
-    found = pretrained.find_checkpoint(Path(_WEIGHTS.value))
-    run = None if found is None else pretrained.record_of(found)["config"]
+    weights = initial.read(_WEIGHTS.value, image_size=size, ema=_EMA.value)
+    found = initial.find_checkpoint(Path(_WEIGHTS.value))
+    run = None if found is None else initial.record_of(found)["config"]
     source, transform = _source(run), _transform(run, weights.image_size)
     data = DataConfig(workers=_WORKERS.value)
     loss = "softmax" if run is None else run["loss"]["kind"]
@@ -66,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     title = f"{_WEIGHTS.value} on {source.name} {source.split}: {100 * numbers['top1']:.2f}%"
     picture = output / "evaluation.png"
-    figures.evaluation_figure(picture, title=title, confusion=report.confusion, names=names, bins=report.bins)
+    figure.evaluation_figure(picture, title=title, confusion=report.confusion, names=names, bins=report.bins)
     total = report.confusion.sum(axis=1)
     per_class = {
         name: {"accuracy": float(report.confusion[i, i] / total[i]) if total[i] else None, "examples": int(total[i])}
@@ -81,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
         "confusion": report.confusion.tolist(),
         "calibration": report.bins,
     }
-    workdirs.write_json(output / "evaluation.json", record)
+    workdir.write_json(output / "evaluation.json", record)
     for name, value in numbers.items():
         print(f"{name:24s} {value:.4f}")
     print(f"report:  {output / 'evaluation.json'}\npicture: {picture}")
@@ -112,7 +114,7 @@ def _source(run: dict[str, Any] | None):
 
 def _transform(run: dict[str, Any] | None, size: tuple[int, int]):
     """Returns how images are shown: as the run's evaluation did, at this size; else a central crop."""
-    from vit_scaling.data.transforms import TransformConfig
+    from vit_scaling.data.images.transforms import TransformConfig
 
     fields: dict[str, Any] = {"crop": "central", "resize": "area", "resize_to": max(size) * 256 // 224}
     if run is not None:

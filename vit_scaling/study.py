@@ -32,13 +32,13 @@ _OWN_FLAGS = ("parallel", "print", "only", "report")
 def main(argv: Sequence[str]) -> None:
     del argv
     # Heavy imports wait until the flags are known to be good, so that a typo is answered at once.
-    from vit_scaling import grid, runner, sweep
-    from vit_scaling.scaling import report, runs
+    from vit_scaling.studies import grid, report, runner, scaling
+    from vit_scaling.studies import table as runs
 
     workdir, study = Path(_WORKDIR.value), _CONFIG.value
-    if not isinstance(study, sweep.StudyConfig | grid.GridConfig):
+    if not isinstance(study, scaling.StudyConfig | grid.GridConfig):
         raise ValueError("--config names no study but a single run's config; train.py runs those")
-    jobs = grid.plan(study) if isinstance(study, grid.GridConfig) else sweep.plan(study, workdir)
+    jobs = grid.plan(study) if isinstance(study, grid.GridConfig) else scaling.plan(study, workdir)
     if _ONLY.value:
         _run_one(jobs, workdir, _ONLY.value)
         return
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"{text}table: {workdir / 'table.md'}")
         _leave_if(failed, len(jobs))
         return
-    table = sweep.gather(study, jobs, workdir)
+    table = scaling.gather(study, jobs, workdir)
     runs.write(workdir / "runs.csv", table)
     unfinished = {job.name: failed.get(job.name, "has not run yet") for job in jobs if not runner.done(job, workdir)}
     path = report.write(workdir, f"Scaling study {workdir.name}", table, study.budgets, unfinished)
@@ -81,7 +81,8 @@ def _leave_if(failed: dict[str, str], total: int) -> None:
 
 
 def _run_one(jobs: Sequence, workdir: Path, name: str) -> None:
-    from vit_scaling import loop, runner
+    from vit_scaling.studies import runner
+    from vit_scaling.training import loop
 
     job = next((job for job in jobs if job.name == name), None)
     if job is None:

@@ -26,8 +26,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics
 def main(argv: Sequence[str]) -> None:
     del argv
     # Heavy imports wait until the flags are known to be good, so that a typo is answered at once.
-    from vit_scaling import loop
     from vit_scaling.parallel import processes
+    from vit_scaling.training import loop
 
     _START_PROCESSES()
     result = loop.train(_CONFIG.value, Path(_WORKDIR.value))

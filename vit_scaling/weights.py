@@ -37,10 +37,12 @@ def main(argv: Sequence[str]) -> None:
     if command != "show" and not _OUTPUT.value:
         raise ValueError(f"weights {command} needs --output, a new folder")
     # Heavy imports wait until the flags are known to be good, so that a typo is answered at once.
-    from vit_scaling import cards, interop, pretrained
     from vit_scaling import config as config_lib
+    from vit_scaling import interop
+    from vit_scaling.interop import card
+    from vit_scaling.training import initial, workdir
 
-    weights = pretrained.read(
+    weights = initial.read(
         _INPUT.value,
         image_size=config_lib.image_size("--image_size", _IMAGE_SIZE.value) if _IMAGE_SIZE.value else None,
         num_classes=_NUM_CLASSES.value,
@@ -52,17 +54,17 @@ def main(argv: Sequence[str]) -> None:
         print(_table(weights))
         return
     layout = "vit_scaling" if command == "import" else _LAYOUT.value
-    found = pretrained.find_checkpoint(Path(_INPUT.value))
-    text = cards.card(
+    found = initial.find_checkpoint(Path(_INPUT.value))
+    text = card.card(
         weights,
         layout=layout,
         source=_INPUT.value,
         command=shlex.join(["python", "-m", "vit_scaling.weights", *sys.argv[1:]]),
-        run=None if found is None else pretrained.record_of(found),
-        metrics=None if found is None else cards.metrics_of(found),
+        run=None if found is None else initial.record_of(found),
+        metrics=None if found is None else workdir.metrics_of(found),
     )
     output = Path(str(_OUTPUT.value))
-    interop.write(weights, output, layout=layout, texts={cards.CARD: text})
+    interop.write(weights, output, layout=layout, texts={card.CARD: text})
     print(f"wrote {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
     if command == "import":
         config = f"configs/finetune.py:{output},DATA"
@@ -82,9 +84,9 @@ def _table(weights) -> str:
     """Returns every parameter with its shape, spread and share, and what the network is."""
     import numpy as np
 
-    from vit_scaling import paths
+    from vit_scaling import names
 
-    leaves = paths.flatten(weights.parameters)
+    leaves = names.flatten(weights.parameters)
     width = max(len(path) for path in leaves)
     lines = [
         f"{path:{width}s}  {leaf.shape!s:22s}  mean {np.mean(leaf):+.3f}  deviation {np.std(leaf):.3f}"

@@ -19,12 +19,12 @@ import jax
 import numpy as np
 from absl import logging
 
-from vit_scaling.data.codec import CorruptImageError
+from vit_scaling.data.images.codec import CorruptImageError
+from vit_scaling.data.images.transforms import Transform, TransformConfig
 from vit_scaling.data.mixing import MixingConfig
 from vit_scaling.data.order import Order, endless
-from vit_scaling.data.readers import Batch, Batches, Board
+from vit_scaling.data.prefetch import Batch, Batches, Board
 from vit_scaling.data.sources import Source, SourceConfig
-from vit_scaling.data.transforms import Transform, TransformConfig
 from vit_scaling.parallel.sharding import put_batch
 
 Example = dict[str, Any]

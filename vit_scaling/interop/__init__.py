@@ -18,11 +18,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from vit_scaling import models, paths
+from vit_scaling import models
+from vit_scaling import names as paths
 from vit_scaling.interop import big_vision, convert, files, huggingface, native, timm
 from vit_scaling.interop.files import Stored
 from vit_scaling.interop.layout import Described, Layout
-from vit_scaling.models import ModelConfig, layers, resize, swin, vit
+from vit_scaling.models import ModelConfig, adapt, layers, swin, vit
 
 LAYOUTS: tuple[Layout, ...] = (timm.LAYOUT, huggingface.LAYOUT, big_vision.LAYOUT)
 EXPORTS = ("huggingface", "timm", "vit_scaling")
@@ -122,13 +123,13 @@ def adapted(
     """
     target = model_config or _config_for(weights, image_size)
     target_size = image_size or weights.image_size
-    parameters = resize.adapt(
+    parameters = adapt.adapt(
         weights.parameters, weights.config, weights.image_size, target=target, target_image_size=target_size
     )
     head = weights.num_classes
     if num_classes is not None or class_map is not None:
         head = num_classes if num_classes is not None else len(class_map or ())
-        parameters["head"] = resize.classes(parameters, head, class_map)
+        parameters["head"] = adapt.classes(parameters, head, class_map)
     fresh = class_map is None and (weights.fresh_head or head != weights.num_classes)
     return dataclasses.replace(
         weights, config=target, image_size=target_size, num_classes=head, parameters=parameters, fresh_head=fresh

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vit_scaling import paths
+from vit_scaling import names as paths
 
 Shape = tuple[int, ...]
 MAX_LAYERS = 1000

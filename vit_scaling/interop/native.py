@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_scaling import models, paths
+from vit_scaling import models, names
 from vit_scaling.interop.layout import Json
 from vit_scaling.models import ModelConfig
 
@@ -71,5 +71,5 @@ def write_config(config: ModelConfig, image_size: tuple[int, int], num_classes: 
 
 def tensors(parameters: Mapping[str, Any], statistics: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Returns {name: tensor} of a file."""
-    named = paths.flatten(parameters) | {STATISTICS + path: leaf for path, leaf in paths.flatten(statistics).items()}
+    named = names.flatten(parameters) | {STATISTICS + path: leaf for path, leaf in names.flatten(statistics).items()}
     return {name: np.asarray(leaf) for name, leaf in named.items()}

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from vit_scaling.paths import stacked_dims
+from vit_scaling.names import stacked_dims
 
 Tree = Any
 
@@ -47,7 +47,7 @@ class _Leaf(NamedTuple):
 def factored_axes(path: str, shape: tuple[int, ...], min_dim_size_to_factor: int = 32) -> tuple[int, int] | None:
     """Returns the axes (second largest, largest) that the second moment is factored over, or None.
 
-    Axes over stacked layers (see vit_scaling.paths) neither count nor are averaged: every layer keeps its own
+    Axes over stacked layers (see vit_scaling.names) neither count nor are averaged: every layer keeps its own
     statistics, and stacking does not change which parameters are factored.
     """
     first = stacked_dims(path)

@@ -1,6 +1,6 @@
 """What is sharded how: one table for parameters, one constraint for activations.
 
-Parameters are known by their paths (see vit_scaling.paths). The table names, for the last axes of a parameter, the
+Parameters are known by their paths (see vit_scaling.names). The table names, for the last axes of a parameter, the
 mesh axis that splits each. Leading axes that the table does not name, the stacked layers, are never split.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 from jax.sharding import Mesh as DeviceMesh
 
-from vit_scaling import paths
+from vit_scaling import names
 
 # Of devices, or of their numbers alone, which is enough to plan.
 Mesh = DeviceMesh | AbstractMesh
@@ -115,7 +115,7 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
             the heads or hidden units that it is to split.
     """
     # An axis of length one is one over which a factored second moment was averaged: nothing to split.
-    stacked = paths.stacked_dims(path)
+    stacked = names.stacked_dims(path)
     free = [dim for dim in range(stacked, len(shape)) if shape[dim] > 1]
     spec: list[str | tuple[str, ...] | None] = [None] * len(shape)
     rank = len(shape) - stacked
@@ -195,7 +195,7 @@ class Row(NamedTuple):
 def describe(tree: Any, mesh: Mesh) -> list[Row]:
     """Returns a row for every leaf of nested dicts of arrays or shapes."""
     rows = []
-    for path, leaf in paths.flatten(tree).items():
+    for path, leaf in names.flatten(tree).items():
         on = NamedSharding(mesh, partition_spec(path, leaf.shape, mesh))
         size = math.prod(on.shard_shape(leaf.shape))
         rows.append(Row(path, tuple(leaf.shape), on.spec, size * leaf.dtype.itemsize))

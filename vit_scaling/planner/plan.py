@@ -14,13 +14,13 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
-from vit_scaling import step as step_lib
+from vit_scaling import flops
 from vit_scaling.config import Config
 from vit_scaling.parallel import chips, sharding
 from vit_scaling.parallel import mesh as mesh_lib
 from vit_scaling.parallel.chips import GIB, Topology
 from vit_scaling.planner import program
-from vit_scaling.scaling import flops
+from vit_scaling.training import step as step_lib
 
 
 @dataclasses.dataclass(frozen=True)

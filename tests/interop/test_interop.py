@@ -1,0 +1,460 @@
+"""Published weights become the same network here, and the way back; nothing of a file is trusted."""
+
+import dataclasses
+import functools
+import io
+import json
+import os
+import pathlib
+import pickle
+import zipfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from tests.golden import fill
+from vit_scaling import interop, models, names
+from vit_scaling.interop import files
+from vit_scaling.models import resnet, swin, vit
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+CASES = json.loads((GOLDEN / "files.json").read_text())
+RECORDS = json.loads((GOLDEN / "files_tensors.json").read_text())
+LOGITS = np.load(GOLDEN / "files.npz")
+VIT = vit.ViTConfig(width=16, depth=2, mlp=24, heads=2, patch=(8, 8), pool="token")
+SIZE = (16, 24)
+
+
+def reference_tensors(name: str) -> dict[str, np.ndarray]:
+    return {key: fill.reference_leaf(key, tuple(shape)) for key, shape in RECORDS[name]["tensors"].items()}
+
+
+def write(folder: pathlib.Path, tensors: dict[str, np.ndarray], config: Any = None) -> pathlib.Path:
+    folder.mkdir(exist_ok=True)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def reference_file(name: str, folder: pathlib.Path) -> pathlib.Path:
+    return write(folder, reference_tensors(name), RECORDS[name]["config"])
+
+
+def outputs(model: Any, images: Any, features: bool = False) -> Any:
+    description, *arrays = models.split(model)
+    run = lambda arrays, images: getattr(models.merge(description, *arrays), "features" if features else "__call__")(  # noqa: E731
+        images
+    )
+    return np.asarray(jax.jit(run)(arrays, jnp.asarray(images)))
+
+
+def make(config: Any, image_size: tuple[int, int] = SIZE, num_classes: int = 5) -> Any:
+    """Returns a model filled by the rule of the goldens."""
+    build = lambda: models.build(config, image_size=image_size, num_classes=num_classes, key=jax.random.key(0))  # noqa: E731
+    description, parameters, statistics = models.split(jax.eval_shape(build))
+    filled = jax.tree.map(jnp.asarray, fill.tree(parameters))
+    return models.merge(description, filled, jax.tree.map(lambda leaf: jnp.ones(leaf.shape), statistics))
+
+
+def leaves(model: Any) -> dict[str, np.ndarray]:
+    _, parameters, statistics = models.split(model)
+    return {path: np.asarray(leaf) for tree in (parameters, statistics) for path, leaf in names.flatten(tree).items()}
+
+
+def assert_same(one: Any, other: Any) -> None:
+    a, b = leaves(one), leaves(other)
+    assert a.keys() == b.keys()
+    for path, leaf in a.items():
+        np.testing.assert_array_equal(leaf, b[path], err_msg=path)
+
+
+# ---- The networks are the references'
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_files_give_the_references_logits(name: str, tmp_path: pathlib.Path) -> None:
+    case = CASES[name]
+    size = tuple(case["image_size"])
+    classes = None if "num_classes" in case else 2
+    wanted_size = size if case.get("interpolate") else None
+    model = interop.load(reference_file(name, tmp_path / "file"), image_size=wanted_size, num_classes=classes)
+    assert (model.image_size, type(model).__name__) == (size, "Swin" if "Swin" in name else "ViT")
+    actual = outputs(model, fill.images(name, (2, *size, 3)), features=classes is not None)
+    np.testing.assert_allclose(actual, LOGITS[name], atol=2e-5, rtol=0)
+
+
+NEWER = {  # names of modules in transformers 5, beside those of its files
+    ".encoder.layer.": ".layers.",
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.self.query": "attention.q_proj",
+    "attention.self.key": "attention.k_proj",
+    "attention.self.value": "attention.v_proj",
+    "attention.self.relative": "attention.relative_position_bias.relative",
+    "attention.output.dense": "attention.o_proj",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
+
+
+def replaced(tensors: dict[str, np.ndarray], table: dict[str, str]) -> dict[str, np.ndarray]:
+    def rename(name: str) -> str:
+        return functools.reduce(lambda name, pair: name.replace(*pair), table.items(), name)
+
+    return {rename(name): tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("name", ["hf ViT", "hf Swin, rectangular, padded"])
+def test_newer_module_names_of_transformers(name: str, tmp_path: pathlib.Path) -> None:
+    tensors = replaced(reference_tensors(name), NEWER)
+    assert any("attention.q_proj.weight" in key for key in tensors)
+    assert not any("dense" in key for key in tensors)
+    newer = interop.load(write(tmp_path / "newer", tensors, RECORDS[name]["config"]))
+    assert_same(newer, interop.load(reference_file(name, tmp_path / "older")))
+
+
+@pytest.mark.parametrize("name", ["timm Swin", "timm Swin V2"])
+def test_official_swin_names_and_buffers(name: str, tmp_path: pathlib.Path) -> None:
+    """The official file has the merge at the end of its stage, a plain head, and buffers; V2 no word on its window."""
+    official = {
+        key.replace("head.fc", "head").replace("layers.1.downsample", "layers.0.downsample"): tensor
+        for key, tensor in reference_tensors(name).items()
+    }
+    official["layers.0.blocks.0.attn.relative_position_index"] = np.zeros((16, 16), np.int64)
+    official["layers.0.blocks.1.attn_mask"] = np.zeros((4, 16, 16), np.float32)
+    official["layers.0.blocks.0.attn.relative_coords_table"] = np.zeros((1, 7, 7, 2), np.float32)
+    config = swin.SwinConfig(version=2 if "V2" in name else 1, width=16, depths=(4, 2), heads=(2, 4), window=4)
+    model = interop.load(write(tmp_path / "official", official), config, image_size=(64, 64))
+    assert_same(model, interop.load(reference_file(name, tmp_path / "timm")))
+    actual = outputs(model, fill.images(name, (2, 64, 64, 3)))
+    np.testing.assert_allclose(actual, LOGITS[name], atol=2e-5, rtol=0)
+
+
+def flax_names(model: Any, style: str) -> dict[str, np.ndarray]:
+    """Returns the file that google-research's code would write of this ViT."""
+    own, config = leaves(model), model.config
+    old = style in ("vision_transformer", "opt/target/")
+    numbers = ("1", "2", "3") if old else ("0", "1", "0")
+    block = {"attention": f"MultiHeadDotProductAttention_{numbers[0]}", "norm1": "LayerNorm_0"}
+    block |= {"norm2": f"LayerNorm_{numbers[1]}", "mlp/up": f"MlpBlock_{numbers[2]}/Dense_0"}
+    block |= {"mlp/down": f"MlpBlock_{numbers[2]}/Dense_1"}
+    pool = {"pool/attention": "MultiHeadDotProductAttention_0", "pool/norm": "LayerNorm_0", "pool/probe": "probe"}
+    pool |= {"pool/mlp/up": "MlpBlock_0/Dense_0", "pool/mlp/down": "MlpBlock_0/Dense_1"}
+    result = {}
+    for path, leaf in own.items():
+        if path.startswith("blocks/"):
+            rest = path.removeprefix("blocks/")
+            ours = next(part for part in block if rest.startswith(part))
+            theirs = rest.replace(ours, block[ours])
+            if style == "scan":
+                result[f"Transformer/encoderblock/{theirs}"] = leaf
+            else:
+                result |= {f"Transformer/encoderblock_{i}/{theirs}": leaf[i] for i in range(config.depth)}
+        elif path == "position_embedding":
+            name = "Transformer/posembed_input/pos_embedding" if old else "pos_embedding"
+            zero = [np.full((1, config.width), 0.25, np.float32)] if old and config.pool == "token" else []
+            result[name] = np.concatenate([*zero, leaf])[None]
+        elif path == "class_token":
+            result["cls"] = leaf[None] - (0.25 if old else 0.0)
+        elif path.startswith("norm/"):
+            result[f"Transformer/encoder_{path}"] = leaf
+        elif path.startswith("pool/"):
+            ours = next(part for part in pool if path.startswith(part))
+            value = leaf[None] if path.endswith("probe") else leaf
+            result["MAPHead_0/" + path.replace(ours, pool[ours])] = value
+        else:
+            result[path] = leaf
+    prefix = {"opt/target/": "opt/target/", "params": "params/", "scan": "params/img/"}.get(style, "")
+    result = {prefix + name: tensor for name, tensor in result.items()}
+    if prefix:
+        result["opt/state/step"] = np.zeros((), np.int32)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("style", "pool"),
+    [("vision_transformer", "token"), ("opt/target/", "token"), ("params", "map"), ("scan", "map"), ("params", "gap")],
+)
+def test_npz_of_vision_transformer_and_big_vision(style: str, pool: str, tmp_path: pathlib.Path) -> None:
+    """Old and new names, prefixes, the row of the class token, MAP heads, stacked layers, pre-logits."""
+    config = dataclasses.replace(VIT, pool=pool, pre_logits=style == "vision_transformer")
+    model = make(config)
+    np.savez(tmp_path / "weights.npz", **flax_names(model, style))
+    loaded = interop.load(tmp_path / "weights.npz", image_size=SIZE)
+    assert loaded.config == config
+    one, other = leaves(loaded), leaves(model)
+    assert one.keys() == other.keys()
+    for path, leaf in one.items():
+        np.testing.assert_allclose(leaf, other[path], atol=1e-7, err_msg=path)  # the class token was taken apart
+        assert path == "class_token" or (leaf == other[path]).all(), path
+
+
+def test_bfloat16_stored_as_void(tmp_path: pathlib.Path) -> None:
+    model = make(dataclasses.replace(VIT, pool="gap"))
+    tensors = {name: leaf.astype(ml_dtypes.bfloat16) for name, leaf in flax_names(model, "params").items()}
+    np.savez(tmp_path / "half.npz", **{name: leaf.view(np.dtype("V2")) for name, leaf in tensors.items()})
+    loaded = leaves(interop.load(tmp_path / "half.npz", image_size=SIZE))
+    for path, leaf in leaves(model).items():
+        np.testing.assert_array_equal(loaded[path], leaf.astype(ml_dtypes.bfloat16).astype(np.float32), err_msg=path)
+    safetensors.numpy.save_file(tensors, tmp_path / "half.safetensors")
+    assert_same(
+        interop.load(tmp_path / "half.safetensors", image_size=SIZE),
+        interop.load(tmp_path / "half.npz", image_size=SIZE),
+    )
+
+
+# ---- The way back
+
+SWIN = swin.SwinConfig(width=8, depths=(4, 2), heads=(1, 2), window=4)
+EXPORTS = {
+    "token": VIT,
+    "gap": dataclasses.replace(VIT, pool="gap", gelu="exact"),
+    "map": dataclasses.replace(VIT, pool="map", mlp=25),
+    "registers": dataclasses.replace(VIT, registers=3, layerscale=0.1),
+    "v1": SWIN,
+    "v2": dataclasses.replace(SWIN, version=2, pretrained_windows=(3, 2)),
+    "resnet": resnet.ResNetConfig(depth=14, width=8),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("token", "huggingface"), ("gap", "huggingface"), ("v1", "huggingface"), ("v2", "huggingface")]
+    + [(name, "timm") for name in ("token", "gap", "map", "registers", "v1", "v2")]
+    + [(name, "vit_scaling") for name in ("map", "v2", "resnet")],
+)
+def test_round_trips_are_exact(name: str, layout: str, tmp_path: pathlib.Path) -> None:
+    size = {"gap": (16, 16), "v1": (32, 48), "v2": (32, 48), "resnet": (32, 32)}.get(name, SIZE)
+    config = dataclasses.replace(EXPORTS[name])
+    if name in ("token", "map", "registers") and layout != "vit_scaling":
+        config.gelu = "exact" if name == "token" else "tanh"
+    model = make(config, size)
+    interop.save(model, tmp_path / "export", layout=layout)
+    again = interop.load(tmp_path / "export")
+    assert_same(again, model)
+    assert again.image_size == size
+    # A layer scale's first value and the rate of drop path are no part of weights.
+    plain = {"drop_path": 0.0} if hasattr(config, "drop_path") else {}
+    plain |= {"layerscale": 1.0} if getattr(config, "layerscale", None) else {}
+    assert dataclasses.replace(again.config, **plain) == dataclasses.replace(config, **plain)
+
+
+def test_fixed_positions_are_exported_as_a_table(tmp_path: pathlib.Path) -> None:
+    model = make(dataclasses.replace(VIT, pool="gap", position="sincos2d"))
+    interop.save(model, tmp_path / "export", layout="timm")
+    images = fill.images("x", (1, *SIZE, 3))
+    np.testing.assert_allclose(outputs(interop.load(tmp_path / "export"), images), outputs(model, images), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "layout", "sentence"),
+    [
+        ({"pool": "map"}, "huggingface", "model.pool is 'map', and there it is 'gap'"),
+        ({"pool": "gap"}, "huggingface", "has square images; these are 16x24: export in timm's layout"),
+        ({"qk_norm": True}, "timm", "model.qk_norm is True, and there it is False"),
+        ({"norm_eps": 1e-12}, "timm", "model.norm_eps is 1e-12, and there it is 1e-06"),
+        ({}, "flax", "layout is 'flax'; choose one of huggingface, timm, vit_scaling"),
+    ],
+)
+def test_what_a_layout_cannot_express(fields: Any, layout: str, sentence: str, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        interop.save(make(dataclasses.replace(VIT, **fields)), tmp_path / "export", layout=layout)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_half_written(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(VIT)
+    interop.save(model, tmp_path / "export", layout="timm")
+    with pytest.raises(ValueError, match="export exists already"):
+        interop.save(model, tmp_path / "export", layout="timm")
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(files.json, "dumps", full)
+    with pytest.raises(OSError, match="no space"):
+        interop.save(model, tmp_path / "other", layout="timm")
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+# ---- Every tensor is accounted for
+
+
+def edit(tmp_path: pathlib.Path, change: Callable[[dict[str, np.ndarray]], None]) -> pathlib.Path:
+    tensors = reference_tensors("hf ViT")
+    change(tensors)
+    return write(tmp_path / "edited", tensors, RECORDS["hf ViT"]["config"])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda t: t.pop("vit.layernorm.bias"), "lack the tensor 'layernorm.bias'"),
+        (lambda t: t.update(extra=np.zeros(2, np.float32)), "no place for the tensor 'extra'"),
+        (
+            lambda t: t.update({"vit.encoder.layer.1.output.dense.weight": np.zeros((48, 81), np.float32)}),
+            r"'encoder.layer.1.output.dense.weight' has the shape \(48, 81\); the model needs \(48, 80\)",
+        ),
+        (
+            lambda t: t.update({"vit.layernorm.bias": np.zeros(48, np.int32)}),
+            "'layernorm.bias' is of type i32; weights are float32, float16",
+        ),
+        (
+            lambda t: t.update({"vit.layernorm.bias": np.full(48, np.nan, np.float32)}),
+            "'layernorm.bias' holds numbers that are not finite",
+        ),
+        (
+            lambda t: t.update({"vit.encoder.layer.999999999.x": np.zeros(1, np.float32)}),
+            "the weights name a layer 999999999",
+        ),
+        (lambda t: (t.clear(), t.update(a=np.zeros(1))), "names .* are of no known layout"),
+    ],
+)
+def test_tensors_that_do_not_fit(change: Any, sentence: str, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        interop.load(edit(tmp_path, change))
+
+
+def test_what_may_be_left_over(tmp_path: pathlib.Path) -> None:
+    path = edit(tmp_path, lambda tensors: tensors.update({"teacher.x": np.zeros(2, np.float32)}))
+    assert interop.load(path, ignore=[r"teacher\..*"]).config.depth == 3
+    with pytest.raises(ValueError, match=r"no place for the tensor 'teacher.x'"):
+        interop.load(path, ignore=["teacher"])
+
+
+def test_what_a_file_does_not_tell_is_asked_for(tmp_path: pathlib.Path) -> None:
+    for name, field in (("timm Swin V2", "window"), ("hf Swinv2, rectangular, padded", "window"), ("hf ViT", "heads")):
+        path = write(tmp_path / field, reference_tensors(name))
+        with pytest.raises(ValueError, match=f"tell model.{field}; put their config.json beside them"):
+            interop.load(path)
+    config = vit.ViTConfig(48, 3, 80, 4, pool="token", norm_eps=1e-12, gelu="exact")
+    assert_same(interop.load(path, config), interop.load(reference_file("hf ViT", tmp_path / "told")))
+
+
+def test_a_config_that_contradicts_the_weights(tmp_path: pathlib.Path) -> None:
+    path = reference_file("hf ViT", tmp_path / "file")
+    with pytest.raises(ValueError, match=r"the weights' model.gelu is 'exact', and 'tanh' is asked for"):
+        interop.load(path, vit.ViTConfig(48, 3, 80, 4, pool="token", norm_eps=1e-12))
+    with pytest.raises(ValueError, match="have no classifier; give num_classes"):
+        interop.load(reference_file("hf ViT with pooler, no classifier", tmp_path / "bare"))
+    model = make(dataclasses.replace(VIT, pool="gap"), (24, 40))
+    np.savez(tmp_path / "odd.npz", **flax_names(model, "params"))
+    with pytest.raises(ValueError, match="position table of 15 rows is of no square grid; give the image_size"):
+        interop.load(tmp_path / "odd.npz")
+
+
+# ---- Files that are not what they say
+
+
+class Bomb:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("exploded",)
+
+
+def npz_member(descr: str, shape: str, data: bytes) -> bytes:
+    header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode()
+    header += b" " * (-(len(header) + 11) % 64) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
+
+
+def npz(**members: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(f"{name}.npy", data)
+    return buffer.getvalue()
+
+
+def whole_npz() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **flax_names(make(dataclasses.replace(VIT, pool="gap")), "params"))
+    return buffer.getvalue()
+
+
+def damaged_npz() -> bytes:
+    """One byte of an array's data is another one: only its checksum tells."""
+    data = bytearray(whole_npz())
+    data[data.index(b"embedding/kernel.npy") + 8000] ^= 1
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.safetensors", lambda: b"", "no whole safetensors file"),
+        ("a.safetensors", lambda: safetensors.numpy.save({"a": np.zeros(9)})[:-1], "no whole safetensors file"),
+        ("a.safetensors", lambda: (2**62).to_bytes(8, "little") + b"{}", "no whole safetensors file"),
+        ("a.safetensors", lambda: pickle.dumps(Bomb()), "no whole safetensors file"),
+        ("a.npz", lambda: whole_npz()[:-30], "no whole .npz file"),
+        ("a.npz", lambda: damaged_npz(), "is damaged"),
+        ("a.npz", lambda: pickle.dumps(Bomb()), "no whole .npz file"),
+        ("a.npz", lambda: npz(a=npz_member("'|O'", "(1,)", pickle.dumps(Bomb()))), "holds Python objects"),
+        ("a.npz", lambda: npz(a=npz_member("__import__('os').mkdir('exploded')", "(1,)", b"")), "no array that can"),
+        ("a.npz", lambda: npz(a=npz_member("'<f4'", "(1000000, 1000000)", bytes(8))), "the size of 'a.npy' is not"),
+        ("a.npz", lambda: npz(a=npz_member("'<f4'", "(4000000,)", bytes(16_000_000))), "do not compress like that"),
+        ("a.npz", lambda: npz(a=b"\x93NUMPY\x01\x00\xff"), "no array that can be read"),
+        ("a.pkl", lambda: pickle.dumps(Bomb()), "can run code when it is read"),
+        ("a.npy", lambda: b"", "can run code when it is read"),
+        ("a.bin", lambda: pickle.dumps(Bomb()), r"torch"),
+        ("a.txt", lambda: b"", "is no weight file"),
+        ("config.json", lambda: b"{", "is no weight file"),
+    ],
+)
+def test_files_that_are_refused(
+    name: str, content: Any, sentence: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(content())
+    with pytest.raises(ValueError, match=sentence):
+        interop.load(tmp_path / name, image_size=SIZE)
+    assert [path.name for path in tmp_path.iterdir()] == [name], "something was executed or written"
+
+
+def test_oversize_tensors_are_refused_by_their_shape_alone(tmp_path: pathlib.Path) -> None:
+    """A kernel of 4 TB would be made by reading it; a sparse file costs nothing and shows that nobody did."""
+    shapes = {name: leaf.shape for name, leaf in flax_names(make(dataclasses.replace(VIT, pool="gap")), "").items()}
+    shapes["Transformer/encoderblock_1/MlpBlock_0/Dense_0/kernel"] = (2**20, 2**20)
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * int(np.prod(shape))
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with (tmp_path / "big.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    with pytest.raises(
+        ValueError, match=r"Dense_0/kernel' has the shape \(1048576, 1048576\); the model needs \(16, 24"
+    ):
+        interop.load(tmp_path / "big.safetensors", image_size=SIZE)
+
+
+def test_folders(tmp_path: pathlib.Path) -> None:
+    """Shards with an index; a folder without weights, an index that leads elsewhere, a config that is no JSON."""
+    tensors = list(reference_tensors("hf ViT").items())
+    folder = write(tmp_path / "shards", {}, RECORDS["hf ViT"]["config"])
+    (folder / "model.safetensors").unlink()
+    parts = {"one.safetensors": dict(tensors[:20]), "two.safetensors": dict(tensors[20:])}
+    for name, part in parts.items():
+        safetensors.numpy.save_file(part, folder / name)
+    index = {key: name for name, part in parts.items() for key in part}
+    (folder / files.INDEX).write_text(json.dumps({"weight_map": index}))
+    assert_same(interop.load(folder), interop.load(reference_file("hf ViT", tmp_path / "whole")))
+    (folder / files.INDEX).write_text(json.dumps({"weight_map": {"a": "../whole/model.safetensors"}}))
+    with pytest.raises(ValueError, match=r"names the file '../whole/model.safetensors', which is not in"):
+        interop.load(folder)
+    (tmp_path / "whole" / "config.json").write_text("{'a'")
+    with pytest.raises(ValueError, match="cannot be read as JSON"):
+        interop.load(tmp_path / "whole")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"must hold one weight file .*; it holds none"):
+        interop.load(tmp_path / "empty")
+    with pytest.raises(ValueError, match="there is no weight file or folder"):
+        interop.load(tmp_path / "absent")

@@ -1,0 +1,302 @@
+"""A scaling study: its plan, its runs (killed, failed, locked, resumed), its table, report and figures."""
+
+import dataclasses
+import json
+import re
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs import study as study_file
+from vit_scaling import config as config_lib
+from vit_scaling.data.sources import open_source
+from vit_scaling.optim.schedule import Duration
+from vit_scaling.parallel import mesh
+from vit_scaling.studies import report, runner, scaling
+from vit_scaling.studies import table as runs
+from vit_scaling.studies.scaling import Comparison
+from vit_scaling.studies.table import SWEEP, Run
+from vit_scaling.training import loop
+
+
+@pytest.fixture
+def study():
+    return study_file.get_config("smoke")
+
+
+# ---- The plan
+
+
+def test_the_study_is_large_enough():
+    whole = study_file.get_config()
+    jobs = scaling.plan(whole, Path("w"))
+    assert len({job.size for job in jobs if job.group == SWEEP}) >= 5
+    assert len({job.data_images for job in jobs}) >= 2
+    per_size = [job for job in jobs if job.group == SWEEP and job.size == 1 and job.data_images == 4000]
+    assert len(per_size) >= 3
+
+
+def test_one_trunk_serves_every_duration_of_a_size(study):
+    study = dataclasses.replace(study, images=(1_000, 2_000, 6_000), fractions=(0.5, 1.0))
+    jobs = {job.name: job for job in scaling.plan(study, Path("w"))}
+    order = list(jobs)
+    for size in study.sizes:
+        for percent, data_images in ((50, 2_000), (100, 4_000)):
+            trunk = jobs[f"d{size}_p{percent}_trunk"]
+            saved = trunk.config.checkpoint.permanent.amount
+            for images in study.images:
+                branch = jobs[f"d{size}_p{percent}_i{images}"]
+                assert branch.needs == trunk.name
+                assert order.index(trunk.name) < order.index(branch.name)
+                assert branch.steps == images / 20
+                assert branch.data_images == data_images == len(open_source(branch.config.data.train))
+                start = branch.steps - branch.own_steps
+                assert branch.config.schedule.cooldown.amount == branch.own_steps == 0.2 * branch.steps
+                assert branch.config.schedule.cooldown_from == f"w/runs/{trunk.name}/checkpoints/{start}"
+                assert start % saved == 0 and start <= trunk.steps  # noqa: PT018  the trunk keeps that checkpoint
+            assert trunk.config.schedule.cooldown.amount == 0
+
+
+def test_the_dial_sets_everything(study):
+    study.dial = dataclasses.replace(study.dial, width_a_layer=32, head_dim=64, lr_power=-1.0, batch_power=1.0)
+    study = dataclasses.replace(study, sizes=(2, 8))
+    jobs = {job.size: job.config for job in scaling.plan(study, Path("w")) if job.group == "trunk"}
+    model = jobs[8].model
+    assert (model.depth, model.width, model.heads, model.mlp) == (8, 256, 4, 1024)
+    assert jobs[8].optim.lr == pytest.approx(2e-3 / 2)
+    assert jobs[2].optim.lr == pytest.approx(2e-3 * 2)
+    assert (jobs[2].data.batch_size, jobs[8].data.batch_size) == (10, 40)
+
+
+def test_durations_without_a_common_multiple(study):
+    jobs = scaling.plan(dataclasses.replace(study, images=(1_000, 1_500, 2_300)), Path("w"))
+    for job in (job for job in jobs if job.group == SWEEP):
+        assert job.own_steps / job.steps == pytest.approx(0.2, abs=0.02)
+
+
+def test_comparisons_override_fields(study):
+    overrides = (("optim.name", "adam"), ("schedule.kind", "linear"), ("schedule.cooldown", Duration(0)))
+    study.comparisons = (Comparison("other", 2, 400, overrides),)
+    job = scaling.plan(study, Path("w"))[-1]
+    assert (job.config.optim.name, job.config.schedule.kind, job.needs, job.steps) == ("adam", "linear", None, 20)
+    assert study.base.optim.name == "adafactor"  # the study itself is left alone
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"sizes": ()}, r"sizes is \(\)"),
+        ({"images": (100, 100)}, "images is .* each once"),
+        ({"fractions": (0.005, 1.0)}, "fractions has 0.005.*whole number of percent"),
+        ({"fractions": (1.5,)}, "fractions has 1.5"),
+        ({"cooldown": 1.0}, "cooldown is 1.0"),
+        ({"comparisons": (Comparison("x", 2, 100, (("optim.lrr", 1),)),)}, "no field 'optim.lrr'"),
+        ({"comparisons": (Comparison("x", 2, 100), Comparison("x", 2, 100))}, "two runs .* called x_d2_i100"),
+    ],
+)
+def test_bad_studies_are_named(study, fields, names):
+    with pytest.raises(ValueError, match=names):
+        scaling.plan(dataclasses.replace(study, **fields), Path("w"))
+
+
+def test_schedules_that_need_their_end_have_no_branches(study):
+    study.base.schedule.kind = "cosine"
+    with pytest.raises(ValueError, match=r"base\.schedule\.kind is 'cosine'"):
+        scaling.plan(study, Path("w"))
+
+
+# ---- Running, with processes that only pretend
+
+PRETEND = """
+import json, pathlib, sys
+folder, config, mark = pathlib.Path(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3])
+with mark.open("a") as file: file.write(folder.name + chr(10))
+if folder.name in sys.argv[4:]: sys.exit("error: out of luck")
+folder.mkdir(parents=True)
+(folder / "config.json").write_text(config)
+(folder / "result.json").write_text(json.dumps(
+    {"metrics": {"test/accuracy": 0.75, "fewshot/10shot": 0.5}, "seconds": {"step": 60.0, "compile": 120.0}}))
+"""
+
+
+def pretend(workdir, *unlucky):
+    def command(job):
+        stored = json.dumps({"config": config_lib.to_dict(config_lib.resolve(job.config, job.data_images))})
+        folder, mark = runner.folder(workdir, job.name), workdir / "started"
+        return [sys.executable, "-c", PRETEND, str(folder), stored, str(mark), *unlucky]
+
+    return command
+
+
+def started(workdir):
+    return (workdir / "started").read_text().split()
+
+
+def test_a_failed_run_does_not_sink_the_rest(study, tmp_path):
+    jobs, lines = scaling.plan(study, tmp_path), []
+    failed = runner.run_all(jobs, tmp_path, pretend(tmp_path, "d1_p100_trunk"), parallel=2, say=lines.append)
+    assert failed == {
+        "d1_p100_trunk": "out of luck",
+        "d1_p100_i100": "its trunk d1_p100_trunk failed",
+        "d1_p100_i200": "its trunk d1_p100_trunk failed",
+    }
+    assert {run.name for run in scaling.gather(study, jobs, tmp_path)} == {
+        "d2_p100_i100",
+        "d2_p100_i200",
+        "planned_d2_i200",
+    }
+    assert any("out of luck" in line for line in lines)
+    # The next call tries what failed, and only that.
+    (tmp_path / "started").unlink()
+    assert runner.run_all(jobs, tmp_path, pretend(tmp_path), parallel=1, say=lines.append) == {}
+    assert started(tmp_path) == ["d1_p100_trunk", "d1_p100_i100", "d1_p100_i200"]
+    table = scaling.gather(study, jobs, tmp_path)
+    assert len(table) == 5
+    run = table[-1]
+    assert (run.error, run.fewshot_error, run.images, run.seconds) == (0.25, 0.5, 200, 180.0)
+
+
+def test_a_stopped_study_continues(study, tmp_path):
+    jobs = scaling.plan(study, tmp_path)
+
+    def stop_after_two(line):
+        if line.startswith("[2/"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_all(jobs, tmp_path, pretend(tmp_path), parallel=1, say=stop_after_two)
+    first = started(tmp_path)
+    assert len(first) == 2
+    lines = []
+    runner.run_all(jobs, tmp_path, pretend(tmp_path), parallel=1, say=lines.append)
+    assert started(tmp_path) == [job.name for job in jobs]  # each once
+    # Two minutes a run beside its steps, as the clocks say of what finished before the stop too.
+    minutes = [int(re.search(r"about (\d+) min left", line)[1]) for line in lines[1:]]
+    assert all(said >= 2 * left for said, left in zip(minutes, range(len(jobs) - 3, -1, -1), strict=True))
+    assert minutes[-1] == 0
+    study.base.optim.lr *= 2
+    with pytest.raises(ValueError, match=r"belongs to another study: in d1_p100_trunk optim\.lr"):
+        runner.run_all(scaling.plan(study, tmp_path), tmp_path, pretend(tmp_path), parallel=1, say=lambda line: None)
+
+
+def test_a_run_is_never_in_two_hands(tmp_path, capsys):
+    held = runner.lock(tmp_path, "a")
+    taken = threading.Event()
+
+    def second():
+        with runner.lock(tmp_path, "a"):
+            taken.set()
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    assert not taken.wait(0.3)
+    held.close()
+    thread.join(10)
+    assert taken.is_set()
+    assert "another process runs a" in capsys.readouterr().out
+
+
+def test_metric_that_runs_do_not_have(study, tmp_path):
+    jobs = scaling.plan(study, tmp_path)[-1:]
+    runner.run_all(jobs, tmp_path, pretend(tmp_path), parallel=1, say=lambda line: None)
+    study.metric = "test/f1"
+    with pytest.raises(ValueError, match=r"metric is 'test/f1', but runs measured fewshot/10shot, test/accuracy"):
+        scaling.gather(study, jobs, tmp_path)
+
+
+def test_real_runs_and_a_branch_equals_its_planned_twin(study, tmp_path, monkeypatch):
+    create = mesh.create  # one device compiles faster than the tests' eight
+    monkeypatch.setattr(mesh, "create", lambda config: create(config, jax.devices()[:1]))
+    study = dataclasses.replace(study, sizes=(1,), images=(100,), comparisons=(Comparison("planned", 1, 100),))
+    study.base.evaluation.test.split = "test[:20]"
+    study.dial.width_a_layer = study.dial.head_dim = 8
+    study.base.data.batch_size = 8
+    study.base.model.pool, study.base.optim.name = "gap", "sgd"  # these compile faster, too
+    jobs = scaling.plan(study, tmp_path)
+    for job in jobs:
+        loop.train(job.config, runner.folder(tmp_path, job.name))
+        assert runner.done(job, tmp_path)
+    branch, planned = scaling.gather(study, jobs, tmp_path)
+    assert branch.images == planned.images == 96
+    assert branch.compute == planned.compute > 0
+    losses = []
+    for job in jobs[1:]:
+        rows = (runner.folder(tmp_path, job.name) / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(row)["test/loss"] for row in rows if "test/loss" in row][-1])
+    assert losses[0] == losses[1]  # to the last bit
+
+
+# ---- Table, report, figures
+
+
+def known_runs(rng=None):
+    """Runs of E = 0.02 + 40 N^-0.5 + 150 D^-0.6 at a cost of 20 N D: five sizes, four durations, two data sets."""
+    table = []
+    for size, params in zip((1, 2, 3, 4, 6), (1e4, 5e4, 15e4, 4e5, 1e6), strict=True):
+        for images in (5_000, 15_000, 45_000, 135_000):
+            for data in (1_000, 4_000):
+                error = 0.02 + 40 * params**-0.5 + 150 * images**-0.6 + (0.03 if data == 1_000 else 0.0)
+                error *= 1 if rng is None else 1 + 0.01 * rng.normal()
+                name = f"d{size}_p{data}_i{images}"
+                table.append(
+                    Run(name, SWEEP, size, int(params), data, images, 20 * params * images, error, error / 2, 10.0)
+                )
+    return table
+
+
+def test_table_survives_the_file(tmp_path):
+    table = [*known_runs(), dataclasses.replace(known_runs()[0], group="gap", fewshot_error=None)]
+    runs.write(tmp_path / "runs.csv", table)
+    assert runs.read(tmp_path / "runs.csv") == table
+    text = (tmp_path / "runs.csv").read_text().replace("1000,5000", "1000,many", 1)
+    (tmp_path / "runs.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"runs.csv, line 2: images is 'many'"):
+        runs.read(tmp_path / "runs.csv")
+
+
+def test_report_answers_for_a_budget(tmp_path):
+    table = known_runs(np.random.default_rng(0))
+    table.append(dataclasses.replace(table[-1], name="gap_d6", group="gap", error=0.25))
+    budget = 3e11
+    path = report.write(tmp_path, "Digits", table, [budget], {"d9_trunk": "out of memory"})
+    text = path.read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| 3.00e+11"))
+    params = float(row.split("|")[2].split()[0].replace(",", ""))
+    expected = (0.5 * 40 / (0.6 * 150) * (budget / 20) ** 0.6) ** (1 / 1.1)
+    assert params == pytest.approx(expected, rel=0.2)
+    assert "| d9_trunk | out of memory |" in text
+    assert "| gap | 6 | 135,000 | 25.00 |" in text
+    for name in ("error_by_compute", "error_by_data", "sample_efficiency", "iso_compute"):
+        assert f"figures/{name}.png" in text
+        assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 10_000
+        assert (tmp_path / "figures" / f"{name}.svg").stat().st_size > 10_000
+
+
+def test_law_of_size_and_images_leaves_the_small_data_out():
+    found = report.find(known_runs())
+    assert (found.joint.e, found.joint.alpha, found.joint.beta) == pytest.approx((0.02, 0.5, 0.6), rel=1e-2)
+    assert found.problems == ()
+
+
+def test_report_says_what_lies_beyond_the_runs_and_what_is_no_power_law(tmp_path):
+    table = known_runs()
+    text = report.write(tmp_path, "Digits", table, [1e11, 1e15], {}).read_text()
+    inside, beyond = (line for line in text.splitlines() if line.startswith(("| 1.00e+11", "| 1.00e+15")))
+    assert "beyond" not in inside
+    assert "beyond the sizes run" in beyond
+    assert "(beyond the lengths run)" in beyond
+    assert "steepest" not in text
+    # All sizes but the smallest are alike.
+    step = [dataclasses.replace(run, error=150 * run.images**-0.6 + 0.5 * (run.size == 1)) for run in table]
+    assert "alpha = 5 is the steepest that is tried" in " ".join(report.find(step).joint.warnings)
+
+
+def test_report_of_too_little_says_so(tmp_path):
+    text = report.write(tmp_path, "Digits", known_runs()[:2], [], {}).read_text()
+    assert "not determined" in text
+    assert "four coefficients need at least 5" in text
+    assert "No run of the sweep" in report.write(tmp_path, "Digits", [], [], {}).read_text()

@@ -1,0 +1,322 @@
+"""A whole run: it resumes as if it had never stopped, whatever stopped it."""
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny
+from vit_scaling import config as c
+from vit_scaling.data import order
+from vit_scaling.data.images.codec import CorruptImageError
+from vit_scaling.data.sources import BuiltinSource, open_source
+from vit_scaling.evaluation.suite import Suite
+from vit_scaling.parallel import mesh as mesh_lib
+from vit_scaling.training import checkpoint, loop, telemetry
+from vit_scaling.training.step import build
+
+ROOT = Path(__file__).parents[2]
+# What a run measures of its own speed; all else must be equal.
+SPEED = {
+    "step_seconds",
+    "images_per_second_per_device",
+    "data_wait_share",
+    "useful_share",
+    "flops_per_second_per_device",
+}
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs use the first of the eight devices unless a test says otherwise."""
+    create = mesh_lib.create
+    monkeypatch.setattr(mesh_lib, "create", lambda config: create(config, jax.devices()[:1]))
+
+
+def state_of(workdir: Path, step: int, config: c.Config) -> Any:
+    config = c.resolve(config, 100)
+    mesh = mesh_lib.create(config.mesh)
+    program = build(config, num_classes=10, total_steps=int(config.duration.amount), mesh=mesh)
+    return jax.device_get(checkpoint.restore(workdir / "checkpoints" / str(step), program.state_shape)[0])
+
+
+def rows_of(workdir: Path) -> list[dict[str, Any]]:
+    rows = telemetry.read_jsonl(workdir / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if name not in SPEED} for row in rows]
+
+
+def assert_same_run(a: Path, b: Path, step: int, config: c.Config) -> None:
+    assert rows_of(a) == rows_of(b)
+    one, other = state_of(a, step, config), state_of(b, step, config)
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8 steps of 16 of 100 images: one epoch and a quarter, drop path, mixup and augmentation on."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    create = mesh_lib.create
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mesh_lib, "create", lambda config: create(config, jax.devices()[:1]))
+        loop.train(tiny.config(), workdir)
+    return workdir
+
+
+def test_a_run_leaves_what_it_promises(uninterrupted: Path) -> None:
+    result = json.loads((uninterrupted / "result.json").read_text())
+    assert result["step"] == 8
+    assert set(result["metrics"]) == {f"validation{e}/{m}" for e in ("", "_ema") for m in ("accuracy", "loss")}
+    assert result["accuracy"] == result["metrics"]["validation/accuracy"]
+    assert (uninterrupted / "figure.png").stat().st_size > 10_000
+    assert checkpoint.steps(uninterrupted / "checkpoints") == [4, 8]
+    rows = telemetry.read_jsonl(uninterrupted / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 9))
+    assert [row["step"] for row in rows if "validation/accuracy" in row] == [0, 4, 8]
+    training = next(row for row in rows if "loss" in row)
+    assert SPEED | {"gradient_norm", "parameter_norm", "update_norm", "learning_rate", "examples"} <= set(training)
+    record = json.loads((uninterrupted / "config.json").read_text())
+    assert record["versions"]["jax"] == jax.__version__
+    assert record["config"]["duration"] == {"amount": 8, "unit": "steps"}
+
+
+def test_learning_rates_of_a_run_are_the_schedules(uninterrupted: Path) -> None:
+    rates = [row["learning_rate"] for row in rows_of(uninterrupted) if "loss" in row]
+    expected = [
+        3e-3 * min(step / 2, 1.0) * (1 + max(0, step - 2) / 2) ** -0.5 * min(1.0, (8 - step) / 2) for step in range(8)
+    ]
+    assert rates == pytest.approx(expected, rel=1e-6)
+
+
+def test_two_halves_equal_the_whole(uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped by SIGTERM after step 3, in the middle of an epoch and between checkpoints; then the same command."""
+    workdir = tmp_path / "halves"
+    dispatched = loop.StepLog.dispatched
+
+    def interrupt(self: Any, step: int, metrics: Any) -> None:
+        dispatched(self, step, metrics)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.StepLog, "dispatched", interrupt)
+        assert loop.train(tiny.config(), workdir) == {"interrupted": 3}
+    assert checkpoint.steps(workdir / "checkpoints") == [3]
+    loop.train(tiny.config(), workdir)
+    assert_same_run(uninterrupted, workdir, 8, tiny.config())
+
+
+def test_an_evaluation_that_was_broken_off_is_made_up_for(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM before the first batch of an evaluation saves at once; the next start measures what is owed, once."""
+    workdir = tmp_path / "broken"
+    measure, break_off = Suite.measure, {4, 8}
+
+    def interrupt(self: Any, state: Any, *, final: bool) -> dict[str, float]:
+        if (step := int(jax.device_get(state.step))) in break_off:
+            break_off.remove(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(self, state, final=final)
+
+    monkeypatch.setattr(Suite, "measure", interrupt)
+    assert loop.train(tiny.config(), workdir) == {"interrupted": 4}
+    assert loop.train(tiny.config(), workdir) == {"interrupted": 8}
+    assert checkpoint.steps(workdir / "checkpoints") == [4, 8]
+    assert not (workdir / "result.json").exists()
+    assert loop.train(tiny.config(), workdir)["metrics"] == loop.train(tiny.config(), uninterrupted)["metrics"]
+    assert_same_run(uninterrupted, workdir, 8, tiny.config())
+
+
+def test_kill_nine_at_any_moment_changes_nothing(uninterrupted: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "killed"
+    code = (
+        "import sys, jax; from pathlib import Path; from tests import tiny; from vit_scaling import loop;"
+        "from vit_scaling.parallel import mesh as m; create = m.create;"
+        "m.create = lambda config: create(config, jax.devices()[:1]); loop.train(tiny.config(), Path(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", code, str(workdir)]
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+
+    def run_until(condition: Any) -> int | None:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 240
+        while process.poll() is None and not condition() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+        return process.wait()
+
+    def step_reached(step: int) -> Any:
+        return lambda: any(row["step"] >= step for row in telemetry.read_jsonl(workdir / "metrics.jsonl"))
+
+    def compiling() -> float:
+        return json.loads((workdir / "clock.json").read_text())["seconds"]["compile"]
+
+    assert run_until(step_reached(2)) == -signal.SIGKILL  # before the first checkpoint
+    first = compiling()
+    kept = list((workdir / "compiled").glob("*train_step*"))
+    assert kept
+    assert run_until(lambda: (workdir / "checkpoints" / "4").exists()) in (-signal.SIGKILL, 0)
+    assert compiling() < first / 2  # what was kept is found again
+    for entry in kept:
+        entry.write_bytes(entry.read_bytes()[:1000])  # and what a kill has cut short does no harm
+    assert run_until(lambda: False) == 0
+    # Another process, and its config has no seed of its own: the numbers are those of this one.
+    assert rows_of(workdir) == rows_of(uninterrupted)
+    metrics = [json.loads((run / "result.json").read_text())["metrics"] for run in (workdir, uninterrupted)]
+    assert metrics[0] == metrics[1]
+
+
+def test_a_run_that_stopped_at_a_corrupt_image_goes_on_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the same workdir, to the bits of a run that skipped from the start."""
+    read = BuiltinSource.__getitem__
+    corrupt = order.endless(open_source(tiny.config().data.train), 0)[5 * 16 + 3]  # of step 6
+
+    def fail(self: Any, index: int) -> dict[str, Any]:
+        if len(self) == 100 and index == corrupt:
+            raise CorruptImageError("made so")
+        return read(self, index)
+
+    monkeypatch.setattr(BuiltinSource, "__getitem__", fail)
+    stopping, skipping = tiny.config(), tiny.config()
+    skipping.data.on_corrupt = "skip"
+    with pytest.raises(ValueError, match=r"is corrupt: made so \(data.on_corrupt=skip goes on without it\)"):
+        loop.train(stopping, tmp_path / "stopped")
+    assert checkpoint.steps(tmp_path / "stopped" / "checkpoints") == [4]
+    loop.train(skipping, tmp_path / "stopped")
+    loop.train(skipping, tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped", 8, skipping)
+
+
+def test_a_finished_run_is_not_run_again(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.is_file()}
+    result = loop.train(tiny.config(), uninterrupted)
+    assert result["step"] == 8
+    assert "finished" in capsys.readouterr().out
+    changed = [path.name for path, at in before.items() if path.stat().st_mtime_ns != at]
+    assert changed in ([], ["config.json"])
+
+
+def test_a_workdir_of_another_config_is_refused_and_left_alone(uninterrupted: Path, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file()}
+    other = tiny.config(optim=c.OptimConfig(lr=1.0, ema=0.9))
+    with pytest.raises(ValueError, match=r"belongs to another config: optim.lr is 0.003 there and 1.0 here"):
+        loop.train(other, uninterrupted)
+    assert before == {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file()}
+    (tmp_path / "holiday.jpg").write_bytes(b"not a run")
+    with pytest.raises(ValueError, match="holds no run of this project"):
+        loop.train(tiny.config(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
+
+
+def test_a_config_that_cannot_work_leaves_no_workdir(tmp_path: Path) -> None:
+    config = tiny.config()
+    for broken in (
+        dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=1000)),
+        dataclasses.replace(config, model=tiny.model(heads=3)),
+        dataclasses.replace(config, evaluation=c.EvaluationConfig(every=c.Duration(1), validation=tiny.digits("nope"))),
+        dataclasses.replace(config, duration=c.Duration(1)),
+        dataclasses.replace(config, log=dataclasses.replace(config.log, watchdog=-1.0)),
+    ):
+        with pytest.raises(ValueError, match=r"batch_size|heads|nope|do not fit|watchdog is -1") as caught:
+            loop.train(broken, tmp_path / "run")
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "run").exists()
+
+
+def test_the_step_is_compiled_once_and_the_seed_decides(
+    uninterrupted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        loop.train(tiny.config(seed=7), tmp_path / "run")
+    assert rows_of(tmp_path / "run") != rows_of(uninterrupted)
+    compiled = [record.getMessage() for record in caplog.records if "Compiling" in record.getMessage()]
+    assert sum("train_step" in message for message in compiled) == 1, compiled
+    assert sum("classify" in message for message in compiled) <= 1
+
+
+def test_losses_that_stay_not_finite_stop_the_run(tmp_path: Path) -> None:
+    config = tiny.config(optim=c.OptimConfig(name="sgd", lr=1e30, clip=None, ema=0.9))
+    config = dataclasses.replace(config, log=dataclasses.replace(config.log, stop_after_skipped=3))
+    config = dataclasses.replace(config, duration=c.Duration(12))
+    with pytest.raises(FloatingPointError, match=r"not finite for 3 steps in a row.*lower optim.lr"):
+        loop.train(config, tmp_path / "run")
+    rows = rows_of(tmp_path / "run")
+    assert max(row["step"] for row in rows) < 12
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_cooldown_branches_from_a_trunk(tmp_path: Path) -> None:
+    """A branch is the run that was planned to end there; the trunk goes on as if nothing had happened."""
+
+    def planned(duration: int, cooldown: int, cooldown_from: str | None = None) -> c.Config:
+        schedule = c.ScheduleConfig(
+            kind="rsqrt",
+            warmup=c.Duration(2),
+            timescale=c.Duration(2),
+            cooldown=c.Duration(cooldown),
+            cooldown_from=cooldown_from,
+        )
+        every = c.CheckpointConfig(every=c.Duration(3), keep=1, permanent=c.Duration(3))
+        return tiny.config(duration, schedule=schedule, checkpoint=every)
+
+    trunk = tmp_path / "trunk"
+    loop.train(planned(8, 0), trunk)
+    assert checkpoint.steps(trunk / "checkpoints") == [3, 6, 8]
+    loop.train(planned(6, 3), tmp_path / "planned")
+    branch = planned(8, 3, str(trunk / "checkpoints" / "3"))
+    assert loop.train(branch, tmp_path / "branch")["step"] == 6
+    assert [r for r in rows_of(tmp_path / "branch") if r["step"] > 3] == [
+        r for r in rows_of(tmp_path / "planned") if r["step"] > 3
+    ]
+    # Mistakes name what is wrong.
+    for broken, sentence in (
+        (dataclasses.replace(branch, seed=1), "differs from its trunk in its cooldown alone, but seed is 0 there"),
+        (planned(8, 0, str(trunk / "checkpoints" / "3")), "needs schedule.cooldown"),
+        (planned(8, 3, str(trunk)), "name a checkpoint of a run"),
+        (planned(8, 3, str(trunk / "checkpoints" / "5")), "holds no complete checkpoint"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            loop.train(broken, tmp_path / "broken")
+    cosine = dataclasses.replace(branch, schedule=dataclasses.replace(branch.schedule, kind="cosine"))
+    with pytest.raises(ValueError, match="needs a schedule that does not know its end"):
+        loop.train(cosine, tmp_path / "broken")
+
+
+def test_a_profile_is_written_when_asked(tmp_path: Path) -> None:
+    config = tiny.config(4)
+    config = dataclasses.replace(config, log=dataclasses.replace(config.log, profile_from=2, profile_steps=1))
+    loop.train(config, tmp_path / "run")
+    assert any((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+def test_utilisation_is_flops_over_the_peak(tmp_path: Path) -> None:
+    config = tiny.config(4)
+    config = dataclasses.replace(config, log=dataclasses.replace(config.log, peak_flops=1e12))
+    loop.train(config, tmp_path / "run")
+    rows = [row for row in telemetry.read_jsonl(tmp_path / "run" / "metrics.jsonl") if "mfu" in row]
+    assert rows
+    assert all(row["mfu"] == pytest.approx(row["flops_per_second_per_device"] / 1e12) for row in rows)
+
+
+def test_gradient_of_nothing_is_zero() -> None:
+    from vit_scaling.training.step import global_norm
+
+    assert float(global_norm({})) == 0.0
+    assert float(global_norm({"a": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])})) == pytest.approx(5.0)

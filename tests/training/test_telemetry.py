@@ -1,0 +1,128 @@
+"""Metrics files survive what happens to them; clocks book what was done."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from vit_scaling.training import figure, telemetry
+
+
+def test_rows_after_the_restored_step_are_dropped_and_none_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        "".join(json.dumps({"step": step, "loss": float(step)}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo'
+    )
+    writer = telemetry.JsonlWriter(path, resume_step=2)
+    writer.write_scalars(3, {"loss": 7.0})
+    # Written at once: a process that is killed now has lost nothing.
+    assert telemetry.read_jsonl(path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 7.0}]
+    writer.close()
+
+
+def test_a_run_that_begins_anew_keeps_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "validation/accuracy": 0.1}\n')
+    telemetry.JsonlWriter(path, resume_step=None).close()
+    assert path.read_text() == ""
+
+
+def test_what_is_no_number_is_written_as_null(tmp_path: Path) -> None:
+    writer = telemetry.JsonlWriter(tmp_path / "metrics.jsonl", resume_step=0)
+    writer.write_scalars(1, {"loss": math.nan, "norm": math.inf, "lr": 0.5})
+    writer.close()
+    assert telemetry.read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None, "norm": None, "lr": 0.5}]
+
+
+def test_tensorboard_files_hold_the_values(tmp_path: Path) -> None:
+    from tensorboardX.event_file_writer import EventsWriter  # noqa: F401  the writer needs no TensorFlow
+    from tensorboardX.proto import event_pb2
+
+    writer = telemetry.TensorBoardWriter(tmp_path, resume_step=0)
+    writer.write_scalars(5, {"loss": 0.25})
+    writer.close()
+    data = next(tmp_path.iterdir()).read_bytes()
+    found = []
+    while data:  # a record: length (8), checksum (4), payload, checksum (4)
+        length = int.from_bytes(data[:8], "little")
+        event = event_pb2.Event.FromString(data[12 : 12 + length])
+        found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+        data = data[16 + length :]
+    assert found == [(5, "loss", 0.25)]
+
+
+def test_every_second_is_booked_once() -> None:
+    clock = telemetry.Clock(started=time.perf_counter() - 3.0)
+    with clock.book("evaluation"):
+        time.sleep(0.02)
+        with clock.book("data"):
+            time.sleep(0.05)
+    clock.book_rest("step")
+    assert clock.seconds["data"] == pytest.approx(0.05, abs=0.015)
+    assert clock.seconds["evaluation"] == pytest.approx(0.02, abs=0.015)
+    assert clock.seconds["step"] == pytest.approx(3.0, abs=0.05)
+    assert clock.total == pytest.approx(3.07, abs=0.05)
+    assert clock.useful_share == pytest.approx(3.0 / 3.07, abs=0.02)
+
+
+def test_what_xla_compiles_is_booked_as_such_wherever_it_happens() -> None:
+    with telemetry.Clock() as clock:
+        with clock.book("evaluation"):
+            jax.jit(lambda x: jax.numpy.sin(x) @ x)(np.ones((3, 3), np.float32)).block_until_ready()
+        clock.book_rest("step")
+    assert 0 < clock.seconds["compile"] < clock.total
+    assert clock.seconds["evaluation"] + clock.seconds["compile"] == pytest.approx(clock.total, abs=0.01)
+    jax.jit(lambda x: jax.numpy.cos(x) @ x)(np.ones((3, 3), np.float32))
+    assert clock.total == sum(clock.seconds.values())
+    compiled = clock.seconds["compile"]
+    jax.jit(lambda x: jax.numpy.tan(x) @ x)(np.ones((3, 3), np.float32))
+    assert clock.seconds["compile"] == compiled  # it listens no longer
+
+
+def test_a_clock_goes_on_where_the_last_process_was_seen() -> None:
+    saved = {"start": 5.0, "step": 10.0}
+    # Killed six seconds after the checkpoint of step 4, at step 6: those steps are run again.
+    killed = telemetry.Clock()
+    killed.resume(4, saved, 6, {"start": 5.0, "step": 15.0, "data": 1.0})
+    assert killed.seconds == saved | {"lost": 6.0}
+    killed.book_rest("step")
+    assert killed.seconds["step"] == pytest.approx(10.0, abs=0.05)
+    # Stopped in good order at step 4, and then closed its checkpoint: nothing is lost.
+    stopped = telemetry.Clock()
+    stopped.resume(4, saved, 4, saved | {"checkpoint": 2.0})
+    assert stopped.seconds == saved | {"checkpoint": 2.0}
+    # Killed right after a checkpoint: its seconds are newer than what was noted.
+    newer = telemetry.Clock()
+    newer.resume(4, saved, 4, {"start": 5.0, "step": 9.0})
+    assert newer.seconds == saved
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(42.4, "42s"), (190.0, "3m10s"), (7500.0, "2h05m"), (math.nan, "?")])
+def test_durations_as_people_read_them(seconds: float, text: str) -> None:
+    assert telemetry.duration(seconds) == text
+
+
+def test_a_line_tells_step_values_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = telemetry.Progress(step=10, total=20)
+    progress.show(15, {"loss": 0.5})
+    line = capsys.readouterr().err
+    assert line.startswith("step 15/20, loss 0.5, ")
+    assert line.rstrip().endswith("left")
+
+
+def test_the_figure_shows_a_run_with_and_without_images(tmp_path: Path) -> None:
+    rows = [
+        {"step": 0, "validation/loss": 2.0, "validation/accuracy": 0.1, "fewshot/5shot": 0.2},
+        {"step": 1, "loss": 2.0, "learning_rate": 0.1, "gradient_norm": 1.0},
+        {"step": 2, "loss": None, "learning_rate": 0.2, "gradient_norm": None},
+    ]
+    image = np.zeros((8, 8, 3), np.uint8)
+    for name, images in (("with.png", [image] * 3), ("without.png", [])):
+        labels = ["a"] * len(images)
+        figure.run_figure(tmp_path / name, rows, title="run", images=images, labels=labels, predictions=labels)
+    with_size, without_size = ((tmp_path / name).stat().st_size for name in ("with.png", "without.png"))
+    assert with_size > without_size > 10_000

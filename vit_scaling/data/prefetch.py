@@ -1,0 +1,306 @@
+"""Reading ahead: batches in their order from threads or worker processes, and who is to blame when none comes.
+
+Every reading thread owns a row of a small table, the board, where it notes which record it is at and since when. The
+board lies in a temporary file that worker processes map into memory: a note costs about a microsecond and needs no
+lock, as every cell has one writer. So a stalled read or a dead worker is reported with the record's name.
+"""
+
+import itertools
+import os
+import signal
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from multiprocessing import resource_tracker
+from typing import Any, NamedTuple
+
+import cv2
+import grain
+import numpy as np
+from absl import flags
+
+from vit_scaling.data.sources import Source
+from vit_scaling.data.workers import end_with_parent
+
+Batch = dict[str, np.ndarray]
+
+_START_SECONDS = 120.0  # worker processes may take so long to start on a busy host
+
+PID, RECORD, SINCE, SKIPPED = range(4)
+_worker = 0  # the number of this worker process, 0 in the training process
+
+
+class Reading(NamedTuple):
+    """One row: a thread in the middle of a record."""
+
+    pid: int
+    record: int
+    seconds: float
+
+
+class Board:
+    """The table, of `processes` times `threads` rows.
+
+    A copy that is pickled to another process shows and writes the same table. The file goes when the first one does.
+    """
+
+    def __init__(self, processes: int, threads: int):
+        self._threads = threads
+        self._file = tempfile.NamedTemporaryFile(prefix="vit_scaling_board_")  # noqa: SIM115 (lives as long as we)
+        self._path = self._file.name
+        self._file.truncate(processes * threads * 4 * 8)
+        self._open()
+
+    def _open(self) -> None:
+        self._table = np.memmap(self._path, np.int64, "r+").reshape(-1, 4)
+        self._own = threading.local()
+        self._count = itertools.count()
+
+    def __getstate__(self):
+        return {"_path": self._path, "_threads": self._threads}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._open()
+
+    def _row(self) -> np.ndarray:
+        if not hasattr(self._own, "row"):
+            self._own.row = self._table[_worker * self._threads + next(self._count) % self._threads]
+            self._own.row[PID] = os.getpid()
+        return self._own.row
+
+    def begin(self, record: int) -> None:
+        """This thread starts on a record."""
+        row = self._row()
+        row[RECORD] = record
+        row[SINCE] = time.monotonic_ns()
+
+    def end(self) -> None:
+        """This thread has the record, or an exception."""
+        self._row()[SINCE] = 0
+
+    def skip(self) -> None:
+        """This thread met a corrupt record and takes another."""
+        self._row()[SKIPPED] += 1
+
+    @property
+    def skipped(self) -> int:
+        """How many corrupt records all threads together have skipped."""
+        return int(self._table[:, SKIPPED].sum())
+
+    def reading(self) -> list[Reading]:
+        """Everything that is being read now, the longest first."""
+        now = time.monotonic_ns()
+        rows = [
+            Reading(int(r[PID]), int(r[RECORD]), (now - int(r[SINCE])) / 1e9) for r in self._table.copy() if r[SINCE]
+        ]
+        return sorted(rows, key=lambda row: -row.seconds)
+
+
+class Batches:
+    """An iterator over batches that are read ahead; `close()` it, drop it, or end Python to stop the readers."""
+
+    def __init__(
+        self,
+        parts: Any,
+        source: Source,
+        board: Board,
+        workers: int,
+        threads: int,
+        prefetch: int,
+        timeout: float,
+    ):
+        _one_thread_an_image()
+        self._source = source
+        self._board = board
+        self._timeout = timeout
+        self._workers: _Workers | None = None
+        if workers:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # Grain's workers ask for flags, also in a program that has none
+            each = max(1, prefetch // workers)
+            read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(each, threads))
+            dataset = grain.MapDataset.source(parts).to_iter_dataset(read)
+            options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=each)
+            self._workers = _Workers(dataset.mp_prefetch(options, worker_init_fn=_start_worker))
+            self._ahead = _Ahead(self._workers.take, len(parts), threads=1, depth=1)
+        else:
+            self._ahead = _Ahead(parts.__getitem__, len(parts), threads=threads, depth=prefetch)
+        # Called once: by `close`, when nobody holds the batches any more, or when Python ends, while threads can still
+        # end too: Python kills those that are left, and inside a decoder that brings the process down.
+        self._stop = weakref.finalize(self, _stop, self._ahead, self._workers)
+
+    @property
+    def skipped(self) -> int:
+        """How many corrupt records were skipped so far, those of batches read ahead included."""
+        return self._board.skipped
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Batch:
+        asked = time.monotonic()
+        while not self._ahead.ready(seconds=1.0):
+            reading = self._board.reading()
+            if reading and reading[0].seconds > self._timeout:
+                self._abandon(reading[0].pid)
+                raise RuntimeError(
+                    f"{self._source.id(reading[0].record)} has been read for {reading[0].seconds:.0f} s, longer than "
+                    f"data.timeout = {self._timeout:g} s: see whether its file system answers"
+                )
+            if not reading and time.monotonic() - asked > self._timeout + _START_SECONDS:
+                self._abandon()
+                raise RuntimeError(f"no batch for {time.monotonic() - asked:.0f} s, and nobody reads")
+        try:
+            return self._ahead.take()
+        except ValueError as error:
+            raise type(error)(*error.args) from error  # raised here too: a worker's traceback leads nowhere
+        except RuntimeError as error:
+            if self._workers is None:
+                raise
+            dead = [row for row in self._board.reading() if not _alive(row.pid)]
+            raise RuntimeError(f"a worker process died while it read {self._names(dead)}: {error}") from None
+        finally:
+            if self._ahead.ended:
+                self.close()
+
+    def close(self) -> None:
+        """Stops the readers, after what they are reading now."""
+        self._stop()
+
+    def _abandon(self, pid: int | None = None) -> None:
+        """Stops without waiting for a reader that is stuck: a thread is left behind, a worker process is ended."""
+        self._stop.detach()
+        self._ahead.close(seconds=0.0)
+        if self._workers is not None:
+            if pid is not None:
+                os.kill(pid, signal.SIGKILL)
+            threading.Thread(target=self._workers.close, daemon=True).start()
+
+    def _names(self, reading: list[Reading]) -> str:
+        return "; ".join(self._source.id(row.record) for row in reading) or "nothing"
+
+
+class _Workers:
+    """Worker processes, which start when their first batch is taken.
+
+    Ctrl-C and cluster managers signal all processes of a run, but when to stop is for the training process to say: it
+    saves first. So the thread that takes batches blocks these signals, and its children inherit that from their first
+    moment. (Python's resource tracker, which comes with the first child, unblocks them: it is started before.)
+    """
+
+    def __init__(self, dataset: grain.IterDataset):
+        self._dataset = dataset
+        self._iterator: Any = None
+
+    def take(self, step: int) -> Batch:
+        if self._iterator is None:
+            resource_tracker.ensure_running()
+            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+            self._iterator = iter(self._dataset)
+        return next(self._iterator)
+
+    def close(self) -> None:
+        iterator, self._iterator = self._iterator, None  # Grain complains of one that is left when Python ends
+        if iterator is not None:
+            iterator.close()
+
+
+def _stop(ahead: "_Ahead", workers: _Workers | None) -> None:
+    ahead.close(seconds=5.0)
+    if workers is not None:
+        workers.close()
+
+
+class _Ahead:
+    """Calls `fetch(0)`, `fetch(1)`, ... in daemon threads and hands the results out in their order.
+
+    Daemon threads, and not an executor's: Python waits for those when it ends, for ever if one is stuck.
+    """
+
+    def __init__(self, fetch: Callable[[int], Batch], count: int, *, threads: int, depth: int):
+        self.ended = False
+        self._fetch = fetch
+        self._count = count
+        self._depth = max(depth, threads)
+        self._claimed = 0
+        self._taken = 0
+        self._results: dict[int, Batch | BaseException] = {}
+        self._changed = threading.Condition()
+        self._threads = [threading.Thread(target=self._run, name="batches", daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self.ended or self._claimed < min(self._taken + self._depth, self._count)
+                )
+                if self.ended:
+                    return
+                step = self._claimed
+                self._claimed += 1
+            result: Batch | BaseException
+            try:
+                result = self._fetch(step)
+            except BaseException as error:
+                result = error
+            with self._changed:
+                self._results[step] = result
+                self._changed.notify_all()
+
+    def ready(self, seconds: float) -> bool:
+        """Waits up to `seconds` for the next result, or the end."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: self.ended or self._taken in self._results or self._taken >= self._count, seconds
+            )
+
+    def take(self) -> Batch:
+        """Returns the next result, or raises what its reading raised, or StopIteration behind the last."""
+        with self._changed:
+            if self.ended or self._taken >= self._count:
+                self.ended = True
+                raise StopIteration
+            result = self._results.pop(self._taken)
+            self._taken += 1
+            self.ended = isinstance(result, BaseException)
+            self._changed.notify_all()
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def close(self, seconds: float) -> None:
+        """Ends the threads after what they are reading now, and waits for that so long and no longer."""
+        with self._changed:
+            self.ended = True
+            self._changed.notify_all()
+        deadline = time.monotonic() + seconds
+        for thread in self._threads:
+            if thread is not threading.current_thread():  # Python may collect garbage in any thread
+                thread.join(max(deadline - time.monotonic(), 0))
+        self._results.clear()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _start_worker(number: int, _: int) -> None:
+    """Runs in a worker process before anything else."""
+    global _worker
+    _worker = number
+    end_with_parent()
+    _one_thread_an_image()
+
+
+def _one_thread_an_image() -> None:
+    """Images are read in parallel: OpenCV's own threads inside an image would only get in their way."""
+    cv2.setNumThreads(1)

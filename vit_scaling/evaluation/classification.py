@@ -1,0 +1,42 @@
+"""Accuracy and loss over a whole set: every example once, whatever the batch, the devices and the hosts."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from vit_scaling.data.loader import DataConfig
+from vit_scaling.data.sources import Source
+from vit_scaling.evaluation.passes import Network, one_pass
+
+
+class Result(NamedTuple):
+    accuracy: float  # share of the examples whose most likely class is (one of) their label(s)
+    loss: float  # mean over the examples, without label smoothing
+    predictions: np.ndarray  # [examples] int32, in the order of the source
+
+
+def evaluate(
+    network: Network, params: Any, statistics: Any, source: Source, data: DataConfig, *, batch_size: int
+) -> Result:
+    """Classifies every example of `source` as `data.eval_transform` shows it.
+
+    Every process must call it, with the same arguments; every process gets the same result.
+
+    Raises:
+        ValueError: the batch cannot be divided over the devices.
+    """
+    correct: list[np.ndarray] = []
+    losses: list[np.ndarray] = []
+    predictions: list[np.ndarray] = []
+    for batch in one_pass(source, data.eval_transform, data, network.mesh, batch_size):
+        row = jax.device_get(network.classify(params, statistics, batch))
+        real = row["mask"]
+        correct.append(row["correct"][real])
+        losses.append(row["loss"][real])
+        predictions.append(row["prediction"][real])
+    return Result(
+        accuracy=float(np.concatenate(correct).mean()),
+        loss=float(np.concatenate(losses).mean(dtype=np.float64)),
+        predictions=np.concatenate(predictions),
+    )

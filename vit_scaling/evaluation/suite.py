@@ -1,0 +1,96 @@
+"""All the evaluators of a run, on the parameters and on their average where there is one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vit_scaling.config import Config
+from vit_scaling.data.images.transforms import transform
+from vit_scaling.data.sources import Source, open_source
+from vit_scaling.evaluation import classification
+from vit_scaling.evaluation.fewshot import FewShot
+from vit_scaling.evaluation.passes import Network
+from vit_scaling.parallel import sharding
+
+
+class Suite:
+    """The evaluators that a config names, their sources opened once.
+
+    Raises:
+        ValueError: a source or a transform cannot be used, the batch cannot be divided, or nobody measures what
+            `checkpoint.best` names.
+    """
+
+    def __init__(self, config: Config, network: Network):
+        self._network = network
+        self._batch_size = config.evaluation.batch_size or config.data.batch_size
+        self._data = config.data
+        sharding.check_batch(self._batch_size, network.mesh, name="evaluation.batch_size")
+        transform(self._data.eval_transform, train=False)
+        self._sources = {
+            name: open_source(source)
+            for name, source in (("validation", config.evaluation.validation), ("test", config.evaluation.test))
+            if source is not None
+        }
+        self._fewshot = None if config.evaluation.fewshot is None else FewShot(config.evaluation.fewshot)
+        self._pictured: tuple[Source, np.ndarray] | None = None
+        names = self._names(averaged=config.optim.ema is not None)
+        if config.checkpoint.best not in (None, *names):
+            raise ValueError(
+                f"checkpoint.best is {config.checkpoint.best!r}; evaluations measure {', '.join(names) or 'nothing'}"
+            )
+
+    def _names(self, *, averaged: bool) -> list[str]:
+        """Returns the names of what `measure` returns before the end."""
+        shots = [] if self._fewshot is None else self._fewshot.names
+        names = [("validation", name) for name in ("accuracy", "loss") if "validation" in self._sources]
+        names += [("fewshot", name) for name in shots]
+        return [f"{of}{suffix}/{name}" for suffix in (("", "_ema") if averaged else ("",)) for of, name in names]
+
+    def examples_of(self) -> dict[str, int]:
+        """Returns how many examples each source holds, by its name."""
+        counts = {f"evaluation.{name}": len(source) for name, source in self._sources.items()}
+        return counts | ({} if self._fewshot is None else {"evaluation.fewshot": self._fewshot.examples})
+
+    def measure(self, params_by_suffix: Mapping[str, Any], statistics: Any, *, final: bool) -> dict[str, float]:
+        """Returns every number by name: "validation/accuracy", "fewshot/10shot", "validation_ema/accuracy", ...
+
+        Args:
+            params_by_suffix: parameters to measure, by what is appended to their names: "" and perhaps "_ema".
+            statistics: running statistics of batch normalisation; empty for other models.
+            final: measure on the test set too.
+        """
+        values: dict[str, float] = {}
+        for suffix, params in params_by_suffix.items():
+            values |= self._measure(params, statistics, suffix, final)
+        return values
+
+    def _measure(self, params: Any, statistics: Any, suffix: str, final: bool) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for name, source in self._sources.items():
+            if name == "validation" or final:
+                result = classification.evaluate(
+                    self._network, params, statistics, source, self._data, batch_size=self._batch_size
+                )
+                values[f"{name}{suffix}/accuracy"] = result.accuracy
+                values[f"{name}{suffix}/loss"] = result.loss
+                self._pictured = source, result.predictions
+        if self._fewshot is not None:
+            scores = self._fewshot.evaluate(self._network, params, statistics, self._data, batch_size=self._batch_size)
+            values |= {f"fewshot{suffix}/{name}": score for name, score in scores.items()}
+        return values
+
+    def examples(self, count: int) -> tuple[list[np.ndarray], list[str], list[str]]:
+        """Returns (images uint8 [H, W, 3], labels, predictions) of the first examples that were classified last.
+
+        Empty where nothing was.
+        """
+        if self._pictured is None or self._pictured[0].multi_label:
+            return [], [], []
+        source, predictions = self._pictured
+        prepare = transform(self._data.eval_transform, train=False)
+        records = [prepare(source[index], None) for index in range(min(count, len(source)))]
+        names = source.class_names or tuple(str(label) for label in range(source.num_classes))
+        labels = [names[int(record["label"])] for record in records]
+        return [record["image"] for record in records], labels, [names[label] for label in predictions[: len(records)]]

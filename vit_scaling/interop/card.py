@@ -1,0 +1,106 @@
+"""The model card that stands beside every export: what the weights are, from what, and what was measured."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import vit_scaling
+from vit_scaling import flops
+from vit_scaling.interop import Weights
+
+CARD = "README.md"
+
+USE = {
+    "huggingface": (
+        "from transformers import AutoModelForImageClassification\n\n"
+        'model = AutoModelForImageClassification.from_pretrained("FOLDER")  # pixels in [-1, 1], [B, 3, H, W]'
+    ),
+    "timm": (
+        "import timm\n\n"
+        'model = timm.create_model("local-dir:FOLDER", pretrained=True)  # pixels in [-1, 1], [B, 3, H, W]'
+    ),
+    "vit_scaling": (
+        'from vit_scaling import interop\n\nmodel = interop.load("FOLDER")  # pixels in [-1, 1], [B, H, W, 3]'
+    ),
+}
+
+
+def card(
+    weights: Weights,
+    *,
+    layout: str,
+    source: str,
+    command: str,
+    run: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> str:
+    """Returns a model card in Markdown.
+
+    Args:
+        weights: what is exported.
+        layout: of the export.
+        source: the file, folder or checkpoint that they came from.
+        command: that wrote the export.
+        run: config.json of the run that trained them, where there was one.
+        metrics: what that run measured at its end, by name.
+    """
+    cost = flops.count(weights.config, image_size=weights.image_size, num_classes=weights.num_classes)
+    height, width = weights.image_size
+    lines = [
+        f"# {type(weights.config).__name__.removesuffix('Config')}, {cost.params / 1e6:.1f} million parameters",
+        "",
+        f"Written by vit_scaling {vit_scaling.__version__} from `{source}`.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| images | {height} x {width} pixels, RGB in [-1, 1] |",
+        f"| classes | {weights.num_classes}{' (a fresh classifier: train it first)' if weights.fresh_head else ''} |",
+        f"| parameters | {cost.params:,} |",
+        f"| forward pass | {cost.forward_flops / 1e9:.2f} GFLOP an image (a multiply-add is two) |",
+        "",
+        "## Use",
+        "```python",
+        USE[layout],
+        "```",
+        "",
+        "## Model",
+        "```",
+        repr(weights.config),
+        "```",
+        "",
+        "## Data",
+        *_data(run),
+        "",
+        "## Measured",
+        *_measured(metrics),
+        "",
+        "## How it was written",
+        "```",
+        command,
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _data(run: Mapping[str, Any] | None) -> list[str]:
+    if run is None:
+        return ["Not recorded: the weights came from a file, not from a run of this project."]
+    config = run["config"]
+    train, duration = config["data"]["train"], config["duration"]
+    start = (config.get("init") or {}).get("path")
+    lines = [
+        f"Trained on `{train['kind']}` `{train['name']}`, split `{train['split']}`, {duration['amount']:g} "
+        f"{duration['unit']} of {config['data']['batch_size']} images"
+        + (f", starting from `{start}`" if start else "")
+        + f"; seed {config['seed']}, JAX {run['versions']['jax']}, {run['device_count']} x {run['device_kind']}"
+        + (f", revision {run['git_revision']}." if run.get("git_revision") else "."),
+        "",
+        f"Optimizer {config['optim']['name']}, learning rate {config['optim']['lr']:g}, "
+        f"{config['schedule']['kind']} schedule, loss {config['loss']['kind']}.",
+    ]
+    return lines
+
+
+def _measured(metrics: Mapping[str, float] | None) -> list[str]:
+    if not metrics:
+        return ["Nothing was measured by the run that wrote this; `python -m vit_scaling.evaluate` measures."]
+    return ["| | |", "|---|---|", *(f"| {name} | {value:.4f} |" for name, value in sorted(metrics.items()))]

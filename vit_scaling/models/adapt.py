@@ -1,0 +1,211 @@
+"""Weights of one network for another image size, patch, window or set of classes.
+
+Shapes: R C rows and columns of a patch, H W grid, D width, M classes.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from vit_scaling import names
+from vit_scaling.models import ModelConfig, layers, swin, vit
+from vit_scaling.ops import windows
+
+# What must be equal, for its parameters mean something else in another network.
+VIT_FIELDS = (
+    *("width", "depth", "mlp", "heads", "position", "registers", "qk_norm", "parallel"),
+    *("qkv_bias", "norm_bias", "gelu", "norm_eps", "layerscale"),
+)
+
+
+def adapt(
+    parameters: Mapping[str, Any],
+    config: ModelConfig,
+    image_size: tuple[int, int],
+    *,
+    target: ModelConfig,
+    target_image_size: tuple[int, int],
+) -> dict[str, Any]:
+    """Returns the parameters of a network for another patch, window, image size or pooling; the rest as it is.
+
+    ViT: positions are resampled to the new grid, square or not (bicubic); patch kernels by the pseudo-inverse of the
+    resizing (FlexiViT); a class token is dropped where the target takes the mean; so are pre-logits. Swin: see
+    `adapt_swin`.
+
+    Args:
+        parameters: nested dict of NumPy arrays, of `config` built for `image_size`.
+        config: what they belong to.
+        image_size: height and width in pixels that they were trained at.
+        target: the config to adapt to.
+        target_image_size: height and width in pixels of the new images.
+
+    Raises:
+        ValueError: the networks differ in a field that no resizing bridges.
+    """
+    if type(config) is not type(target):
+        raise ValueError(f"weights of a {type(config).__name__} cannot become those of a {type(target).__name__}")
+    if isinstance(config, swin.SwinConfig) and isinstance(target, swin.SwinConfig):
+        return _adapt_swin(parameters, config, image_size, target, target_image_size)
+    if isinstance(config, vit.ViTConfig) and isinstance(target, vit.ViTConfig):
+        return _adapt_vit(parameters, config, image_size, target, target_image_size)
+    if (config, image_size) != (target, target_image_size):
+        raise ValueError(f"weights of a {type(config).__name__} can only be used as they were trained")
+    return dict(parameters)
+
+
+def _adapt_swin(
+    parameters: Mapping[str, Any],
+    config: swin.SwinConfig,
+    image_size: tuple[int, int],
+    target: swin.SwinConfig,
+    target_image_size: tuple[int, int],
+) -> dict[str, Any]:
+    _same(config, target, ("shifted", "patch_norm", "gelu", "norm_eps"))
+    trained = config.pretrained_windows or swin.stage_windows(config, image_size)
+    used = target.pretrained_windows or swin.stage_windows(target, target_image_size)
+    if config.version == 2 and trained != used:
+        raise ValueError(
+            f"these weights of a Swin V2 were trained in windows of {trained}; its positions need to know: "
+            f"set model.pretrained_windows to {trained}"
+        )
+    return adapt_swin(parameters, config, image_size, target=target, target_image_size=target_image_size)
+
+
+def adapt_swin(
+    parameters: Mapping[str, Any],
+    config: swin.SwinConfig,
+    image_size: tuple[int, int],
+    *,
+    target: swin.SwinConfig,
+    target_image_size: tuple[int, int],
+    method: str = "bicubic",
+) -> dict[str, Any]:
+    """Returns the parameters of a model for another window or image size: position tables resized, the rest as it is.
+
+    Args:
+        parameters: nested dict of the model of `config` built for `image_size`.
+        config: what the parameters belong to.
+        image_size: height and width in pixels that they were trained at.
+        target: the config to adapt to, of the same network but for its window.
+        target_image_size: height and width in pixels of the new images.
+        method: "bicubic" as the official code, or "geometric"; see `ops.windows.resize_table`.
+
+    Raises:
+        ValueError: the configs differ in more than their window, or there is no such method.
+    """
+    for field in ("version", "width", "depths", "heads", "patch", "mlp_ratio", "absolute_position", "extra_norm_every"):
+        ours, theirs = getattr(config, field), getattr(target, field)
+        if ours != theirs:
+            raise ValueError(f"weights of a Swin with {field} {ours} cannot become one with {field} {theirs}")
+    windows_after = swin.stage_windows(target, target_image_size)
+    leaves = names.flatten(parameters)
+    for path, leaf in leaves.items():
+        if path.endswith("/relative_position_bias_table"):
+            window = windows_after[int(path.removeprefix("stage").split("/")[0]) - 1]
+            leaves[path] = np.stack([windows.resize_table(np.asarray(table), window, method) for table in leaf])
+        elif path == "position_embedding":
+            old, new = swin.stage_grids(config, image_size)[0], swin.stage_grids(target, target_image_size)[0]
+            leaves[path] = resize_positions(np.asarray(leaf), old, new)
+    return names.unflatten(leaves)
+
+
+def _adapt_vit(
+    parameters: Mapping[str, Any],
+    config: vit.ViTConfig,
+    image_size: tuple[int, int],
+    target: vit.ViTConfig,
+    target_image_size: tuple[int, int],
+) -> dict[str, Any]:
+    numeric = config.layerscale is not None and target.layerscale is not None
+    _same(config, target, [field for field in VIT_FIELDS if not (field == "layerscale" and numeric)])
+    leaves = names.flatten(parameters)
+    if config.pool != target.pool:
+        if (config.pool, target.pool) != ("token", "gap"):
+            raise ValueError(
+                f"weights of a ViT that pools by {config.pool!r} cannot pool by {target.pool!r}; only a class token "
+                f"can be left out, for the mean"
+            )
+        del leaves["class_token"]
+    if target.pre_logits and not config.pre_logits:
+        raise ValueError("model.pre_logits is true, and the weights have no such layer")
+    if not target.pre_logits:
+        leaves = {path: leaf for path, leaf in leaves.items() if not path.startswith("pre_logits/")}
+    if "position_embedding" in leaves:
+        old, new = layers.grid_size(image_size, config.patch), layers.grid_size(target_image_size, target.patch)
+        leaves["position_embedding"] = resize_positions(np.asarray(leaves["position_embedding"]), old, new)
+    leaves["embedding/kernel"] = resize_patch(np.asarray(leaves["embedding/kernel"]), target.patch)
+    return names.unflatten(leaves)
+
+
+def _same(config: Any, target: Any, fields: Sequence[str]) -> None:
+    for field in fields:
+        ours, theirs = getattr(config, field), getattr(target, field)
+        if ours != theirs:
+            raise ValueError(f"the weights' model.{field} is {ours!r}, and {theirs!r} is asked for; set it to {ours!r}")
+
+
+def resize_positions(
+    positions_LD: Float[np.ndarray, "L D"], old: tuple[int, int], new: tuple[int, int]
+) -> Float[np.ndarray, "new_L D"]:
+    """Returns the absolute position embedding of a grid resampled to another, bicubic as the official code."""
+    if old == new:
+        return positions_LD
+    rows, columns = (windows.cubic_weights(before, after) for before, after in zip(old, new, strict=True))
+    resized = np.einsum("ay,bx,yxD->abD", rows, columns, positions_LD.reshape(*old, -1))
+    return resized.reshape(-1, positions_LD.shape[1]).astype(positions_LD.dtype)
+
+
+def linear_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
+    """Returns the matrix that resamples `old` points to `new` ones linearly: half-pixel centres, edges repeated."""
+    centre = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+    left = np.minimum(np.floor(centre).astype(int), max(old - 2, 0))
+    weights = np.zeros((new, old))
+    rows = np.arange(new)
+    weights[rows, left] += 1 - (centre - left)
+    weights[rows, np.minimum(left + 1, old - 1)] += centre - left
+    return weights
+
+
+def resize_patch(kernel: Float[np.ndarray, "R C 3 D"], patch: tuple[int, int]) -> Float[np.ndarray, "R2 C2 3 D"]:
+    """Returns the kernel whose tokens of resized patches are nearest to the old kernel's tokens of the patches.
+
+    The pseudo-inverse of the transposed bilinear resizing (FlexiViT, Beyer et al. 2023, arXiv 2212.08013, section
+    3.4): exact where the new patch is larger. Rows and columns are apart, as the resizing is.
+    """
+    old = kernel.shape[:2]
+    if old == tuple(patch):
+        return kernel
+    rows, columns = (np.linalg.pinv(linear_weights(a, b).T) for a, b in zip(old, patch, strict=True))
+    return np.einsum("ar,bc,rcxD->abxD", rows, columns, kernel.astype(np.float64)).astype(kernel.dtype)
+
+
+def classes(
+    parameters: Mapping[str, Any], num_classes: int, class_map: Sequence[int] | None = None
+) -> dict[str, np.ndarray]:
+    """Returns {"kernel", "bias"} of a classifier for other classes.
+
+    Args:
+        parameters: nested dict of NumPy arrays with "head".
+        num_classes: of the new classifier.
+        class_map: for each new class the old one that it was; None starts afresh, from zero.
+
+    Raises:
+        ValueError: the map is of another length, or names a class that there was not.
+    """
+    head = parameters["head"]
+    old = head["kernel"].shape[1]
+    if class_map is None:
+        if num_classes == old:
+            return dict(head)
+        kernel, bias = np.zeros((head["kernel"].shape[0], num_classes), np.float32), np.zeros(num_classes, np.float32)
+        return {"kernel": kernel, "bias": bias}
+    index = list(class_map)
+    if len(index) != num_classes:
+        raise ValueError(
+            f"the class map has {len(index)} entries, one for each of {num_classes} new classes are needed"
+        )
+    if wrong := [number for number in index if not 0 <= number < old]:
+        raise ValueError(f"the class map names class {wrong[0]}; the weights have classes 0 to {old - 1}")
+    return {"kernel": head["kernel"][:, index], "bias": head["bias"][index]}

@@ -1,0 +1,238 @@
+"""The optimizer of a run: clipping, the scaling of gradients, decoupled weight decay and frozen parameters.
+
+Scaling Vision Transformers (section 3.2) decays the head's kernel a hundred times more than the body's kernels and
+decays nothing else. Decay values are in AdamW's convention: a step takes lr * schedule * decay * parameter away.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from vit_scaling import names
+from vit_scaling.optim.adafactor import factored_axes, scale_by_adafactor
+
+NAMES = ("adafactor", "adam", "sgd", "nesterov")
+DTYPES = ("bfloat16", "float32")
+Tree = Any
+
+# The first rule that matches a parameter's whole path decides which decay it gets.
+DECAY_RULES: tuple[tuple[str, str], ...] = (
+    (r"head/kernel", "head"),
+    # Swin V2's position network and temperatures, and relative position tables, are no weights of the trunk.
+    (r"(.*/)?cpb_mlp/.*", "none"),
+    (r"(.*/)?(relative_position_bias_table|logit_scale|rel_row|rel_col)", "none"),
+    (r"(.*/)?kernel", "body"),
+    (r"(.*/)?(bias|scale|gamma|probe|position_embedding|class_token|registers|mask_token)", "none"),
+    (r"(.*/)?layerscale.*", "none"),
+    # Gaussian heads (attention_cnn); positions inside the blocks of the attention stem (resnet).
+    (r"(.*/)?(centers|spreads|block_row|block_col|mixture)", "none"),
+)
+
+
+@dataclasses.dataclass
+class OptimConfig:
+    """How parameters are updated.
+
+    Attributes:
+        name: "adafactor" (the paper's), "adam", "sgd" (with momentum) or "nesterov" (with Nesterov's).
+        lr: peak learning rate.
+        beta1: decay of the first moment, for "sgd" and "nesterov" of the momentum.
+        beta2: decay of "adam"'s second moment; upper limit of "adafactor"'s.
+        moment_dtype: type in which the first moment is kept, "bfloat16" or "float32".
+        weight_decay: of the body, in AdamW's units: multiplied by the learning rate.
+        head_weight_decay: of the head, likewise.
+        decay_rules: pairs of a regular expression and "head", "body" or "none"; the first one that matches the whole
+            path of a parameter decides, and every parameter must match one.
+        freeze: regular expressions; parameters whose whole path matches one are not trained.
+        clip: largest global norm of the gradient of the trained parameters, or None.
+        ema: decay of an average of the parameters that the step keeps, or None.
+        layer_decay: factor of the learning rate from one layer to the one below it, or None; see `layer_rates`.
+        accumulate: number of equal parts in which the step takes a batch, adding up their gradients.
+    """
+
+    name: str = "adafactor"
+    lr: float = 8e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    moment_dtype: str = "bfloat16"
+    weight_decay: float = 0.03
+    head_weight_decay: float = 3.0
+    decay_rules: tuple[tuple[str, str], ...] = DECAY_RULES
+    freeze: tuple[str, ...] = ()
+    clip: float | None = 1.0
+    ema: float | None = None
+    layer_decay: float | None = None
+    accumulate: int = 1
+
+
+class Row(NamedTuple):
+    """What the optimizer does with one parameter."""
+
+    path: str
+    shape: tuple[int, ...]
+    decay: float
+    frozen: bool
+    factored: bool
+    rates: tuple[float, float] = (1.0, 1.0)  # smallest and largest factor of the learning rate
+
+
+def describe(config: OptimConfig, params: Mapping[str, Any]) -> list[Row]:
+    """Returns one row for each parameter, in the tree's order.
+
+    Args:
+        params: nested dict of arrays or of anything with a `shape`.
+
+    Raises:
+        ValueError: an unknown choice or number, a parameter that no decay rule matches, or a freeze pattern that
+            matches none.
+    """
+    _check(config)
+    decays = {"head": config.head_weight_decay, "body": config.weight_decay, "none": 0.0}
+    leaves = names.flatten(params)
+    for pattern in config.freeze:
+        if not any(re.fullmatch(pattern, path) for path in leaves):
+            raise ValueError(
+                f"optim.freeze: no parameter's whole path matches {pattern!r}; one is {next(iter(leaves))!r}"
+            )
+    rows = []
+    for path, leaf in leaves.items():
+        try:
+            decay = decays[names.first_match(config.decay_rules, path)]
+        except ValueError as error:
+            raise ValueError(f"optim.decay_rules: {error}") from None
+        frozen = any(re.fullmatch(pattern, path) for pattern in config.freeze)
+        factored = config.name == "adafactor" and factored_axes(path, leaf.shape) is not None
+        rows.append(Row(path, tuple(leaf.shape), 0.0 if frozen else decay, frozen, factored and not frozen))
+    if all(row.frozen for row in rows):
+        raise ValueError(f"optim.freeze {config.freeze} matches every parameter; leave some to train")
+    if config.layer_decay is not None:
+        rates = layer_rates(params, config.layer_decay)
+        rows = [row._replace(rates=(float(rates[row.path].min()), float(rates[row.path].max()))) for row in rows]
+    return rows
+
+
+def layer_rates(params: Mapping[str, Any], decay: float) -> dict[str, np.ndarray]:
+    """Returns {path: factor of the learning rate}, float32, that broadcasts against the parameter.
+
+    Of L layers, the patches and what is added to them have decay^(L + 1), block i of 1..L decay^(L + 1 - i), the rest,
+    from the last norm to the head, 1 (Clark et al. 2020, ELECTRA; BEiT, arXiv 2106.08254). A merge belongs to the last
+    block of its stage. Stacked parameters have one factor a layer.
+
+    Raises:
+        ValueError: the parameters are not those of a ViT or Swin.
+    """
+    leaves = names.flatten(params)
+    stacks: dict[str, tuple[int, int]] = {}  # prefix of a stack: its first layer, its layers
+    total = 0
+    for path, leaf in leaves.items():
+        prefix = path.partition(names.STACK + "/")[0] if names.stacked_dims(path) else None
+        if prefix is not None and prefix not in stacks and "extra_norm" not in path:
+            pairs = f"/{names.STACK}/plain/" in f"/{path}" or f"/{names.STACK}/shifted/" in f"/{path}"
+            stacks[prefix] = total, leaf.shape[0] * (2 if pairs else 1)
+            total += stacks[prefix][1]
+    return {path: _rate(path, leaf, decay, stacks, total) for path, leaf in leaves.items()}
+
+
+def _rate(path: str, leaf: Any, decay: float, stacks: Mapping[str, tuple[int, int]], total: int) -> np.ndarray:
+    first_room, rest = path.split("/")[0], path.partition(names.STACK + "/")[2]
+    if first_room in ("embedding", "embedding_norm", "position_embedding", "class_token", "registers"):
+        layer: Any = 0
+    elif first_room in ("norm", "pool", "pre_logits", "head"):
+        layer = total + 1
+    elif (prefix := path.removesuffix(rest).removesuffix(names.STACK + "/")) in stacks and rest:
+        first, count = stacks[prefix]
+        step = count // leaf.shape[0]
+        layer = first + 1 + step * np.arange(leaf.shape[0]) + (1 if rest.startswith("shifted/") else 0)
+    elif f"{first_room}/" in stacks:
+        layer = sum(stacks[f"{first_room}/"])
+    else:
+        raise ValueError(f"optim.layer_decay knows the layers of a ViT or Swin, and not where {path!r} belongs")
+    rate = np.asarray(decay ** (total + 1.0 - layer), np.float32)
+    return rate.reshape(rate.shape + (1,) * (len(leaf.shape) - rate.ndim))
+
+
+def create(config: OptimConfig, params: Mapping[str, Any]) -> optax.GradientTransformation:
+    """Returns the transformation of gradients into a direction, for parameters like `params`.
+
+    `update(grads, state, params)` gives `scaled gradient + decay * parameter`, zeros for frozen parameters. It does
+    not know the learning rate: the step subtracts `lr * schedule(step) * direction`, so that the schedule follows the
+    global step even when an update was skipped. The state is the scaling's own; frozen parameters have none.
+
+    Args:
+        params: nested dict of arrays or of anything with a `shape`; only paths and shapes are read.
+
+    Raises:
+        ValueError: as `describe`.
+    """
+    rows = describe(config, params)
+    frozen = {row.path for row in rows if row.frozen}
+    decay = {row.path: row.decay for row in rows}
+    rates = {} if config.layer_decay is None else layer_rates(params, config.layer_decay)
+    inner = _scaling(config)
+
+    def trained(tree: Tree) -> Tree:
+        return names.unflatten({path: leaf for path, leaf in names.flatten(tree).items() if path not in frozen})
+
+    def init(params: Tree) -> optax.OptState:
+        return inner.init(trained(params))
+
+    def update(grads: Tree, state: optax.OptState, params: Tree = None) -> tuple[Tree, optax.OptState]:
+        assert params is not None, "weight decay needs the parameters"
+        kept = trained(grads)
+        if config.clip is not None:
+            clip = optax.clip_by_global_norm(config.clip)
+            kept, _ = clip.update(kept, clip.init(kept))
+        # optax's Adam and momentum add a float32 gradient to a bfloat16 moment and rely on promotion to float32.
+        with jax.numpy_dtype_promotion("standard"):
+            scaled, state = inner.update(kept, state)
+        scaled = names.flatten(scaled)
+        direction = {
+            path: jnp.zeros_like(param) if path in frozen else scaled[path] + decay[path] * param
+            for path, param in names.flatten(params).items()
+        }
+        direction |= {path: rate * direction[path] for path, rate in rates.items()}
+        return names.unflatten(direction), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def ema_update(ema: Tree, params: Tree, decay: float) -> Tree:
+    """Returns decay * ema + (1 - decay) * params, leaf by leaf (Polyak averaging)."""
+    return jax.tree.map(lambda average, param: average + (1.0 - decay) * (param - average), ema, params)
+
+
+def _scaling(config: OptimConfig) -> optax.GradientTransformation:
+    dtype = jnp.dtype(config.moment_dtype)
+    if config.name == "adafactor":
+        return scale_by_adafactor(momentum=config.beta1, momentum_dtype=dtype, beta2_cap=config.beta2)
+    if config.name == "adam":
+        return optax.scale_by_adam(b1=config.beta1, b2=config.beta2, mu_dtype=dtype)
+    return optax.trace(decay=config.beta1, nesterov=config.name == "nesterov", accumulator_dtype=dtype)
+
+
+def _check(config: OptimConfig) -> None:
+    for name, choices in (("name", NAMES), ("moment_dtype", DTYPES)):
+        if getattr(config, name) not in choices:
+            raise ValueError(f"optim.{name} is {getattr(config, name)!r}; choose one of {', '.join(choices)}")
+    if config.layer_decay is not None and not 0 < config.layer_decay <= 1:
+        raise ValueError(f"optim.layer_decay is {config.layer_decay}; a factor lies above 0 and at most at 1")
+    for name in ("beta1", "beta2", "ema"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < 1:
+            raise ValueError(f"optim.{name} is {value}; a decay lies in [0, 1)")
+    for name in ("lr", "weight_decay", "head_weight_decay"):
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"optim.{name} is {getattr(config, name)}; it cannot be negative")
+    if config.clip is not None and not config.clip > 0:
+        raise ValueError(f"optim.clip is {config.clip}; give a positive norm, or None for no clipping")
+    if config.accumulate < 1:
+        raise ValueError(f"optim.accumulate is {config.accumulate}; give at least 1")
+    for pattern, target in config.decay_rules:
+        if target not in ("head", "body", "none"):
+            raise ValueError(f"optim.decay_rules gives {pattern!r} the decay {target!r}; choose head, body or none")

@@ -1,0 +1,75 @@
+"""A sweep: one experiment with every combination of some fields' values, the best chosen on held-out data.
+
+Which runs those are, and the table of what came out. `runner.py` runs them, each in a process and folder of its own.
+"""
+
+import copy
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vit_scaling.config import Config
+from vit_scaling.data.sources import open_source
+from vit_scaling.studies import runner, scaling
+from vit_scaling.studies.runner import Job
+
+
+@dataclasses.dataclass
+class GridConfig:
+    """A sweep over fields of a config.
+
+    Attributes:
+        base: every run's config, but for the fields below.
+        fields: pairs of a field, such as "optim.lr", and the values it takes.
+        metric: by which the best run is chosen: held-out data, not the test set.
+    """
+
+    base: Config
+    fields: tuple[tuple[str, tuple[Any, ...]], ...]
+    metric: str = "validation/accuracy"
+
+
+def plan(grid: GridConfig) -> list[Job]:
+    """Returns one job for each combination, the last field changing fastest.
+
+    Raises:
+        ValueError: a field without values, or the config has no such field.
+    """
+    if empty := [field for field, values in grid.fields if not values]:
+        raise ValueError(f"fields gives {empty[0]!r} no values")
+    examples = len(open_source(grid.base.data.train))
+    jobs = []
+    for number, values in enumerate(itertools.product(*(values for _, values in grid.fields))):
+        config = copy.deepcopy(grid.base)
+        for (field, _), value in zip(grid.fields, values, strict=True):
+            scaling.override(config, field, value)
+        steps = config.duration.to_steps(config.data.batch_size, examples)
+        jobs.append(Job(f"run{number:03d}", "grid", number, config, steps, steps, examples))
+    return jobs
+
+
+def table(grid: GridConfig, jobs: Sequence[Job], workdir: Path) -> str:
+    """Returns the finished runs as a Markdown table, best first by the metric.
+
+    Raises:
+        ValueError: a run did not measure the metric.
+    """
+    rows = []
+    for job in jobs:
+        if not runner.done(job, workdir):
+            continue
+        metrics = json.loads((runner.folder(workdir, job.name) / "result.json").read_text())["metrics"]
+        if grid.metric not in metrics:
+            raise ValueError(f"metric is {grid.metric!r}, but runs measured {', '.join(sorted(metrics))}")
+        rows.append((metrics[grid.metric], job, metrics))
+    rows.sort(key=lambda row: (-row[0], row[1].name))
+    measured = [grid.metric, *sorted({name for *_, metrics in rows for name in metrics} - {grid.metric})]
+    header = ["run", *(field for field, _ in grid.fields), *measured]
+    lines = [header, ["---"] * len(header)]
+    for _, job, metrics in rows:
+        values = [str(scaling.value_of(job.config, field)) for field, _ in grid.fields]
+        lines.append([job.name, *values, *(f"{metrics[name]:.4f}" if name in metrics else "" for name in measured)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

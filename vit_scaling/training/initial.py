@@ -1,0 +1,134 @@
+"""Weights to start from or to look at: a file of any layout, or a checkpoint of a run."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_scaling import interop
+from vit_scaling.config import Config
+from vit_scaling.interop import Weights, native
+from vit_scaling.models import ModelConfig
+from vit_scaling.training import checkpoint
+from vit_scaling.training.step import Program, TrainState
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """Returns the checkpoint that a path names, `<workdir>/checkpoints/<step>` or a workdir's newest; None if none.
+
+    Raises:
+        ValueError: a workdir without a complete checkpoint.
+    """
+    if path.name.isdigit() and (path.parent.parent / "config.json").exists():
+        return path
+    if not (path / "config.json").exists() or not (path / "checkpoints").is_dir():
+        return None
+    steps = checkpoint.steps(path / "checkpoints")
+    if not steps:
+        raise ValueError(f"the run {path} has no complete checkpoint yet")
+    return path / "checkpoints" / str(steps[-1])
+
+
+def record_of(found: Path) -> dict[str, Any]:
+    """Returns what config.json of a checkpoint's run says."""
+    return json.loads((found.parent.parent / "config.json").read_text())
+
+
+def describe(path: str | Path) -> tuple[ModelConfig, tuple[int, int], int | None]:
+    """Returns (model config, image size, classes or None) of weights, without reading them.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = find_checkpoint(Path(path))
+    if found is None:
+        return interop.describe(path)
+    config = record_of(found)["config"]
+    height, width = config["data"]["transform"]["size"]
+    return native.model_config(config["model"]), (height, width), None
+
+
+def read(
+    path: str | Path,
+    model_config: ModelConfig | None = None,
+    *,
+    image_size: tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    class_map: Sequence[int] | None = None,
+    ignore: Sequence[str] = (),
+    ema: bool = False,
+) -> Weights:
+    """Reads weights, as `interop.read` does, from a file, a folder, or a checkpoint of a run.
+
+    Args:
+        ema: of a checkpoint, its average of the parameters.
+
+    Raises:
+        ValueError: as `interop.read`; or the run keeps no average.
+    """
+    found = find_checkpoint(Path(path))
+    if found is None:
+        if ema:
+            raise ValueError(f"{path} is no checkpoint of a run, and weight files hold no average of parameters")
+        return interop.read(
+            path, model_config, image_size=image_size, num_classes=num_classes, class_map=class_map, ignore=ignore
+        )
+    config, size, _ = describe(found)
+    parts = checkpoint.restore_arrays(found, ("ema" if ema else "params", "statistics"))
+    parameters = parts["ema" if ema else "params"]
+    if not parameters:
+        raise ValueError(f"the run of {found} keeps no average of its parameters; leave ema out")
+    classes = parameters["head"]["kernel"].shape[1]
+    weights = Weights(config, size, classes, parameters, parts["statistics"], "vit_scaling", False)
+    return interop.adapted(weights, model_config, image_size=image_size, num_classes=num_classes, class_map=class_map)
+
+
+def start_of(config: Config, num_classes: int, workdir: Path) -> Weights | None:
+    """Returns the weights that a run starts from; None if from random ones, or from its own checkpoint.
+
+    Raises:
+        ValueError: they cannot be read, or are no weights of the config's model; nothing is written.
+    """
+    init = config.init
+    if not init.path or checkpoint.steps(workdir / "checkpoints"):
+        return None
+    if init.keep_head and init.class_map:
+        raise ValueError("init.keep_head and init.class_map exclude each other; set one of them")
+    weights = read(
+        init.path,
+        config.model,
+        image_size=config.data.transform.size,
+        num_classes=num_classes,
+        class_map=init.class_map or None,
+        ignore=init.ignore,
+        ema=init.ema,
+    )
+    if init.keep_head and weights.fresh_head:
+        raise ValueError(f"init.keep_head: {init.path} has no classifier of {num_classes} classes to keep")
+    if not init.keep_head and not init.class_map:
+        kernel = weights.parameters["head"]["kernel"]
+        bias = np.full(num_classes, config.loss.head_bias, np.float32)
+        weights.parameters["head"] = {"kernel": np.zeros_like(kernel), "bias": bias}
+    return weights
+
+
+def begin(program: Program, weights: Weights | None) -> TrainState:
+    """Returns the state before the first step: as initialised, with these weights where there are some."""
+    state = program.init()
+    if weights is None:
+        return state
+
+    def place(shape: jax.ShapeDtypeStruct, array: np.ndarray) -> jax.Array:
+        # Every process has read the whole array; each device gets its part.
+        return jax.make_array_from_callback(shape.shape, shape.sharding, lambda index: array[index])
+
+    shapes = program.state_shape
+    params = jax.tree.map(place, shapes.params, weights.parameters)
+    statistics = jax.tree.map(place, shapes.statistics, weights.statistics)
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+    return dataclasses.replace(state, params=params, statistics=statistics, ema=ema)
