@@ -27,6 +27,7 @@ Run by us: digits, see docs/finetuning.md; the rest `smoke` only.
 import functools
 import os
 
+from vit_scaling import UserError
 from vit_scaling import config as c
 from vit_scaling.data.images.transforms import TransformConfig
 from vit_scaling.data.loader import DataConfig
@@ -53,17 +54,17 @@ def get_config(arg: str | None = None) -> c.Config:
     words = [word for word in (arg or "B/16,cifar10").split(",") if word != "smoke"]
     smoke = len(words) < len((arg or "B/16,cifar10").split(","))
     if len(words) < 2 or words[1] not in DATA:
-        raise ValueError(f"write finetune.py:MODEL,DATA with DATA one of {', '.join(DATA)}; this is {arg!r}")
+        raise UserError(f"write finetune.py:MODEL,DATA with DATA one of {', '.join(DATA)}; this is {arg!r}")
     kind, name, train, held_out, test, steps, warmup = DATA[words[1]]
     settings = dict(word.split("=", 1) for word in words[2:] if "=" in word)
     flags = [word for word in words[2:] if "=" not in word]
     if unknown := [*(settings.keys() - {"res", "crop"}), *(set(flags) - set(WORDS))]:
-        raise ValueError(f"finetune.py takes no {unknown[0]!r}; it takes res=384, crop=inception, {', '.join(WORDS)}")
+        raise UserError(f"finetune.py takes no {unknown[0]!r}; it takes res=384, crop=inception, {', '.join(WORDS)}")
     size = c.image_size("finetune.py's res", settings.get("res", "384"))
     # A window cut from a square would see less of an image than the whole one that is evaluated, stretched.
     crop = settings.get("crop", "random" if size[0] == size[1] else "inception")
     if crop not in CROPS:
-        raise ValueError(f"finetune.py's crop is {crop!r}; choose one of {', '.join(CROPS)}")
+        raise UserError(f"finetune.py's crop is {crop!r}; choose one of {', '.join(CROPS)}")
 
     path, model = _model(words[0])
     source = functools.partial(SourceConfig, kind, name)

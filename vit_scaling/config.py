@@ -10,6 +10,7 @@ import functools
 import json
 from typing import Any
 
+from vit_scaling import UserError
 from vit_scaling.data.images.transforms import TransformConfig
 from vit_scaling.data.loader import DataConfig
 from vit_scaling.data.sources import SourceConfig
@@ -128,7 +129,7 @@ def arguments(arg: str | None, *, variants: tuple[str, ...] | None, default: str
         default: the variant if none is given.
 
     Raises:
-        ValueError: there is no such variant.
+        UserError: there is no such variant.
     """
     words = [word for word in (arg or "").split(",") if word]
     smoke = "smoke" in words
@@ -136,7 +137,7 @@ def arguments(arg: str | None, *, variants: tuple[str, ...] | None, default: str
     if len(words) > 1 or (variants is not None and any(word not in variants for word in words)):
         choices = f"choose one of {', '.join(variants)}" if variants else "it takes a variant"
         choices = choices if variants is None or variants else "it takes none"
-        raise ValueError(f"the config has no variant {','.join(words)!r}; {choices}, and smoke for a run of seconds")
+        raise UserError(f"the config has no variant {','.join(words)!r}; {choices}, and smoke for a run of seconds")
     return Arguments(variant=words[0] if words else "", smoke=smoke)
 
 
@@ -144,11 +145,11 @@ def image_size(name: str, text: str) -> tuple[int, int]:
     """Returns (height, width) of "384" or "512x384".
 
     Raises:
-        ValueError: it is no size; the sentence begins with `name`.
+        UserError: it is no size; the sentence begins with `name`.
     """
     sides = text.split("x")
     if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
-        raise ValueError(f"{name} is {text!r}; write 384, or 512x384 for height and width")
+        raise UserError(f"{name} is {text!r}; write 384, or 512x384 for height and width")
     return int(sides[0]), int(sides[-1])
 
 
@@ -199,30 +200,30 @@ def check(config: Config) -> None:
     """Raises ValueError, in one sentence, for what can be seen to be wrong before any file or device is touched."""
     losses.check(config.loss)
     if config.data.batch_size < 1:
-        raise ValueError(f"data.batch_size is {config.data.batch_size}; it must be at least 1")
+        raise UserError(f"data.batch_size is {config.data.batch_size}; it must be at least 1")
     for name, value in (
         ("log.stop_after_skipped", config.log.stop_after_skipped),
         ("log.profile_steps", config.log.profile_steps),
         ("checkpoint.keep", config.checkpoint.keep),
     ):
         if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+            raise UserError(f"{name} is {value}; it must be at least 1")
     if config.log.watchdog < 0:
-        raise ValueError(f"log.watchdog is {config.log.watchdog:g} seconds; it must be positive, or 0 for no watchdog")
+        raise UserError(f"log.watchdog is {config.log.watchdog:g} seconds; it must be positive, or 0 for no watchdog")
     if config.evaluation.fewshot is not None and not config.evaluation.fewshot.shots:
-        raise ValueError("evaluation.fewshot.shots is empty; name at least one number of shots")
+        raise UserError("evaluation.fewshot.shots is empty; name at least one number of shots")
 
 
 def resolve(config: Config, examples_per_epoch: int) -> Config:
     """Returns the config with every duration in whole steps.
 
     Raises:
-        ValueError: a field that `check` refuses, a batch larger than the training set, or a duration that cannot be
+        UserError: a field that `check` refuses, a batch larger than the training set, or a duration that cannot be
             counted in steps; the sentence names the field.
     """
     check(config)
     if config.data.batch_size > examples_per_epoch:
-        raise ValueError(
+        raise UserError(
             f"data.batch_size {config.data.batch_size} is larger than the training set of {examples_per_epoch} examples"
         )
 
@@ -230,9 +231,9 @@ def resolve(config: Config, examples_per_epoch: int) -> Config:
         try:
             count = duration.to_steps(config.data.batch_size, examples_per_epoch)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            raise UserError(f"{name}: {error}") from None
         if count < least:
-            raise ValueError(f"{name} is {duration.amount:g} {duration.unit}; it must be at least {least} step")
+            raise UserError(f"{name} is {duration.amount:g} {duration.unit}; it must be at least {least} step")
         return Duration(count, "steps")
 
     return dataclasses.replace(

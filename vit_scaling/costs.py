@@ -13,7 +13,7 @@ from pathlib import Path
 
 from absl import flags
 
-from vit_scaling import cli
+from vit_scaling import UserError, cli
 
 # Every model of configs/, at its published sizes.
 PUBLISHED = {
@@ -38,19 +38,19 @@ def line(name: str, num_classes: int) -> tuple[str, ...]:
     """Returns one row of the table: the experiment `FILE.py[:ARGUMENT]`, its image, and what its model costs.
 
     Raises:
-        ValueError: the file is no experiment's, or has no such variant.
+        UserError: the file is no experiment's, or has no such variant.
     """
     from vit_scaling import flops
 
     file, _, argument = name.partition(":")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     if spec is None or spec.loader is None or not Path(file).is_file():
-        raise ValueError(f"there is no config file {file!r}")
+        raise UserError(f"there is no config file {file!r}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     experiment = module.get_config(argument)
     if not hasattr(experiment, "model"):
-        raise ValueError(f"{file} has no model of its own; name a single experiment's file")
+        raise UserError(f"{file} has no model of its own; name a single experiment's file")
     size = experiment.data.transform.size
     cost = flops.count(experiment.model, image_size=size, num_classes=num_classes)
     return (

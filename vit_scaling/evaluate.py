@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from vit_scaling import cli
+from vit_scaling import UserError, cli
 
 _WEIGHTS = flags.DEFINE_string("weights", None, "Run, checkpoint, weight file or folder.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for evaluation.json and evaluation.png.", required=True)
@@ -96,7 +96,7 @@ def _parse(flag: str, text: str):
     # A split may have colons too, within its brackets.
     found = re.fullmatch(r"([^:]+):(.+?):((?:[^:\[\]]|\[[^\]]*\])+)", text)
     if not found:
-        raise ValueError(f"{flag} is {text!r}; write KIND:NAME:SPLIT, such as builtin:mnist:test")
+        raise UserError(f"{flag} is {text!r}; write KIND:NAME:SPLIT, such as builtin:mnist:test")
     kind, name, split = found.groups()
     return SourceConfig(kind, name, split, data_dir=_DATA_DIR.value)
 
@@ -108,7 +108,7 @@ def _source(run: dict[str, Any] | None):
 
     own = None if run is None else run["evaluation"]["test"] or run["evaluation"]["validation"]
     if own is None:
-        raise ValueError("--data must be given: these weights name no set of their own")
+        raise UserError("--data must be given: these weights name no set of their own")
     return SourceConfig(**own)
 
 

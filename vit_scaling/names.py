@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from vit_scaling import UserError
+
 T = TypeVar("T")
 
 STACK = "blocks"
@@ -48,10 +50,10 @@ def first_match(rules: Sequence[tuple[str, T]], path: str) -> T:
     """Returns the value of the first rule whose regular expression matches all of `path`.
 
     Raises:
-        ValueError: no rule matches.
+        UserError: no rule matches.
     """
     for pattern, value in rules:
         if re.fullmatch(pattern, path):
             return value
     patterns = ", ".join(repr(pattern) for pattern, _ in rules)
-    raise ValueError(f"no rule names the parameter {path!r}; the rules are {patterns}: add one that matches it")
+    raise UserError(f"no rule names the parameter {path!r}; the rules are {patterns}: add one that matches it")

@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import flags
 
-from vit_scaling import cli
+from vit_scaling import UserError, cli
 
 _CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "The machine: v5e:4x4, v5p:8x8x8, gpu:h100x8.", required=True)
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     machine = chips.topology(_TOPOLOGY.value, _SLICES.value)
     config = _CONFIG.value
     if not isinstance(config, config_lib.Config):
-        raise ValueError("--config names no single run; a study's runs are planned one at a time")
+        raise UserError("--config names no single run; a study's runs are planned one at a time")
     examples, num_classes, multi_label = _data(config)
     config = config_lib.resolve(config, examples)
     if machine.slices > 1 and config.mesh.replica == 1:
@@ -91,7 +91,7 @@ def _data(config: Any) -> tuple[int, int, bool]:
             in_epochs = "epochs" in json.dumps(_units(config))
             if _NUM_CLASSES.value is None or (in_epochs and _EXAMPLES.value is None):
                 flag = "--num_classes and --examples" if in_epochs else "--num_classes"
-                raise ValueError(f"the training set is not here ({error}); give {flag}") from None
+                raise UserError(f"the training set is not here ({error}); give {flag}") from None
             examples, num_classes, multi_label = 2**40, _NUM_CLASSES.value, _MULTI_LABEL.value
     return _EXAMPLES.value or examples, _NUM_CLASSES.value or num_classes, multi_label
 
@@ -103,7 +103,7 @@ def _units(config: Any) -> list[str]:
 
 def _positive(text: str) -> int:
     if not text.isdigit() or not int(text):
-        raise ValueError(f"--batch_sizes has {text!r}; give positive numbers, such as 1024,4096")
+        raise UserError(f"--batch_sizes has {text!r}; give positive numbers, such as 1024,4096")
     return int(text)
 
 

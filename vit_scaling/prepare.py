@@ -19,7 +19,7 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
-from vit_scaling import cli
+from vit_scaling import UserError, cli
 from vit_scaling.data import records
 from vit_scaling.data.prepare import shards
 from vit_scaling.data.prepare.job import prepare
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"{output} is whole: " + ", ".join(f"{split} {count:,}" for split, count in counts.items()))
         return
     if _INPUT.value is None:
-        raise ValueError("--input is missing: name a folder of images, of tar shards or of IDX files")
+        raise UserError("--input is missing: name a folder of images, of tar shards or of IDX files")
     work = Work(
         on_corrupt=_ON_CORRUPT.value,
         shorter_side=_SHORTER_SIDE.value,

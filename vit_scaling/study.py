@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
-from vit_scaling import cli
+from vit_scaling import UserError, cli
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the study.", required=True)
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
 
     workdir, study = Path(_WORKDIR.value), _CONFIG.value
     if not isinstance(study, scaling.StudyConfig | grid.GridConfig):
-        raise ValueError("--config names no study but a single run's config; train.py runs those")
+        raise UserError("--config names no study but a single run's config; train.py runs those")
     jobs = grid.plan(study) if isinstance(study, grid.GridConfig) else scaling.plan(study, workdir)
     if _ONLY.value:
         _run_one(jobs, workdir, _ONLY.value)
@@ -86,7 +86,7 @@ def _run_one(jobs: Sequence, workdir: Path, name: str) -> None:
 
     job = next((job for job in jobs if job.name == name), None)
     if job is None:
-        raise ValueError(f"--only={name} names no run of the study; the first is {jobs[0].name}")
+        raise UserError(f"--only={name} names no run of the study; the first is {jobs[0].name}")
     with runner.lock(workdir, name):
         result = loop.train(job.config, runner.folder(workdir, name))
     if "interrupted" in result:

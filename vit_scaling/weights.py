@@ -17,7 +17,7 @@ from pathlib import Path
 
 from absl import flags
 
-from vit_scaling import cli
+from vit_scaling import UserError, cli
 
 COMMANDS = ("import", "export", "show")
 LAYOUTS = ("huggingface", "timm", "vit_scaling")
@@ -35,7 +35,7 @@ _EMA = flags.DEFINE_bool("ema", False, "Of a run: its average of the parameters.
 def main(argv: Sequence[str]) -> None:
     command = argv[1]
     if command != "show" and not _OUTPUT.value:
-        raise ValueError(f"weights {command} needs --output, a new folder")
+        raise UserError(f"weights {command} needs --output, a new folder")
     # Heavy imports wait until the flags are known to be good, so that a typo is answered at once.
     from vit_scaling import config as config_lib
     from vit_scaling import interop
@@ -76,7 +76,7 @@ def _class_map(path: str | None) -> list[int] | None:
         return None
     lines = Path(path).read_text().split()
     if wrong := [line for line in lines if not line.isdigit()]:
-        raise ValueError(f"--classes={path} must hold one class number a line; {wrong[0]!r} is none")
+        raise UserError(f"--classes={path} must hold one class number a line; {wrong[0]!r} is none")
     return [int(line) for line in lines]
 
 

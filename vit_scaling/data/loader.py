@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from vit_scaling import UserError
 from vit_scaling.data.images.codec import CorruptImageError
 from vit_scaling.data.images.transforms import Transform, TransformConfig
 from vit_scaling.data.mixing import MixingConfig
@@ -93,19 +94,19 @@ def train_batches(
         [rows, classes]}, where rows = batch_size * len(parts) / part_count.
 
     Raises:
-        ValueError: the batch is larger than the data set or cannot be divided, or a number is out of range. While
+        UserError: the batch is larger than the data set or cannot be divided, or a number is out of range. While
             reading: a record cannot be read, or is corrupt and `on_corrupt` is "error"; the message names it.
         RuntimeError: while reading: a record is stuck, or a worker process died; the message names the records.
     """
     rows = _rows(batch_size, parts, part_count)
     if batch_size > len(source):
-        raise ValueError(f"the batch of {batch_size} is larger than the data set of {len(source)} examples")
+        raise UserError(f"the batch of {batch_size} is larger than the data set of {len(source)} examples")
     if not 0 <= seed < 2**32:
-        raise ValueError(f"the data seed {seed} must be at least 0 and below 2^32")
+        raise UserError(f"the data seed {seed} must be at least 0 and below 2^32")
     if start_step < 0:
-        raise ValueError(f"the first step {start_step} cannot be negative")
+        raise UserError(f"the first step {start_step} cannot be negative")
     if repeats < 1:
-        raise ValueError(f"data.repeats is {repeats} and must be at least 1")
+        raise UserError(f"data.repeats is {repeats} and must be at least 1")
     board = _board(workers, threads, prefetch)
     read = _Read(source, transform, on_corrupt, board)
     examples = _TrainExamples(read, endless(source, seed), seed, repeats)
@@ -133,11 +134,11 @@ def eval_batches(
     process yields the same number of batches.
 
     Raises:
-        ValueError: the batch cannot be divided, or the source is empty.
+        UserError: the batch cannot be divided, or the source is empty.
     """
     rows = _rows(batch_size, parts, part_count)
     if not len(source):
-        raise ValueError("the evaluation set is empty")
+        raise UserError("the evaluation set is empty")
     board = _board(workers, threads, prefetch)
     examples = _EvalExamples(_Read(source, transform, on_corrupt, board))
     steps = range(-(-len(source) // batch_size))
@@ -194,7 +195,7 @@ class _Read:
 
     def __init__(self, source: Source, transform: Transform, on_corrupt: str, board: Board):
         if on_corrupt not in ON_CORRUPT:
-            raise ValueError(f"data.on_corrupt is {on_corrupt!r}; choose one of {', '.join(ON_CORRUPT)}")
+            raise UserError(f"data.on_corrupt is {on_corrupt!r}; choose one of {', '.join(ON_CORRUPT)}")
         self.source = source
         self.transform = transform
         self._skip = on_corrupt == "skip"
@@ -213,7 +214,7 @@ class _Read:
             logging.warning("%s; skipped", message)
             return None
         except (ValueError, OSError, RuntimeError, cv2.error) as error:
-            raise ValueError(f"{self.source.id(index)} cannot be read: {error}") from error
+            raise UserError(f"{self.source.id(index)} cannot be read: {error}") from error
         finally:
             self._board.end()
 
@@ -284,14 +285,14 @@ class _Rows:
 def _board(workers: int, threads: int, prefetch: int) -> Board:
     for name, value, low in (("workers", workers, 0), ("threads", threads, 1), ("prefetch", prefetch, 1)):
         if value < low:
-            raise ValueError(f"data.{name} is {value} and must be at least {low}")
+            raise UserError(f"data.{name} is {value} and must be at least {low}")
     return Board(max(workers, 1), threads)
 
 
 def _rows(batch_size: int, parts: Sequence[int], part_count: int) -> list[int]:
     if batch_size < 1 or batch_size % part_count:
-        raise ValueError(f"batch_size {batch_size} must be a positive multiple of its {part_count} parts")
+        raise UserError(f"batch_size {batch_size} must be a positive multiple of its {part_count} parts")
     if not parts or not all(0 <= part < part_count for part in parts):
-        raise ValueError(f"parts {tuple(parts)} of a batch must be at least 0 and below part_count {part_count}")
+        raise UserError(f"parts {tuple(parts)} of a batch must be at least 0 and below part_count {part_count}")
     size = batch_size // part_count
     return [row for part in parts for row in range(part * size, (part + 1) * size)]

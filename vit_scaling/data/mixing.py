@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt8
 
+from vit_scaling import UserError
+
 GRANULARITIES = ("batch", "example")
 
 
@@ -41,14 +43,14 @@ def validate(config: MixingConfig) -> None:
     """Raises ValueError, naming the field, if `config` cannot be meant."""
     for name in ("mixup", "cutmix"):
         if (value := getattr(config, name)) < 0:
-            raise ValueError(
+            raise UserError(
                 f"mixing.{name} is the parameter of a Beta distribution and cannot be {value}; 0 turns it off"
             )
     for name in ("switch", "probability"):
         if not 0 <= (value := getattr(config, name)) <= 1:
-            raise ValueError(f"mixing.{name} is a probability and cannot be {value}; give a number from 0 to 1")
+            raise UserError(f"mixing.{name} is a probability and cannot be {value}; give a number from 0 to 1")
     if config.per not in GRANULARITIES:
-        raise ValueError(f"mixing.per is {config.per!r}; choose one of {', '.join(GRANULARITIES)}")
+        raise UserError(f"mixing.per is {config.per!r}; choose one of {', '.join(GRANULARITIES)}")
 
 
 def mix(
@@ -70,7 +72,7 @@ def mix(
         for the image; cutmix's is 0 inside a box and 1 outside it, and its target weight is the share outside.
 
     Raises:
-        ValueError: a field of `config` is out of range.
+        UserError: a field of `config` is out of range.
     """
     validate(config)
     if not config.mixup and not config.cutmix:

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from vit_scaling import UserError
+
 FORMAT = "vit_scaling records 1"
 MANIFEST = "manifest.json"
 MAGIC = b"VSR1"
@@ -36,7 +38,7 @@ def pack(identity: str, label: int | list[int], image: bytes | np.ndarray) -> by
     header |= {"labels": label} if isinstance(label, list) else {"label": label}
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8:
-            raise ValueError(f"record {identity!r}: a raw image must be uint8, not {image.dtype}")
+            raise UserError(f"record {identity!r}: a raw image must be uint8, not {image.dtype}")
         header["shape"] = list(image.shape)
         image = image.tobytes()
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -47,10 +49,10 @@ def unpack(record: bytes) -> tuple[dict[str, Any], bytes | np.ndarray]:
     """Returns (header, image) of a record: the inverse of `pack`.
 
     Raises:
-        ValueError: the bytes are not such a record.
+        UserError: the bytes are not such a record.
     """
     if record[:4] != MAGIC:
-        raise ValueError(f"not a record of this project: it begins with {record[:4]!r} and not with {MAGIC!r}")
+        raise UserError(f"not a record of this project: it begins with {record[:4]!r} and not with {MAGIC!r}")
     start = 8 + struct.unpack_from("<I", record, 4)[0]
     header = json.loads(record[8:start])
     image: bytes | np.ndarray = record[start:]

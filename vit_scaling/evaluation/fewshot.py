@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from vit_scaling import UserError
 from vit_scaling.config import FewShotConfig
 from vit_scaling.data.images.transforms import transform
 from vit_scaling.data.loader import DataConfig
@@ -71,14 +72,14 @@ def choose(labels: Int[np.ndarray, "N"], shots: int, seed: int, num_classes: int
     """Returns the indices of `shots` examples of each class: the first of a random order of that class.
 
     Raises:
-        ValueError: a class has fewer examples.
+        UserError: a class has fewer examples.
     """
     generator = np.random.default_rng(seed)
     chosen = []
     for label in range(num_classes):
         members = np.flatnonzero(labels == label)
         if len(members) < shots:
-            raise ValueError(
+            raise UserError(
                 f"few-shot evaluation wants {shots} examples of each class; class {label} has {len(members)}"
             )
         chosen.append(generator.permutation(members)[:shots])
@@ -109,14 +110,14 @@ class FewShot:
         config: sources, transform, shots, seeds, penalty.
 
     Raises:
-        ValueError: labels are multi-hot, or a class has too few examples.
+        UserError: labels are multi-hot, or a class has too few examples.
     """
 
     def __init__(self, config: FewShotConfig):
         train, test = open_source(config.train), open_source(config.test)
         transform(config.transform, train=False)
         if train.multi_label or test.multi_label:
-            raise ValueError("few-shot evaluation needs one label an image; its sources have several")
+            raise UserError("few-shot evaluation needs one label an image; its sources have several")
         self._config, self._test = config, test
         self._num_classes = max(train.num_classes, test.num_classes)
         labels = np.asarray([train[index]["label"] for index in range(len(train))])

@@ -9,6 +9,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.special import expit, logsumexp, softmax
 
+from vit_scaling import UserError
+
 BINS = 15
 
 
@@ -41,17 +43,17 @@ def report(
         loss: "softmax" or "sigmoid", which the model was trained with: it says what probability a logit means.
 
     Raises:
-        ValueError: no image has a label, or a label is none of the model's classes.
+        UserError: no image has a label, or a label is none of the model's classes.
     """
     classes = logits_NM.shape[1]
     if labels.ndim == 1 and len(labels) and not 0 <= labels.min() <= labels.max() < classes:
-        raise ValueError(f"a label is {labels.max()}, and the model has the classes 0 to {classes - 1}")
+        raise UserError(f"a label is {labels.max()}, and the model has the classes 0 to {classes - 1}")
     if labels.ndim == 2 and labels.shape[1] != classes:
-        raise ValueError(f"the labels are of {labels.shape[1]} classes, the model has {classes}")
+        raise UserError(f"the labels are of {labels.shape[1]} classes, the model has {classes}")
     hot_NM = np.eye(classes)[labels] if labels.ndim == 1 else (labels > 0).astype(np.float64)
     labelled = hot_NM.any(axis=1)
     if not labelled.any():
-        raise ValueError("no image of the set has a label")
+        raise UserError("no image of the set has a label")
     left_out = int((~labelled).sum())
     logits_NM, hot_NM = logits_NM[labelled].astype(np.float64), hot_NM[labelled]
     order_NM = np.argsort(-logits_NM, axis=1, kind="stable")

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_scaling import UserError
 from vit_scaling.config import Config
 from vit_scaling.data.images.transforms import transform
 from vit_scaling.data.sources import Source, open_source
@@ -18,7 +19,7 @@ class Suite:
     """The evaluators that a config names, their sources opened once.
 
     Raises:
-        ValueError: a source or a transform cannot be used, the batch cannot be divided, or nobody measures what
+        UserError: a source or a transform cannot be used, the batch cannot be divided, or nobody measures what
             `checkpoint.best` names.
     """
 
@@ -37,7 +38,7 @@ class Suite:
         self._pictured: tuple[Source, np.ndarray] | None = None
         names = self._names(averaged=config.optim.ema is not None)
         if config.checkpoint.best not in (None, *names):
-            raise ValueError(
+            raise UserError(
                 f"checkpoint.best is {config.checkpoint.best!r}; evaluations measure {', '.join(names) or 'nothing'}"
             )
 

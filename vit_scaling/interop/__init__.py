@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from vit_scaling import models
+from vit_scaling import UserError, models
 from vit_scaling import names as paths
 from vit_scaling.interop import big_vision, convert, files, huggingface, native, timm
 from vit_scaling.interop.files import Stored
@@ -67,7 +67,7 @@ def load(
     Args: as `read`.
 
     Raises:
-        ValueError: as `read`.
+        UserError: as `read`.
     """
     weights = read(
         path, model_config, image_size=image_size, num_classes=num_classes, class_map=class_map, ignore=ignore
@@ -96,7 +96,7 @@ def read(
         ignore: regular expressions of whole names, as errors write them, of tensors that may be left over.
 
     Raises:
-        ValueError: the file cannot be read or trusted, is of no known layout, or a tensor is missing, left over, or of
+        UserError: the file cannot be read or trusted, is of no known layout, or a tensor is missing, left over, or of
             another shape or type than the network's; the sentence names it.
     """
     tensors, neighbour = files.open_weights(path)
@@ -119,7 +119,7 @@ def adapted(
     """Returns the weights for another network, image size or set of classes; what is None stays as it is.
 
     Raises:
-        ValueError: no resizing leads there.
+        UserError: no resizing leads there.
     """
     target = model_config or _config_for(weights, image_size)
     target_size = image_size or weights.image_size
@@ -140,7 +140,7 @@ def describe(path: str | Path) -> tuple[ModelConfig, tuple[int, int], int | None
     """Returns (model config, image size, classes or None) of a weight file or folder, reading names and shapes only.
 
     Raises:
-        ValueError: as `read`.
+        UserError: as `read`.
     """
     tensors, neighbour = files.open_weights(path)
     if native.is_native(neighbour):
@@ -193,7 +193,7 @@ def _read_foreign(
     described = layout.describe(named, neighbour, image_size)
     config = _settled(described, hint)
     if described.num_classes is None and num_classes is None:
-        raise ValueError("the weights have no classifier; give num_classes, and it starts from zero")
+        raise UserError("the weights have no classifier; give num_classes, and it starts from zero")
 
     classes = described.num_classes or 1
     like = paths.flatten(models.split(_abstract(config, described.image_size, classes))[1])
@@ -218,14 +218,14 @@ def _settled(described: Described, hint: ModelConfig | None) -> ModelConfig:
     """Returns the described model, with what its file does not tell taken from the user's config.
 
     Raises:
-        ValueError: there is none, and no usual value either.
+        UserError: there is none, and no usual value either.
     """
     config = described.config
     if type(hint) is type(config):
         told = {field: getattr(hint, field) for field in described.assumed}
         return dataclasses.replace(config, **told)
     if described.unknown:
-        raise ValueError(
+        raise UserError(
             f"neither names nor shapes of the weights tell model.{described.unknown[0]}; put their config.json beside "
             f"them, or give the model config"
         )
@@ -239,7 +239,7 @@ def _recognise(tensors: Mapping[str, Stored]) -> tuple[Layout, dict[str, Stored]
             return layout, named
     shown = ", ".join(sorted(tensors)[:3]) or "none"
     known = ", ".join(layout.name for layout in LAYOUTS)
-    raise ValueError(f"the tensors' names ({shown}, ...) are of no known layout; known are {known} and vit_scaling")
+    raise UserError(f"the tensors' names ({shown}, ...) are of no known layout; known are {known} and vit_scaling")
 
 
 def _account(
@@ -249,18 +249,18 @@ def _account(
 ) -> None:
     """Raises ValueError unless the file has what is wanted, of that shape and of floats, and nothing else."""
     if missing := [name for name in wanted if name not in tensors]:
-        raise ValueError(f"the weights lack the tensor {_list(missing)}")
+        raise UserError(f"the weights lack the tensor {_list(missing)}")
     left = [
         name for name in tensors if name not in wanted and not any(re.fullmatch(pattern, name) for pattern in ignored)
     ]
     if left:
-        raise ValueError(f"the model has no place for the tensor {_list(left)}; ignore it by a pattern if it may go")
+        raise UserError(f"the model has no place for the tensor {_list(left)}; ignore it by a pattern if it may go")
     for name, shape in wanted.items():
         stored = tensors[name]
         if stored.shape != shape:
-            raise ValueError(f"the tensor {name!r} has the shape {stored.shape}; the model needs {shape}")
+            raise UserError(f"the tensor {name!r} has the shape {stored.shape}; the model needs {shape}")
         if stored.dtype not in files.FLOATS:
-            raise ValueError(f"the tensor {name!r} is of type {stored.dtype}; weights are {', '.join(files.FLOATS)}")
+            raise UserError(f"the tensor {name!r} is of type {stored.dtype}; weights are {', '.join(files.FLOATS)}")
 
 
 def _list(names: Sequence[str]) -> str:
@@ -270,7 +270,7 @@ def _list(names: Sequence[str]) -> str:
 
 def _finite(name: str, array: np.ndarray) -> np.ndarray:
     if not np.isfinite(array.astype(np.float32)).all():
-        raise ValueError(f"the tensor {name!r} holds numbers that are not finite; the file is damaged or overflowed")
+        raise UserError(f"the tensor {name!r} holds numbers that are not finite; the file is damaged or overflowed")
     return array
 
 
@@ -284,7 +284,7 @@ def save(model: nnx.Module, path: str | Path, *, layout: str) -> None:
             (`timm.create_model("local-dir:FOLDER")`) or "vit_scaling".
 
     Raises:
-        ValueError: the layout cannot express the model, or something is in the way; nothing is written.
+        UserError: the layout cannot express the model, or something is in the way; nothing is written.
     """
     write(weights_of(model), path, layout=layout)
 
@@ -293,12 +293,12 @@ def weights_of(model: nnx.Module) -> Weights:
     """Returns the arrays of a model, on the host.
 
     Raises:
-        ValueError: it is no model of this project.
+        UserError: it is no model of this project.
     """
     config: Any = getattr(model, "config", None)
     size: Any = getattr(model, "image_size", None)
     if type(config) not in models.MODELS or size is None:
-        raise ValueError(f"a {type(model).__name__} is no model that models.build or interop.load made")
+        raise UserError(f"a {type(model).__name__} is no model that models.build or interop.load made")
     parameters, statistics = jax.tree.map(np.asarray, models.split(model)[1:])
     classes = parameters["head"]["kernel"].shape[1]
     return Weights(config, size, classes, parameters, statistics, layout="vit_scaling", fresh_head=False)
@@ -308,10 +308,10 @@ def write(weights: Weights, path: str | Path, *, layout: str, texts: Mapping[str
     """Writes weights as `save` does, with further text files beside them.
 
     Raises:
-        ValueError: as `save`.
+        UserError: as `save`.
     """
     if layout not in EXPORTS:
-        raise ValueError(f"layout is {layout!r}; choose one of {', '.join(EXPORTS)}")
+        raise UserError(f"layout is {layout!r}; choose one of {', '.join(EXPORTS)}")
     if layout == "vit_scaling":
         config = native.write_config(weights.config, weights.image_size, weights.num_classes)
         tensors = native.tensors(weights.parameters, weights.statistics)

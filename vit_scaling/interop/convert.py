@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vit_scaling import UserError
 from vit_scaling import names as paths
 
 Shape = tuple[int, ...]
@@ -138,9 +139,9 @@ def count(names: Iterable[str], pattern: str) -> int:
     """Returns one more than the largest number that the pattern's group finds; 0 where it finds none.
 
     Raises:
-        ValueError: it is no number of layers.
+        UserError: it is no number of layers.
     """
     found = [int(match[1][:9]) for name in names if (match := re.match(pattern, name))]
     if found and max(found) >= MAX_LAYERS:
-        raise ValueError(f"the weights name a layer {max(found)}; a model has at most {MAX_LAYERS}")
+        raise UserError(f"the weights name a layer {max(found)}; a model has at most {MAX_LAYERS}")
     return max(found) + 1 if found else 0

@@ -23,6 +23,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from vit_scaling import UserError
+
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
 MAX_INFLATION = 16  # weights hardly compress; an archive that claims to hold so many times its size is a bomb
@@ -55,11 +57,11 @@ def open_weights(path: str | Path) -> tuple[dict[str, Stored], dict[str, Any] | 
         (tensors by name, what config.json beside them says or None).
 
     Raises:
-        ValueError: there is no such file, it is damaged, or it is of a kind that is not read; one sentence says which.
+        UserError: there is no such file, it is damaged, or it is of a kind that is not read; one sentence says which.
     """
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"there is no weight file or folder {str(path)!r}")
+        raise UserError(f"there is no weight file or folder {str(path)!r}")
     folder = path if path.is_dir() else path.parent
     if not path.is_dir():
         return _open_file(path), _neighbour(folder)
@@ -71,7 +73,7 @@ def open_weights(path: str | Path) -> tuple[dict[str, Stored], dict[str, Any] | 
     )
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
-        raise ValueError(f"{folder} must hold one weight file (.safetensors, .npz, .pth or .bin); it holds {names}")
+        raise UserError(f"{folder} must hold one weight file (.safetensors, .npz, .pth or .bin); it holds {names}")
     return _open_file(found[0]), _neighbour(folder)
 
 
@@ -83,11 +85,11 @@ def _open_file(path: Path) -> dict[str, Stored]:
     if path.suffix in (".pth", ".pt", ".bin"):
         return _open_torch(path)
     if path.suffix in _PICKLES:
-        raise ValueError(
+        raise UserError(
             f"{path} is of a kind that can run code when it is read or that is not known here; convert it to "
             f".safetensors where you trust it"
         )
-    raise ValueError(f"{path} is no weight file; its name must end in .safetensors, .npz, .pth, .pt or .bin")
+    raise UserError(f"{path} is no weight file; its name must end in .safetensors, .npz, .pth, .pt or .bin")
 
 
 def _neighbour(folder: Path) -> dict[str, Any] | None:
@@ -101,16 +103,16 @@ def read_json(path: Path) -> dict[str, Any]:
     """Returns the object that a JSON file holds.
 
     Raises:
-        ValueError: it cannot be read as one.
+        UserError: it cannot be read as one.
     """
     if path.stat().st_size > 16 * 2**20:
-        raise ValueError(f"{path} is larger than 16 MB; that is no config")
+        raise UserError(f"{path} is larger than 16 MB; that is no config")
     try:
         value = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold one JSON object")
+        raise UserError(f"{path} must hold one JSON object")
     return value
 
 
@@ -139,20 +141,20 @@ def _open_safetensors(path: Path) -> dict[str, Stored]:
                 for name, part in slices.items()
             }
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no whole safetensors file: {error}") from None
+        raise UserError(f"{path} is no whole safetensors file: {error}") from None
 
 
 def _open_shards(folder: Path) -> dict[str, Stored]:
     index = read_json(folder / INDEX).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
-        raise ValueError(f"{folder / INDEX} must say in weight_map which file each tensor is in")
+        raise UserError(f"{folder / INDEX} must say in weight_map which file each tensor is in")
     tensors: dict[str, Stored] = {}
     for name in sorted(set(index.values())):
         if Path(name).name != name or not (folder / name).is_file():
-            raise ValueError(f"{folder / INDEX} names the file {name!r}, which is not in {folder}")
+            raise UserError(f"{folder / INDEX} names the file {name!r}, which is not in {folder}")
         tensors |= _open_safetensors(folder / name)
     if missing := sorted(index.keys() - tensors.keys()):
-        raise ValueError(f"{folder / INDEX} names the tensor {missing[0]!r}, which no file holds")
+        raise UserError(f"{folder / INDEX} names the tensor {missing[0]!r}, which no file holds")
     return tensors
 
 
@@ -166,20 +168,20 @@ def _open_npz(path: Path) -> dict[str, Stored]:
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
                 if not info.filename.endswith(".npy"):
-                    raise ValueError(f"{path} holds {info.filename!r}, which is no array")
+                    raise UserError(f"{path} holds {info.filename!r}, which is no array")
                 with archive.open(info) as member:
                     shape, dtype, fortran, header = _npy_header(member, path, info.filename)
                 if header + math.prod(shape) * dtype.itemsize != info.file_size:
-                    raise ValueError(f"{path}: the size of {info.filename!r} is not that of an array of {shape}")
+                    raise UserError(f"{path}: the size of {info.filename!r} is not that of an array of {shape}")
                 name = info.filename.removesuffix(".npy")
                 # NumPy has no bfloat16: it is stored as two bytes of no type.
                 kind = "bfloat16" if dtype == np.dtype("V2") else dtype.name
                 tensors[name] = Stored(shape, kind, _npz_reader(path, info.filename, header, shape, dtype, fortran))
             total = sum(info.file_size for info in archive.infolist())
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"{path} is no whole .npz file: {error}") from None
+        raise UserError(f"{path} is no whole .npz file: {error}") from None
     if total > MAX_INFLATION * size + 2**20:
-        raise ValueError(f"{path} has {size} bytes and claims to hold {total}; weights do not compress like that")
+        raise UserError(f"{path} has {size} bytes and claims to hold {total}; weights do not compress like that")
     return tensors
 
 
@@ -200,9 +202,9 @@ def _npy_header(member: Any, path: Path, name: str) -> tuple[tuple[int, ...], np
         if not all(isinstance(side, int) and side >= 0 for side in shape):
             raise ValueError
     except (ValueError, KeyError, TypeError, SyntaxError, IndexError, struct.error, RecursionError, MemoryError):
-        raise ValueError(f"{path}: {name!r} is no array that can be read") from None
+        raise UserError(f"{path}: {name!r} is no array that can be read") from None
     if dtype.hasobject:
-        raise ValueError(f"{path}: {name!r} holds Python objects, which are refused: reading them can run code")
+        raise UserError(f"{path}: {name!r} holds Python objects, which are refused: reading them can run code")
     return tuple(shape), dtype, fortran, offset + length
 
 
@@ -216,9 +218,9 @@ def _npz_reader(
                 member.read(header)
                 data = member.read(wanted)
         except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError) as error:
-            raise ValueError(f"{path}: {name!r} is damaged: {error}") from None
+            raise UserError(f"{path}: {name!r} is damaged: {error}") from None
         if len(data) != wanted:
-            raise ValueError(f"{path}: {name!r} ends after {len(data)} of {wanted} bytes")
+            raise UserError(f"{path}: {name!r} ends after {len(data)} of {wanted} bytes")
         kind = np.dtype(ml_dtypes.bfloat16) if dtype == np.dtype("V2") else dtype
         return np.frombuffer(data, kind).reshape(shape, order="F" if fortran else "C")
 
@@ -233,7 +235,7 @@ def _open_torch(path: Path) -> dict[str, Stored]:
     try:
         import torch
     except ImportError:
-        raise ValueError(
+        raise UserError(
             f"{path} needs PyTorch to be read safely; install torch, or convert the file where it is installed: "
             "safetensors.torch.save_file(torch.load(FILE, weights_only=True)['model'], 'model.safetensors')"
         ) from None
@@ -241,12 +243,12 @@ def _open_torch(path: Path) -> dict[str, Stored]:
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises whatever it meets
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} is refused: torch.load(weights_only=True) says {reason!r}") from None
+        raise UserError(f"{path} is refused: torch.load(weights_only=True) says {reason!r}") from None
     for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
             value = value[key]
     if not isinstance(value, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in value.values()):
-        raise ValueError(f"{path} holds no table of tensors by name")
+        raise UserError(f"{path} holds no table of tensors by name")
 
     def reader(tensor: Any) -> Callable[[], np.ndarray]:
         return lambda: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
@@ -266,11 +268,11 @@ def write_folder(
     """Writes a folder with model.safetensors, config.json and text files, whole or not at all.
 
     Raises:
-        ValueError: something is there already.
+        UserError: something is there already.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists already; name a new folder for the weights")
+        raise UserError(f"{path} exists already; name a new folder for the weights")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:

@@ -8,6 +8,7 @@ token: ForImageClassification pools by the mean, the bare vision model by attent
 import re
 from typing import Any
 
+from vit_scaling import UserError
 from vit_scaling.interop import convert
 from vit_scaling.interop.convert import Entry, entry
 from vit_scaling.interop.layout import (
@@ -71,7 +72,7 @@ def describe(tensors: Tensors, neighbour: Json | None, image_size: tuple[int, in
     assumed += [] if "hidden_act" in told else ["gelu"]
     activation = str(told.get("hidden_act", "gelu"))
     if activation not in ACTIVATIONS:
-        raise ValueError(f"config.json's hidden_act is {activation!r}; models here have {', '.join(ACTIVATIONS)}")
+        raise UserError(f"config.json's hidden_act is {activation!r}; models here have {', '.join(ACTIVATIONS)}")
     common: dict[str, Any] = {"gelu": ACTIVATIONS[activation]}
     classes = shape_of(tensors, "classifier.weight", 2)[0] if "classifier.weight" in tensors else None
     if any(name.startswith("encoder.layers.0.blocks.") for name in tensors):
@@ -258,7 +259,7 @@ def neighbour(config: ModelConfig, image_size: tuple[int, int], num_classes: int
     """Returns the config.json from which transformers' AutoModelForImageClassification makes the same network.
 
     Raises:
-        ValueError: transformers has no such network; the sentence names the field.
+        UserError: transformers has no such network; the sentence names the field.
     """
     labels = {str(index): f"LABEL_{index}" for index in range(num_classes)}
     common = {"num_channels": 3, "dtype": "float32"}
@@ -276,7 +277,7 @@ def neighbour(config: ModelConfig, image_size: tuple[int, int], num_classes: int
     if isinstance(config, vit.ViTConfig):
         refuse("transformers", config, pool="gap", qkv_bias=True)
         if not isinstance(_square(image_size), int):
-            raise ValueError(
+            raise UserError(
                 f"transformers' Siglip, its ViT without class token, has square images; these are "
                 f"{image_size[0]}x{image_size[1]}: export in timm's layout"
             )
@@ -296,7 +297,7 @@ def neighbour(config: ModelConfig, image_size: tuple[int, int], num_classes: int
         }
     if isinstance(config, swin.SwinConfig):
         return _swin_fields(config, image_size) | common | classes
-    raise ValueError(f"Hugging Face's layout is written for ViT and Swin, not for a {type(config).__name__}")
+    raise UserError(f"Hugging Face's layout is written for ViT and Swin, not for a {type(config).__name__}")
 
 
 def processor(image_size: tuple[int, int]) -> dict[str, Any]:
@@ -350,7 +351,7 @@ def _vit_fields(config: vit.ViTConfig, layout: str) -> dict[str, Any]:
 def _swin_fields(config: swin.SwinConfig, image_size: tuple[int, int]) -> dict[str, Any]:
     refuse("transformers", config, patch_norm=True, shifted=True, extra_norm_every=None)
     if config.version == 1 and len(set(swin.stage_windows(config, image_size))) > 1:
-        raise ValueError(
+        raise UserError(
             f"transformers' Swin has one window, but stages of this one have "
             f"{swin.stage_windows(config, image_size)}: its grids are smaller than model.window {config.window}"
         )

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from vit_scaling import UserError
 from vit_scaling.interop.convert import Entry
 from vit_scaling.interop.files import Stored
 from vit_scaling.models import ModelConfig, layers, swin, vit
@@ -57,13 +58,13 @@ def shape_of(tensors: Tensors, name: str, dims: int) -> tuple[int, ...]:
     """Returns a tensor's shape.
 
     Raises:
-        ValueError: it is not there, or has another number of axes.
+        UserError: it is not there, or has another number of axes.
     """
     if name not in tensors:
-        raise ValueError(f"the weights have no tensor {name!r}, so what model they are of cannot be told")
+        raise UserError(f"the weights have no tensor {name!r}, so what model they are of cannot be told")
     shape = tensors[name].shape
     if len(shape) != dims or not all(shape):
-        raise ValueError(f"the tensor {name!r} has the shape {shape}; it must have {dims} axes, none of them empty")
+        raise UserError(f"the tensor {name!r} has the shape {shape}; it must have {dims} axes, none of them empty")
     return shape
 
 
@@ -81,7 +82,7 @@ def vit_grid(
     The first image size that fits counts; without one the grid must be a square.
 
     Raises:
-        ValueError: none fits.
+        UserError: none fits.
     """
     for class_row in (True, False) if has_class else (False,):
         tokens = rows - class_row
@@ -92,7 +93,7 @@ def vit_grid(
             side = math.isqrt(tokens)
             return (side * patch[0], side * patch[1]), class_row
     given = ", ".join(f"{size[0]}x{size[1]}" for size in image_sizes if size is not None)
-    raise ValueError(
+    raise UserError(
         f"the position table of {rows} rows is of no square grid"
         + (f", nor of images of {given} pixels" if given else "")
         + "; give the image_size that the weights were trained at"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_scaling import models, names
+from vit_scaling import UserError, models, names
 from vit_scaling.interop.layout import Json
 from vit_scaling.models import ModelConfig
 
@@ -26,17 +26,17 @@ def model_config(fields: Mapping[str, Any], name: str | None = None) -> ModelCon
     """Returns the model config that JSON holds: the class of that name, or the one that has just these fields.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     for config_class in models.MODELS:
         own = {field.name for field in dataclasses.fields(config_class)}
         # A field that came later has its default in an older file.
         if name == config_class.__name__ or (name is None and set(fields) <= own and len(own - set(fields)) <= 1):
             if unknown := sorted(set(fields) - own):
-                raise ValueError(f"the model config has the field {unknown[0]!r}, which no {config_class.__name__} has")
+                raise UserError(f"the model config has the field {unknown[0]!r}, which no {config_class.__name__} has")
             values = {key: _tuples(value) for key, value in fields.items()}
             return config_class(**values)
-    raise ValueError(f"no model config is called {name!r} or has the fields {', '.join(sorted(fields))}")
+    raise UserError(f"no model config is called {name!r} or has the fields {', '.join(sorted(fields))}")
 
 
 def _tuples(value: Any) -> Any:
@@ -47,16 +47,16 @@ def read_config(neighbour: Json) -> tuple[ModelConfig, tuple[int, int], int]:
     """Returns (model config, image size, number of classes).
 
     Raises:
-        ValueError: the file is of another version, or says something that is no config.
+        UserError: the file is of another version, or says something that is no config.
     """
     if neighbour[KEY] != VERSION:
-        raise ValueError(f"config.json is of version {neighbour[KEY]!r} of this project's weights; this is {VERSION}")
+        raise UserError(f"config.json is of version {neighbour[KEY]!r} of this project's weights; this is {VERSION}")
     try:
         height, width = neighbour["image_size"]
         config = model_config(neighbour["config"], neighbour["model"])
         return config, (int(height), int(width)), int(neighbour["num_classes"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"config.json is no config of this project's weights: {error!r}") from None
+        raise UserError(f"config.json is no config of this project's weights: {error!r}") from None
 
 
 def write_config(config: ModelConfig, image_size: tuple[int, int], num_classes: int) -> dict[str, Any]:

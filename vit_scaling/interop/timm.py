@@ -8,6 +8,7 @@ head.fc). Index and mask buffers of old files are rebuilt from sizes and never r
 import re
 from typing import Any
 
+from vit_scaling import UserError
 from vit_scaling.interop import convert
 from vit_scaling.interop.convert import Entry, entry
 from vit_scaling.interop.layout import (
@@ -51,7 +52,7 @@ def describe(tensors: Tensors, neighbour: Json | None, image_size: tuple[int, in
 
 def _describe_vit(tensors: Tensors, arguments: dict[str, Any], image_size: tuple[int, int] | None) -> Described:
     if any(name.startswith("fc_norm.") for name in tensors):
-        raise ValueError("the weights have fc_norm, a norm after mean pooling; models here have it before the pooling")
+        raise UserError("the weights have fc_norm, a norm after mean pooling; models here have it before the pooling")
     width, _, *patch = shape_of(tensors, "patch_embed.proj.weight", 4)
     heads = arguments.get("num_heads") or vit_heads(width) or width // 64 or 1
     token, latent = "cls_token" in tensors, "attn_pool.latent" in tensors
@@ -82,7 +83,7 @@ def _describe_vit(tensors: Tensors, arguments: dict[str, Any], image_size: tuple
 
 def _activation(name: str) -> str:
     if name not in ACTIVATIONS:
-        raise ValueError(f"config.json's model_args.act_layer is {name!r}; models here have {', '.join(ACTIVATIONS)}")
+        raise UserError(f"config.json's model_args.act_layer is {name!r}; models here have {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
@@ -212,14 +213,14 @@ def neighbour(config: ModelConfig, image_size: tuple[int, int], num_classes: int
     """Returns the config.json from which `timm.create_model("local-dir:FOLDER")` makes the same network.
 
     Raises:
-        ValueError: timm has no such network; the sentence names the field.
+        UserError: timm has no such network; the sentence names the field.
     """
     if isinstance(config, vit.ViTConfig):
         architecture, arguments = "vit_base_patch16_224", _vit_arguments(config)
     elif isinstance(config, swin.SwinConfig):
         architecture, arguments = _swin_arguments(config)
     else:
-        raise ValueError(f"timm's layout is written for ViT and Swin, not for a {type(config).__name__}")
+        raise UserError(f"timm's layout is written for ViT and Swin, not for a {type(config).__name__}")
     features = config.width if isinstance(config, vit.ViTConfig) else config.width * 2 ** (len(config.depths) - 1)
     return {
         "architecture": architecture,
@@ -240,7 +241,7 @@ def refuse(layout: str, config: ModelConfig, **wanted: Any) -> None:
     """Raises ValueError for the first field that is not what the layout's networks have."""
     for field, value in wanted.items():
         if getattr(config, field) != value:
-            raise ValueError(
+            raise UserError(
                 f"{layout} has no such network: model.{field} is {getattr(config, field)!r}, and there it is {value!r}"
             )
 

@@ -12,6 +12,7 @@ import dataclasses
 import numpy as np
 from numpy.typing import ArrayLike
 
+from vit_scaling import UserError
 from vit_scaling.laws import robust
 from vit_scaling.laws.power_law import Interval
 from vit_scaling.laws.robust import Floats, Values
@@ -71,13 +72,13 @@ class JointLaw:
         """Returns the size and the images of least error among runs that cost `compute`.
 
         Raises:
-            ValueError: compute that is not positive, or a law in which one of the two does not matter.
+            UserError: compute that is not positive, or a law in which one of the two does not matter.
         """
         if not compute > 0:
-            raise ValueError(f"compute is {compute:g}; a budget is positive")
+            raise UserError(f"compute is {compute:g}; a budget is positive")
         if min(self.A, self.B) <= 0:
             idle = "size" if self.A <= 0 else "number of images"
-            raise ValueError(f"in these runs the {idle} does not change the error, so that a budget has no best split")
+            raise UserError(f"in these runs the {idle} does not change the error, so that a budget has no best split")
         params, images, error = self._split(self._theta(), compute)
         tail = (1 - self.level) / 2
         # A replicate without one of the two terms has no optimum.
@@ -122,15 +123,15 @@ def fit(
         bootstrap, level, seed: of the intervals.
 
     Raises:
-        ValueError: unequal lengths, a number that is not positive and finite, fewer than 6 runs, or runs of fewer than
+        UserError: unequal lengths, a number that is not positive and finite, fewer than 6 runs, or runs of fewer than
             3 sizes or lengths.
     """
     columns = {"params": params, "images": images, "compute": compute, "error": error}
     n, d, c, y = (positive(name, values) for name, values in columns.items())
     if len({len(n), len(d), len(c), len(y)}) > 1:
-        raise ValueError(f"the four arguments have {len(n)}, {len(d)}, {len(c)} and {len(y)} numbers; give one a run")
+        raise UserError(f"the four arguments have {len(n)}, {len(d)}, {len(c)} and {len(y)} numbers; give one a run")
     if len(y) < LEAST_POINTS or min(len(np.unique(n)), len(np.unique(d))) < 3:
-        raise ValueError(
+        raise UserError(
             f"{len(y)} runs of {len(np.unique(n))} sizes and {len(np.unique(d))} lengths; "
             f"five coefficients need at least {LEAST_POINTS} runs, 3 sizes and 3 lengths"
         )
@@ -198,10 +199,10 @@ def positive(name: str, values: ArrayLike) -> Floats:
     """Returns `values` as an array [P]; raises ValueError naming the first number that is not positive and finite."""
     array = np.asarray(values, np.float64)
     if array.ndim != 1:
-        raise ValueError(f"{name} has shape {array.shape}; give one number for every run")
+        raise UserError(f"{name} has shape {array.shape}; give one number for every run")
     bad = np.flatnonzero(~(np.isfinite(array) & (array > 0)))
     if len(bad):
-        raise ValueError(f"{name}[{bad[0]}] is {array[bad[0]]:g}; every {name} must be positive and finite")
+        raise UserError(f"{name}[{bad[0]}] is {array[bad[0]]:g}; every {name} must be positive and finite")
     return array
 
 

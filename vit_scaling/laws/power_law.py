@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from vit_scaling import UserError
 from vit_scaling.laws import robust
 from vit_scaling.laws.frontier import KINDS, find
 from vit_scaling.laws.robust import Floats, Values
@@ -88,17 +89,17 @@ class Law:
         """Returns the compute that reaches `error`, of its shape; 0 where no compute is needed.
 
         Raises:
-            ValueError: an error at or below the asymptote `c`, which no compute reaches.
+            UserError: an error at or below the asymptote `c`, which no compute reaches.
         """
         e = np.asarray(error, np.float64)
         if not np.all(e > self.c):
-            raise ValueError(f"no compute reaches an error of {np.min(e):.6g}: the law's asymptote is c = {self.c:.6g}")
+            raise UserError(f"no compute reaches an error of {np.min(e):.6g}: the law's asymptote is c = {self.c:.6g}")
         return np.asarray(np.maximum(0.0, ((e - self.c) / self.a) ** (-1.0 / self.b) - self.d))
 
     def interval(self, coefficient: str) -> Interval:
         """Returns the bootstrap interval of "a", "b", "c" or "d"."""
         if coefficient not in COEFFICIENTS:
-            raise ValueError(f"coefficient is {coefficient!r}; choose one of {', '.join(COEFFICIENTS)}")
+            raise UserError(f"coefficient is {coefficient!r}; choose one of {', '.join(COEFFICIENTS)}")
         return Interval(*self._quantiles(self.samples[:, COEFFICIENTS.index(coefficient)]).tolist())
 
     def band(self, compute: ArrayLike) -> tuple[Floats, Floats]:
@@ -138,7 +139,7 @@ def fit(
         seed: of the bootstrap.
 
     Raises:
-        ValueError: unequal lengths, a number that is not finite, compute that is not positive, a negative error, equal
+        UserError: unequal lengths, a number that is not finite, compute that is not positive, a negative error, equal
             errors everywhere, or fewer than 5 points on the frontier.
     """
     x, y, order = _checked(compute, error, frontier, loss, bootstrap, level)
@@ -194,13 +195,13 @@ def extrapolate(
     """Fits a law to the runs of compute at most `up_to` and judges it by the frontier of the dearer ones.
 
     Raises:
-        ValueError: as `fit`, for the cheaper runs; or no frontier point is dearer than `up_to`.
+        UserError: as `fit`, for the cheaper runs; or no frontier point is dearer than `up_to`.
     """
     x, y, _ = _checked(compute, error, frontier, loss, 1, 0.95)
     _checked(x[x <= up_to], y[x <= up_to], frontier, loss, 1, 0.95)
     result = _extrapolate(x, y, up_to, frontier, loss)
     if result is None:
-        raise ValueError(f"up_to is {up_to:g}, but no frontier point is dearer; the dearest is {x[-1]:g}")
+        raise UserError(f"up_to is {up_to:g}, but no frontier point is dearer; the dearest is {x[-1]:g}")
     return result
 
 
@@ -230,7 +231,7 @@ def _law(theta: Floats, x: Values) -> Values:
 def _computes(compute: ArrayLike) -> Floats:
     x = np.asarray(compute, np.float64)
     if not np.all(x >= 0):
-        raise ValueError(f"compute is {np.min(x)}; it cannot be negative")
+        raise UserError(f"compute is {np.min(x)}; it cannot be negative")
     return x
 
 
@@ -292,28 +293,28 @@ def _checked(
     x, y = np.asarray(compute, np.float64), np.asarray(error, np.float64)
     for name, value, choices in (("frontier", kind, KINDS), ("loss", loss, LOSSES)):
         if value not in choices:
-            raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+            raise UserError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
     if bootstrap < 1:
-        raise ValueError(f"bootstrap is {bootstrap}; give the number of replicates, at least 1")
+        raise UserError(f"bootstrap is {bootstrap}; give the number of replicates, at least 1")
     if not 0 < level < 1:
-        raise ValueError(f"level is {level}; it lies between 0 and 1")
+        raise UserError(f"level is {level}; it lies between 0 and 1")
     if x.ndim != 1 or x.shape != y.shape:
-        raise ValueError(f"compute has shape {x.shape} and error {y.shape}; give one number of each for every run")
+        raise UserError(f"compute has shape {x.shape} and error {y.shape}; give one number of each for every run")
     for name, values in (("compute", x), ("error", y)):
         if not np.all(np.isfinite(values)):
             at = int(np.flatnonzero(~np.isfinite(values))[0])
-            raise ValueError(f"{name}[{at}] is {values[at]}; leave runs without a finite {name} out")
+            raise UserError(f"{name}[{at}] is {values[at]}; leave runs without a finite {name} out")
     if np.any(x <= 0):
         at = int(np.argmin(x))
-        raise ValueError(f"compute[{at}] is {x[at]:g}; compute must be positive")
+        raise UserError(f"compute[{at}] is {x[at]:g}; compute must be positive")
     if np.any(y < 0):
         at = int(np.argmin(y))
-        raise ValueError(f"error[{at}] is {y[at]:g}; an error cannot be negative")
+        raise UserError(f"error[{at}] is {y[at]:g}; an error cannot be negative")
     if len(y) and np.ptp(y) == 0:
-        raise ValueError(f"all {len(y)} errors equal {y[0]:g}; a law needs errors that fall with compute")
+        raise UserError(f"all {len(y)} errors equal {y[0]:g}; a law needs errors that fall with compute")
     points = len(find(x, y, kind)) if len(y) else 0
     if points < LEAST_POINTS:
-        raise ValueError(
+        raise UserError(
             f"{points} of the {len(y)} runs lie on the frontier; four coefficients need at least {LEAST_POINTS}"
         )
     order = np.lexsort((y, x))

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import ArrayLike
 
+from vit_scaling import UserError
 from vit_scaling.laws import robust
 from vit_scaling.laws.joint import positive
 from vit_scaling.laws.power_law import Interval
@@ -71,10 +72,10 @@ class DimensionLaw:
         """Returns the dimension of least error under `compute`, of its shape.
 
         Raises:
-            ValueError: the law has no least: more of the dimension always helps, or never does.
+            UserError: the law has no least: more of the dimension always helps, or never does.
         """
         if min(self.alpha, self.beta) <= 0:
-            raise ValueError(
+            raise UserError(
                 f"alpha = {self.alpha:g} and beta = {self.beta:g}: both must be positive for a best dimension; "
                 "include runs on both sides of it"
             )
@@ -100,13 +101,13 @@ def fit(
         bootstrap, level, seed: of the intervals.
 
     Raises:
-        ValueError: unequal lengths, numbers that are not positive and finite, or too few runs, dimensions or budgets.
+        UserError: unequal lengths, numbers that are not positive and finite, or too few runs, dimensions or budgets.
     """
     size, t, y = positive("x", x), positive("compute", compute), positive("error", error)
     if len({len(size), len(t), len(y)}) > 1:
-        raise ValueError(f"x, compute and error have {len(size)}, {len(t)} and {len(y)} numbers; give one a run")
+        raise UserError(f"x, compute and error have {len(size)}, {len(t)} and {len(y)} numbers; give one a run")
     if len(y) < LEAST_POINTS or min(len(np.unique(size)), len(np.unique(t))) < 3:
-        raise ValueError(
+        raise UserError(
             f"{len(y)} runs of {len(np.unique(size))} dimensions and {len(np.unique(t))} budgets; seven coefficients "
             f"need at least {LEAST_POINTS} runs, 3 dimensions and 3 budgets"
         )
@@ -174,9 +175,9 @@ def grow(
     by 2.0 and multiplies the MLP by 2.5 (figure 1 of the paper).
     """
     if not factor > 0:
-        raise ValueError(f"factor is {factor:g}; it is a positive ratio of compute")
+        raise UserError(f"factor is {factor:g}; it is a positive ratio of compute")
     if missing := sorted(set(shape) - set(exponents)):
-        raise ValueError(f"no exponent for {', '.join(missing)}; there are exponents for {', '.join(exponents)}")
+        raise UserError(f"no exponent for {', '.join(missing)}; there are exponents for {', '.join(exponents)}")
     return {name: value * factor ** (exponents[name] / len(shape)) for name, value in shape.items()}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
+from vit_scaling import UserError
 from vit_scaling.models import attention_cnn, resnet, swin, vit
 
 MODELS: dict[type, Any] = {
@@ -36,11 +37,11 @@ def build(model_config: ModelConfig, *, image_size: tuple[int, int], num_classes
         `model.features(images)` gives [B, D], `model.attention_maps(images)` the attention of every layer.
 
     Raises:
-        ValueError: the config cannot work; the sentence names the field.
+        UserError: the config cannot work; the sentence names the field.
     """
     if type(model_config) not in MODELS:
         known = ", ".join(config.__name__ for config in MODELS)
-        raise ValueError(f"no model belongs to a config of type {type(model_config).__name__}; the types are {known}")
+        raise UserError(f"no model belongs to a config of type {type(model_config).__name__}; the types are {known}")
     model = MODELS[type(model_config)](model_config, image_size=image_size, num_classes=num_classes, key=key)
     model.image_size = tuple(image_size)  # what its positions and windows belong to; an export says it
     return model

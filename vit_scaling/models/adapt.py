@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from vit_scaling import names
+from vit_scaling import UserError, names
 from vit_scaling.models import ModelConfig, layers, swin, vit
 from vit_scaling.ops import windows
 
@@ -42,16 +42,16 @@ def adapt(
         target_image_size: height and width in pixels of the new images.
 
     Raises:
-        ValueError: the networks differ in a field that no resizing bridges.
+        UserError: the networks differ in a field that no resizing bridges.
     """
     if type(config) is not type(target):
-        raise ValueError(f"weights of a {type(config).__name__} cannot become those of a {type(target).__name__}")
+        raise UserError(f"weights of a {type(config).__name__} cannot become those of a {type(target).__name__}")
     if isinstance(config, swin.SwinConfig) and isinstance(target, swin.SwinConfig):
         return _adapt_swin(parameters, config, image_size, target, target_image_size)
     if isinstance(config, vit.ViTConfig) and isinstance(target, vit.ViTConfig):
         return _adapt_vit(parameters, config, image_size, target, target_image_size)
     if (config, image_size) != (target, target_image_size):
-        raise ValueError(f"weights of a {type(config).__name__} can only be used as they were trained")
+        raise UserError(f"weights of a {type(config).__name__} can only be used as they were trained")
     return dict(parameters)
 
 
@@ -66,7 +66,7 @@ def _adapt_swin(
     trained = config.pretrained_windows or swin.stage_windows(config, image_size)
     used = target.pretrained_windows or swin.stage_windows(target, target_image_size)
     if config.version == 2 and trained != used:
-        raise ValueError(
+        raise UserError(
             f"these weights of a Swin V2 were trained in windows of {trained}; its positions need to know: "
             f"set model.pretrained_windows to {trained}"
         )
@@ -93,12 +93,12 @@ def adapt_swin(
         method: "bicubic" as the official code, or "geometric"; see `ops.windows.resize_table`.
 
     Raises:
-        ValueError: the configs differ in more than their window, or there is no such method.
+        UserError: the configs differ in more than their window, or there is no such method.
     """
     for field in ("version", "width", "depths", "heads", "patch", "mlp_ratio", "absolute_position", "extra_norm_every"):
         ours, theirs = getattr(config, field), getattr(target, field)
         if ours != theirs:
-            raise ValueError(f"weights of a Swin with {field} {ours} cannot become one with {field} {theirs}")
+            raise UserError(f"weights of a Swin with {field} {ours} cannot become one with {field} {theirs}")
     windows_after = swin.stage_windows(target, target_image_size)
     leaves = names.flatten(parameters)
     for path, leaf in leaves.items():
@@ -123,13 +123,13 @@ def _adapt_vit(
     leaves = names.flatten(parameters)
     if config.pool != target.pool:
         if (config.pool, target.pool) != ("token", "gap"):
-            raise ValueError(
+            raise UserError(
                 f"weights of a ViT that pools by {config.pool!r} cannot pool by {target.pool!r}; only a class token "
                 f"can be left out, for the mean"
             )
         del leaves["class_token"]
     if target.pre_logits and not config.pre_logits:
-        raise ValueError("model.pre_logits is true, and the weights have no such layer")
+        raise UserError("model.pre_logits is true, and the weights have no such layer")
     if not target.pre_logits:
         leaves = {path: leaf for path, leaf in leaves.items() if not path.startswith("pre_logits/")}
     if "position_embedding" in leaves:
@@ -143,7 +143,7 @@ def _same(config: Any, target: Any, fields: Sequence[str]) -> None:
     for field in fields:
         ours, theirs = getattr(config, field), getattr(target, field)
         if ours != theirs:
-            raise ValueError(f"the weights' model.{field} is {ours!r}, and {theirs!r} is asked for; set it to {ours!r}")
+            raise UserError(f"the weights' model.{field} is {ours!r}, and {theirs!r} is asked for; set it to {ours!r}")
 
 
 def resize_positions(
@@ -192,7 +192,7 @@ def classes(
         class_map: for each new class the old one that it was; None starts afresh, from zero.
 
     Raises:
-        ValueError: the map is of another length, or names a class that there was not.
+        UserError: the map is of another length, or names a class that there was not.
     """
     head = parameters["head"]
     old = head["kernel"].shape[1]
@@ -203,9 +203,7 @@ def classes(
         return {"kernel": kernel, "bias": bias}
     index = list(class_map)
     if len(index) != num_classes:
-        raise ValueError(
-            f"the class map has {len(index)} entries, one for each of {num_classes} new classes are needed"
-        )
+        raise UserError(f"the class map has {len(index)} entries, one for each of {num_classes} new classes are needed")
     if wrong := [number for number in index if not 0 <= number < old]:
-        raise ValueError(f"the class map names class {wrong[0]}; the weights have classes 0 to {old - 1}")
+        raise UserError(f"the class map names class {wrong[0]}; the weights have classes 0 to {old - 1}")
     return {"kernel": head["kernel"][:, index], "bias": head["bias"][index]}

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from vit_scaling import UserError
 from vit_scaling.models import layers
 from vit_scaling.ops import relative
 from vit_scaling.parallel.sharding import constrain
@@ -42,12 +43,12 @@ class AttentionCNNConfig:
 
     def __post_init__(self) -> None:
         if self.position not in POSITIONS:
-            raise ValueError(f"position is {self.position!r}; choose one of {', '.join(POSITIONS)}")
+            raise UserError(f"position is {self.position!r}; choose one of {', '.join(POSITIONS)}")
         if self.width % 2 and self.position.startswith("learned+"):
-            raise ValueError(f"width {self.width} is odd; half of each query looks at rows, half at columns")
+            raise UserError(f"width {self.width} is odd; half of each query looks at rows, half at columns")
         for head in self.pruned_heads:
             if not 0 <= head < self.depth * self.heads:
-                raise ValueError(
+                raise UserError(
                     f"pruned_heads names {head}; {self.depth} layers of {self.heads} heads are numbered 0 to "
                     f"{self.depth * self.heads - 1}"
                 )
@@ -241,7 +242,7 @@ class AttentionCNN(nnx.Module):
 def _grid(image_size: tuple[int, ...]) -> tuple[int, int]:
     height, width = image_size
     if height % 2 or width % 2:
-        raise ValueError(f"images of {height}x{width} pixels cannot be cut into 2x2 groups; both sides must be even")
+        raise UserError(f"images of {height}x{width} pixels cannot be cut into 2x2 groups; both sides must be even")
     return height // 2, width // 2
 
 
@@ -259,10 +260,10 @@ def prunable_heads(
         min_eigenvalue: smallest eigenvalue that a head may keep.
 
     Raises:
-        ValueError: the spreads are of round Gaussians, whose condition number is always one.
+        UserError: the spreads are of round Gaussians, whose condition number is always one.
     """
     if spreads.ndim != 4:
-        raise ValueError(f"spreads have shape {spreads.shape}; only general Gaussians, [Z, N, 2, 2], have a condition")
+        raise UserError(f"spreads have shape {spreads.shape}; only general Gaussians, [Z, N, 2, 2], have a condition")
     low, high = np.moveaxis(np.linalg.eigvalsh(np.asarray(precisions(spreads), np.float64)), -1, 0)
     bad = (low < min_eigenvalue) | (high > max_condition * np.maximum(low, np.finfo(np.float64).tiny))
     return tuple(int(head) for head in np.flatnonzero(bad))
@@ -303,12 +304,12 @@ def convolution_to_attention(
             the convolution of the image padded with its edge values.
 
     Raises:
-        ValueError: alpha is not positive, or padding is unknown.
+        UserError: alpha is not positive, or padding is unknown.
     """
     if padding not in ("zero", "edge"):
-        raise ValueError(f"padding is {padding!r}; choose one of zero, edge")
+        raise UserError(f"padding is {padding!r}; choose one of zero, edge")
     if not alpha > 0:
-        raise ValueError(f"alpha is {alpha}; the sharpness of the heads must be positive")
+        raise UserError(f"alpha is {alpha}; the sharpness of the heads must be positive")
     rows, columns, inputs, outputs = kernel.shape
     before, after = ((rows - 1) // 2, (columns - 1) // 2), (rows // 2, columns // 2)
     attention = GaussianAttention(inputs, outputs, rows * columns, key=jax.random.key(0))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from vit_scaling import UserError
 from vit_scaling.ops import attention as attention_ops
 
 Initializer = Callable[[PRNGKeyArray, tuple[int, ...]], Array]
@@ -129,7 +130,7 @@ class Attention(nnx.Module):
         norm_eps: float = 1e-6,
     ):
         if width % heads:
-            raise ValueError(f"width {width} cannot be split over {heads} heads; choose a number that divides it")
+            raise UserError(f"width {width} cannot be split over {heads} heads; choose a number that divides it")
         head_dim = width // heads
         query_key, key_key, value_key, out_key = jax.random.split(key, 4)
         self.query = Linear(width, (heads, head_dim), key=query_key, bias=qkv_bias)
@@ -204,7 +205,7 @@ def grid_size(image_size: tuple[int, int], patch: tuple[int, int]) -> tuple[int,
     """Returns how many whole patches fit into the height and the width of an image."""
     rows, columns = image_size[0] // patch[0], image_size[1] // patch[1]
     if not rows or not columns:
-        raise ValueError(
+        raise UserError(
             f"an image of {image_size[0]}x{image_size[1]} pixels is smaller than one patch of {patch[0]}x{patch[1]}"
         )
     return rows, columns
@@ -228,7 +229,7 @@ def sincos2d(rows: int, columns: int, width: int, temperature: float = 10_000.0)
     The form of Chen et al. 2021 (MoCo v3) that the plain ViT-S/16 recipe uses (Beyer et al. 2022, section 2).
     """
     if width % 4 or width < 8:
-        raise ValueError(f"2-D sine-cosine positions need a width that is a multiple of 4 and at least 8, not {width}")
+        raise UserError(f"2-D sine-cosine positions need a width that is a multiple of 4 and at least 8, not {width}")
     frequency_Q = temperature ** -(jnp.arange(width // 4) / (width // 4 - 1))
     y_L, x_L = (axis.reshape(-1).astype(jnp.float32) for axis in jnp.mgrid[:rows, :columns])
     angle_x, angle_y = jnp.outer(x_L, frequency_Q), jnp.outer(y_L, frequency_Q)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from vit_scaling import UserError
 from vit_scaling.models import layers, spatial
 from vit_scaling.ops import local
 from vit_scaling.parallel.sharding import constrain
@@ -61,12 +62,12 @@ class ResNetConfig:
             ("backend", self.backend, local.BACKENDS),
         ):
             if value not in choices:
-                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(str, choices))}")
+                raise UserError(f"{name} is {value!r}; choose one of {', '.join(map(str, choices))}")
         for name, groups in (("groups", self.groups), ("nonlocal_after", self.nonlocal_after)):
             if any(group not in (1, 2, 3, 4) for group in groups):
-                raise ValueError(f"{name} is {groups}; a residual network has groups 1, 2, 3 and 4")
+                raise UserError(f"{name} is {groups}; a residual network has groups 1, 2, 3 and 4")
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size is {self.kernel_size}; local attention needs an odd, positive size")
+            raise UserError(f"kernel_size is {self.kernel_size}; local attention needs an odd, positive size")
 
 
 def group_width(config: ResNetConfig, group: int) -> int:
@@ -230,7 +231,7 @@ class ResNet(nnx.Module):
         block ("group/nonlocal") [B, H, W, H, W].
 
         Raises:
-            ValueError: the network is all convolution.
+            UserError: the network is all convolution.
         """
         x_BHWC, maps = self._stemmed(images_BHWC, False), {}
         for number, group in enumerate(self.groups, start=1):
@@ -243,9 +244,7 @@ class ResNet(nnx.Module):
                 maps[f"{number}/nonlocal"] = group.non_local.weights(x_BHWC)
                 x_BHWC = group.non_local(x_BHWC, False)
         if not maps:
-            raise ValueError(
-                "this network has convolutions only (spatial='convolution'): there is no attention to show"
-            )
+            raise UserError("this network has convolutions only (spatial='convolution'): there is no attention to show")
         return maps
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from vit_scaling import UserError
 from vit_scaling.models import layers
 from vit_scaling.ops import local, relative
 
@@ -137,7 +138,7 @@ class LocalAttention(nnx.Module):
 def head_dim(channels: int, heads: int) -> int:
     """Returns channels / heads, an even number: half of a head looks at rows, half at columns."""
     if channels % (2 * heads):
-        raise ValueError(
+        raise UserError(
             f"{channels} channels cannot be split over {heads} heads of an even size; twice "
             "the number of heads must divide them"
         )
@@ -175,7 +176,7 @@ class AttentionStem(nnx.Module):
         B, H, W, _ = x_BHWC.shape
         b = self.BLOCK
         if H % b or W % b:
-            raise ValueError(f"images of {H}x{W} pixels cannot be cut into the {b}x{b} blocks of the attention stem")
+            raise UserError(f"images of {H}x{W} pixels cannot be cut into the {b}x{b} blocks of the attention stem")
         x = x_BHWC.reshape(B, H // b, b, W // b, b, 3).swapaxes(2, 3)
         q, k = (
             project(x).reshape(B, H // b, W // b, b * b, *self.query.kernel.shape[1:])

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from vit_scaling import UserError
 from vit_scaling.models import layers
 from vit_scaling.ops import windows
 from vit_scaling.parallel.sharding import constrain
@@ -78,10 +79,10 @@ def variant(name: str, **fields: object) -> SwinConfig:
     """Returns the config of a published size: T, S, B, L, T-c24, v2-T, v2-S, v2-B, v2-L, v2-H or v2-G.
 
     Raises:
-        ValueError: no such size.
+        UserError: no such size.
     """
     if name not in SIZES:
-        raise ValueError(f"no Swin size is called {name!r}; the sizes are {', '.join(SIZES)}")
+        raise UserError(f"no Swin size is called {name!r}; the sizes are {', '.join(SIZES)}")
     values: dict[str, Any] = {"version": 2 if name.startswith("v2-") else 1, **SIZES[name]._asdict(), **fields}
     return SwinConfig(**values)
 
@@ -96,27 +97,27 @@ def check(config: SwinConfig) -> None:
     ):
         if getattr(config, field) not in choices:
             allowed = ", ".join(str(choice) for choice in choices)
-            raise ValueError(f"model.{field} is {getattr(config, field)!r}; choose one of {allowed}")
+            raise UserError(f"model.{field} is {getattr(config, field)!r}; choose one of {allowed}")
     for field in ("width", "window", "patch", "mlp_ratio"):
         if getattr(config, field) < 1:
-            raise ValueError(f"model.{field} is {getattr(config, field)}; it must be at least 1")
+            raise UserError(f"model.{field} is {getattr(config, field)}; it must be at least 1")
     if not 0 <= config.drop_path < 1:
-        raise ValueError(f"model.drop_path is {config.drop_path}; a rate is at least 0 and below 1")
+        raise UserError(f"model.drop_path is {config.drop_path}; a rate is at least 0 and below 1")
     if not config.depths or any(depth < 2 or depth % 2 for depth in config.depths):
-        raise ValueError(f"model.depths {config.depths} must be even numbers: blocks come in pairs, plain and shifted")
+        raise UserError(f"model.depths {config.depths} must be even numbers: blocks come in pairs, plain and shifted")
     for field in ("heads", "pretrained_windows"):
         values = getattr(config, field)
         if values is not None and (len(values) != len(config.depths) or min(values) < 1):
-            raise ValueError(f"model.{field} {values} must give one positive number for each of model.depths")
+            raise UserError(f"model.{field} {values} must give one positive number for each of model.depths")
     for stage, heads in enumerate(config.heads):
         width = config.width * 2**stage
         if width % heads:
-            raise ValueError(f"model.heads {heads} of stage {stage + 1} does not divide its width {width}")
+            raise UserError(f"model.heads {heads} of stage {stage + 1} does not divide its width {width}")
     if config.version == 1 and (config.pretrained_windows or config.extra_norm_every):
-        raise ValueError("model.pretrained_windows and model.extra_norm_every belong to model.version 2, not to 1")
+        raise UserError("model.pretrained_windows and model.extra_norm_every belong to model.version 2, not to 1")
     every = config.extra_norm_every
     if every is not None and (every < 2 or every % 2 or any(d > every and d % every for d in config.depths)):
-        raise ValueError(
+        raise UserError(
             f"model.extra_norm_every {every} must be even and divide every one of model.depths {config.depths} above it"
         )
 
@@ -125,7 +126,7 @@ def stage_grids(config: SwinConfig, image_size: tuple[int, int]) -> list[tuple[i
     """Returns the tokens, down and across, of each stage. What a patch or a merge does not fill is padded with zeros.
 
     Raises:
-        ValueError: the image is smaller than one patch.
+        UserError: the image is smaller than one patch.
     """
     layers.grid_size(image_size, (config.patch, config.patch))
     height, width = image_size
@@ -366,7 +367,7 @@ class Swin(nnx.Module):
         x_BLD = x_BLD if self.embedding_norm is None else self.embedding_norm(x_BLD)
         if self.position_embedding is not None:
             if grid != self.grid:
-                raise ValueError(
+                raise UserError(
                     f"images of {image_size[0]}x{image_size[1]} pixels make a grid of {grid[0]}x{grid[1]} patches, but "
                     f"the absolute positions are for {self.grid[0]}x{self.grid[1]}; resize the images or the embedding"
                 )

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from vit_scaling import UserError
 from vit_scaling.models import layers
 from vit_scaling.parallel.sharding import constrain
 
@@ -80,17 +81,17 @@ def variant(name: str, **fields: object) -> ViTConfig:
     """Returns the config of a size and patch such as "B/16", "g/14" or, for patches 8 high and 16 wide, "S/8x16".
 
     Raises:
-        ValueError: no such size, or the patch is not a number.
+        UserError: no such size, or the patch is not a number.
     """
     size_name, _, patch = name.partition("/")
     if size_name not in SIZES:
-        raise ValueError(f"no ViT size is called {size_name!r}; the sizes are {', '.join(SIZES)}")
+        raise UserError(f"no ViT size is called {size_name!r}; the sizes are {', '.join(SIZES)}")
     try:
         sides = tuple(int(side) for side in patch.split("x"))
     except ValueError:
         sides = ()
     if len(sides) not in (1, 2) or min(sides) < 1:
-        raise ValueError(f"the ViT {name!r} names no patch; write size/patch, such as B/16 or S/8x16")
+        raise UserError(f"the ViT {name!r} names no patch; write size/patch, such as B/16 or S/8x16")
     # The fields are typed where they are declared; here they pass through.
     return ViTConfig(**SIZES[size_name]._asdict(), patch=(sides[0], sides[-1]), **fields)  # type: ignore[arg-type]
 
@@ -105,14 +106,14 @@ def check(config: ViTConfig) -> None:
         ("remat", tuple(layers.REMAT_POLICIES)),
     ):
         if getattr(config, field) not in choices:
-            raise ValueError(f"model.{field} is {getattr(config, field)!r}; choose one of {', '.join(choices)}")
+            raise UserError(f"model.{field} is {getattr(config, field)!r}; choose one of {', '.join(choices)}")
     for field in ("width", "depth", "mlp", "heads"):
         if getattr(config, field) < 1:
-            raise ValueError(f"model.{field} is {getattr(config, field)}; it must be at least 1")
+            raise UserError(f"model.{field} is {getattr(config, field)}; it must be at least 1")
     if not 0 <= config.drop_path < 1:
-        raise ValueError(f"model.drop_path is {config.drop_path}; a rate is at least 0 and below 1")
+        raise UserError(f"model.drop_path is {config.drop_path}; a rate is at least 0 and below 1")
     if config.width % config.heads:
-        raise ValueError(f"model.heads {config.heads} does not divide model.width {config.width}")
+        raise UserError(f"model.heads {config.heads} does not divide model.width {config.width}")
 
 
 class Block(nnx.Module):
@@ -212,7 +213,7 @@ class ViT(nnx.Module):
         if self.position_embedding is None:
             return None
         if grid != self.grid:
-            raise ValueError(
+            raise UserError(
                 f"images of {height}x{width} pixels make a grid of {grid[0]}x{grid[1]} patches, but the "
                 f"learned positions are for {self.grid[0]}x{self.grid[1]}; resize the images or the position embedding"
             )

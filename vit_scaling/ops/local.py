@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vit_scaling import UserError
 from vit_scaling.ops import local_pallas
 from vit_scaling.ops.relative import MASKED, accumulator, outside, skew
 
@@ -52,7 +53,7 @@ def local_attention(
         block: side of a block for "blocks"; by default `block_size` chooses.
 
     Raises:
-        ValueError: shapes do not fit together, an even kernel, an unknown backend or border, or a backend that the
+        UserError: shapes do not fit together, an even kernel, an unknown backend or border, or a backend that the
             device cannot run.
     """
     _check(q, k, v, rel_row, rel_col, kernel_size, backend, border, block)
@@ -106,29 +107,29 @@ def _check(
     block: int | None,
 ) -> None:
     if q.ndim != 5:
-        raise ValueError(f"q has shape {q.shape}; queries, keys and values are [B, H, W, N, K]")
+        raise UserError(f"q has shape {q.shape}; queries, keys and values are [B, H, W, N, K]")
     N, K = q.shape[3:]
     if kernel < 1 or kernel % 2 == 0:
-        raise ValueError(f"kernel_size is {kernel}; a neighbourhood around a pixel needs an odd, positive size")
+        raise UserError(f"kernel_size is {kernel}; a neighbourhood around a pixel needs an odd, positive size")
     if K % 2:
-        raise ValueError(f"head dim {K} is odd; half of a head carries row offsets, the other half column offsets")
+        raise UserError(f"head dim {K} is odd; half of a head carries row offsets, the other half column offsets")
     for name, table in (("rel_row", rel_row), ("rel_col", rel_col)):
         if table.shape != (kernel, N, K // 2):
-            raise ValueError(
+            raise UserError(
                 f"{name} has shape {table.shape}; kernel_size {kernel}, {N} heads and head dim {K} need "
                 f"{(kernel, N, K // 2)}"
             )
     if not q.shape == k.shape == v.shape or not q.dtype == k.dtype == v.dtype:
         given = ", ".join(f"{x.shape} {x.dtype}" for x in (q, k, v))
-        raise ValueError(f"q, k and v must agree in shape and dtype, not {given}")
+        raise UserError(f"q, k and v must agree in shape and dtype, not {given}")
     if border not in BORDERS:
-        raise ValueError(f"border is {border!r}; choose one of {', '.join(BORDERS)}")
+        raise UserError(f"border is {border!r}; choose one of {', '.join(BORDERS)}")
     if block is not None and block < 1:
-        raise ValueError(f"block is {block}; it must be a positive number of pixels, or None to choose by map size")
+        raise UserError(f"block is {block}; it must be a positive number of pixels, or None to choose by map size")
     if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
+        raise UserError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
     if backend == "pallas" and local_pallas.platform() not in local_pallas.PLATFORMS:
-        raise ValueError(
+        raise UserError(
             f"backend 'pallas' runs on {' and '.join(local_pallas.PLATFORMS)}, not on {local_pallas.platform()}; here "
             "choose one of blocks, shifts, rows"
         )

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vit_scaling import UserError
+
 # Finite, so that a query whose keys are all masked still has a softmax; beside a real key its exp is exactly 0.
 MASKED = -1e30
 
@@ -48,12 +50,12 @@ def global_logits(
     there both queries are the whole head).
 
     Raises:
-        ValueError: a table is not 2 * side - 1 long.
+        UserError: a table is not 2 * side - 1 long.
     """
     _, H, W, _, _ = q_row_BHWNK.shape
     for axis, side, table_RK in (("row", H, rel_row_RK), ("column", W, rel_col_RK)):
         if table_RK.shape[0] != 2 * side - 1:
-            raise ValueError(
+            raise UserError(
                 f"the {axis} table has {table_RK.shape[0]} offsets, but a map of {H}x{W} needs {2 * side - 1}: "
                 "build the model for this image size, or resize the images"
             )

@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from scipy.interpolate import RectBivariateSpline
 
+from vit_scaling import UserError
+
 # The published code adds this to the logits of masked pairs (not minus infinity); trained weights know it.
 MASKED = -100.0
 
@@ -139,11 +141,11 @@ def table_window(rows: int) -> int:
     """Returns the window of a bias table of that many rows.
 
     Raises:
-        ValueError: no window has that many.
+        UserError: no window has that many.
     """
     window = (round(rows**0.5) + 1) // 2
     if (2 * window - 1) ** 2 != rows:
-        raise ValueError(f"a relative position table has (2·window - 1)² rows, and {rows} is not such a number")
+        raise UserError(f"a relative position table has (2·window - 1)² rows, and {rows} is not such a number")
     return window
 
 
@@ -199,11 +201,11 @@ def resize_table(table_RN: Float[np.ndarray, "R N"], window: int, method: str = 
         offsets are placed at distances that grow by a constant factor, and a cubic spline is read between them.
 
     Raises:
-        ValueError: an unknown method, or rows that belong to no window.
+        UserError: an unknown method, or rows that belong to no window.
     """
     old, heads = table_window(table_RN.shape[0]), table_RN.shape[1]
     if method not in ("bicubic", "geometric"):
-        raise ValueError(f"method of a table's resize is {method!r}: choose bicubic or geometric")
+        raise UserError(f"method of a table's resize is {method!r}: choose bicubic or geometric")
     if old == window:
         return table_RN
     grid = np.asarray(table_RN, np.float64).reshape(2 * old - 1, 2 * old - 1, heads)

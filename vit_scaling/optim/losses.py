@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from vit_scaling import UserError
+
 KINDS = ("softmax", "sigmoid")
 
 
@@ -28,11 +30,11 @@ class LossConfig:
 def check(config: LossConfig) -> None:
     """Raises ValueError, in one sentence, for a field that cannot work."""
     if config.kind not in KINDS:
-        raise ValueError(f"loss.kind is {config.kind!r}; choose one of {', '.join(KINDS)}")
+        raise UserError(f"loss.kind is {config.kind!r}; choose one of {', '.join(KINDS)}")
     if not 0 <= config.label_smoothing < 1:
-        raise ValueError(f"loss.label_smoothing is {config.label_smoothing}; it must be at least 0 and below 1")
+        raise UserError(f"loss.label_smoothing is {config.label_smoothing}; it must be at least 0 and below 1")
     if config.kind == "sigmoid" and config.label_smoothing:
-        raise ValueError("loss.label_smoothing has no meaning for the sigmoid loss; set it to 0 or use softmax")
+        raise UserError("loss.label_smoothing has no meaning for the sigmoid loss; set it to 0 or use softmax")
 
 
 def targets(labels: Int[Array, "B"] | Float[Array, "B M"], num_classes: int) -> Float[Array, "B M"]:

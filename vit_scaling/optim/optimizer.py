@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vit_scaling import names
+from vit_scaling import UserError, names
 from vit_scaling.optim.adafactor import factored_axes, scale_by_adafactor
 
 NAMES = ("adafactor", "adam", "sgd", "nesterov")
@@ -89,7 +89,7 @@ def describe(config: OptimConfig, params: Mapping[str, Any]) -> list[Row]:
         params: nested dict of arrays or of anything with a `shape`.
 
     Raises:
-        ValueError: an unknown choice or number, a parameter that no decay rule matches, or a freeze pattern that
+        UserError: an unknown choice or number, a parameter that no decay rule matches, or a freeze pattern that
             matches none.
     """
     _check(config)
@@ -97,7 +97,7 @@ def describe(config: OptimConfig, params: Mapping[str, Any]) -> list[Row]:
     leaves = names.flatten(params)
     for pattern in config.freeze:
         if not any(re.fullmatch(pattern, path) for path in leaves):
-            raise ValueError(
+            raise UserError(
                 f"optim.freeze: no parameter's whole path matches {pattern!r}; one is {next(iter(leaves))!r}"
             )
     rows = []
@@ -105,12 +105,12 @@ def describe(config: OptimConfig, params: Mapping[str, Any]) -> list[Row]:
         try:
             decay = decays[names.first_match(config.decay_rules, path)]
         except ValueError as error:
-            raise ValueError(f"optim.decay_rules: {error}") from None
+            raise UserError(f"optim.decay_rules: {error}") from None
         frozen = any(re.fullmatch(pattern, path) for pattern in config.freeze)
         factored = config.name == "adafactor" and factored_axes(path, leaf.shape) is not None
         rows.append(Row(path, tuple(leaf.shape), 0.0 if frozen else decay, frozen, factored and not frozen))
     if all(row.frozen for row in rows):
-        raise ValueError(f"optim.freeze {config.freeze} matches every parameter; leave some to train")
+        raise UserError(f"optim.freeze {config.freeze} matches every parameter; leave some to train")
     if config.layer_decay is not None:
         rates = layer_rates(params, config.layer_decay)
         rows = [row._replace(rates=(float(rates[row.path].min()), float(rates[row.path].max()))) for row in rows]
@@ -125,7 +125,7 @@ def layer_rates(params: Mapping[str, Any], decay: float) -> dict[str, np.ndarray
     block of its stage. Stacked parameters have one factor a layer.
 
     Raises:
-        ValueError: the parameters are not those of a ViT or Swin.
+        UserError: the parameters are not those of a ViT or Swin.
     """
     leaves = names.flatten(params)
     stacks: dict[str, tuple[int, int]] = {}  # prefix of a stack: its first layer, its layers
@@ -152,7 +152,7 @@ def _rate(path: str, leaf: Any, decay: float, stacks: Mapping[str, tuple[int, in
     elif f"{first_room}/" in stacks:
         layer = sum(stacks[f"{first_room}/"])
     else:
-        raise ValueError(f"optim.layer_decay knows the layers of a ViT or Swin, and not where {path!r} belongs")
+        raise UserError(f"optim.layer_decay knows the layers of a ViT or Swin, and not where {path!r} belongs")
     rate = np.asarray(decay ** (total + 1.0 - layer), np.float32)
     return rate.reshape(rate.shape + (1,) * (len(leaf.shape) - rate.ndim))
 
@@ -168,7 +168,7 @@ def create(config: OptimConfig, params: Mapping[str, Any]) -> optax.GradientTran
         params: nested dict of arrays or of anything with a `shape`; only paths and shapes are read.
 
     Raises:
-        ValueError: as `describe`.
+        UserError: as `describe`.
     """
     rows = describe(config, params)
     frozen = {row.path for row in rows if row.frozen}
@@ -219,20 +219,20 @@ def _scaling(config: OptimConfig) -> optax.GradientTransformation:
 def _check(config: OptimConfig) -> None:
     for name, choices in (("name", NAMES), ("moment_dtype", DTYPES)):
         if getattr(config, name) not in choices:
-            raise ValueError(f"optim.{name} is {getattr(config, name)!r}; choose one of {', '.join(choices)}")
+            raise UserError(f"optim.{name} is {getattr(config, name)!r}; choose one of {', '.join(choices)}")
     if config.layer_decay is not None and not 0 < config.layer_decay <= 1:
-        raise ValueError(f"optim.layer_decay is {config.layer_decay}; a factor lies above 0 and at most at 1")
+        raise UserError(f"optim.layer_decay is {config.layer_decay}; a factor lies above 0 and at most at 1")
     for name in ("beta1", "beta2", "ema"):
         value = getattr(config, name)
         if value is not None and not 0 <= value < 1:
-            raise ValueError(f"optim.{name} is {value}; a decay lies in [0, 1)")
+            raise UserError(f"optim.{name} is {value}; a decay lies in [0, 1)")
     for name in ("lr", "weight_decay", "head_weight_decay"):
         if not getattr(config, name) >= 0:
-            raise ValueError(f"optim.{name} is {getattr(config, name)}; it cannot be negative")
+            raise UserError(f"optim.{name} is {getattr(config, name)}; it cannot be negative")
     if config.clip is not None and not config.clip > 0:
-        raise ValueError(f"optim.clip is {config.clip}; give a positive norm, or None for no clipping")
+        raise UserError(f"optim.clip is {config.clip}; give a positive norm, or None for no clipping")
     if config.accumulate < 1:
-        raise ValueError(f"optim.accumulate is {config.accumulate}; give at least 1")
+        raise UserError(f"optim.accumulate is {config.accumulate}; give at least 1")
     for pattern, target in config.decay_rules:
         if target not in ("head", "body", "none"):
-            raise ValueError(f"optim.decay_rules gives {pattern!r} the decay {target!r}; choose head, body or none")
+            raise UserError(f"optim.decay_rules gives {pattern!r} the decay {target!r}; choose head, body or none")

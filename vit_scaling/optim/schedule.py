@@ -14,6 +14,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from vit_scaling import UserError
+
 KINDS = ("rsqrt", "constant", "linear", "cosine")
 UNITS = ("steps", "epochs", "examples")
 
@@ -34,16 +36,16 @@ class Duration:
         """Returns the duration in steps of `batch_size` examples, rounded to the nearest whole step.
 
         Raises:
-            ValueError: an unknown unit, a negative or non-finite amount, or a positive one that rounds to no step.
+            UserError: an unknown unit, a negative or non-finite amount, or a positive one that rounds to no step.
         """
         if self.unit not in UNITS:
-            raise ValueError(f"unit is {self.unit!r}; a duration is given in one of {', '.join(UNITS)}")
+            raise UserError(f"unit is {self.unit!r}; a duration is given in one of {', '.join(UNITS)}")
         if not (math.isfinite(self.amount) and self.amount >= 0):
-            raise ValueError(f"amount is {self.amount}; a duration is a finite number that is not negative")
+            raise UserError(f"amount is {self.amount}; a duration is a finite number that is not negative")
         examples = {"steps": batch_size, "epochs": examples_per_epoch, "examples": 1}[self.unit]
         steps = round(self.amount * examples / batch_size)
         if self.amount > 0 and steps == 0:
-            raise ValueError(
+            raise UserError(
                 f"a duration of {self.amount:g} {self.unit} is no whole step of batch size {batch_size}; "
                 "make it longer, or exactly 0"
             )
@@ -84,14 +86,14 @@ def in_steps(config: ScheduleConfig, batch_size: int, examples_per_epoch: int) -
     """Returns `config` with every duration in steps.
 
     Raises:
-        ValueError: a duration that `Duration.to_steps` refuses; the message names its field.
+        UserError: a duration that `Duration.to_steps` refuses; the message names its field.
     """
     steps: dict[str, Any] = {}
     for name in ("warmup", "cooldown", "timescale"):
         try:
             steps[name] = Duration(float(getattr(config, name).to_steps(batch_size, examples_per_epoch)))
         except ValueError as error:
-            raise ValueError(f"schedule.{name}: {error}") from None
+            raise UserError(f"schedule.{name}: {error}") from None
     return dataclasses.replace(config, **steps)
 
 
@@ -102,7 +104,7 @@ def create(config: ScheduleConfig, total_steps: int) -> Callable[[Int[Array, ""]
     `total_steps` and after it. The step may be traced.
 
     Raises:
-        ValueError: an unknown kind, a duration not in steps, or durations that do not fit in `total_steps`.
+        UserError: an unknown kind, a duration not in steps, or durations that do not fit in `total_steps`.
     """
     warmup, cooldown, timescale = _checked(config, total_steps)
 
@@ -131,22 +133,22 @@ def create(config: ScheduleConfig, total_steps: int) -> Callable[[Int[Array, ""]
 
 def _checked(config: ScheduleConfig, total_steps: int) -> tuple[int, int, int]:
     if config.kind not in KINDS:
-        raise ValueError(f"schedule.kind is {config.kind!r}; choose one of {', '.join(KINDS)}")
+        raise UserError(f"schedule.kind is {config.kind!r}; choose one of {', '.join(KINDS)}")
     for name in ("warmup", "cooldown", "timescale"):
         duration = getattr(config, name)
         if duration.unit != "steps" or duration.amount != int(duration.amount) or duration.amount < 0:
-            raise ValueError(
+            raise UserError(
                 f"schedule.{name} is {duration.amount:g} {duration.unit}; convert durations to whole steps first"
             )
     warmup, cooldown, timescale = (int(d.amount) for d in (config.warmup, config.cooldown, config.timescale))
     if config.kind == "rsqrt" and timescale == 0:
-        raise ValueError("schedule.timescale is 0; the rsqrt schedule needs at least 1 step")
+        raise UserError("schedule.timescale is 0; the rsqrt schedule needs at least 1 step")
     if warmup + cooldown > total_steps:
-        raise ValueError(
+        raise UserError(
             f"a warmup of {warmup} and a cooldown of {cooldown} steps do not fit in a run of {total_steps} steps; "
             "shorten schedule.warmup or schedule.cooldown, or train longer"
         )
     for name in ("start", "final"):
         if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"schedule.{name} is {getattr(config, name)}; it is a fraction of the peak, from 0 to 1")
+            raise UserError(f"schedule.{name} is {getattr(config, name)}; it is a fraction of the peak, from 0 to 1")
     return warmup, cooldown, timescale

@@ -16,6 +16,8 @@ from typing import Any
 
 import jax
 
+from vit_scaling import UserError
+
 GIB = 2**30
 
 
@@ -160,22 +162,22 @@ def topology(text: str, slices: int = 1) -> Topology:
     """Reads a description such as "v5e:4x4", "v5p:8x8x8" or "gpu:h100x8".
 
     Raises:
-        ValueError: there is no such chip, or it does not come in this shape; the sentence names those that there are.
+        UserError: there is no such chip, or it does not come in this shape; the sentence names those that there are.
     """
     kind, _, size = text.partition(":")
     if slices < 1:
-        raise ValueError(f"{slices} slices cannot be; give at least 1")
+        raise UserError(f"{slices} slices cannot be; give at least 1")
     if kind == "gpu":
         match = re.fullmatch(r"([\w\-]+?)x(\d+)", size)
         if match is None or match[1] not in GPUS or not int(match[2]):
-            raise ValueError(
+            raise UserError(
                 f"there are no GPUs {size!r}; write gpu:NAMExNUMBER, such as gpu:h100x8, with one of {', '.join(GPUS)}"
             )
         if slices > 1:
-            raise ValueError(f"{text} has no slices; nodes of {CHIPS[match[1]].largest} GPUs are the slow boundary")
+            raise UserError(f"{text} has no slices; nodes of {CHIPS[match[1]].largest} GPUs are the slow boundary")
         return Topology(CHIPS[match[1]], (int(match[2]),))
     if kind not in TPUS:
-        raise ValueError(f"there is no chip {kind!r}; write NAME:SHAPE with one of {', '.join(TPUS)}, or gpu:h100x8")
+        raise UserError(f"there is no chip {kind!r}; write NAME:SHAPE with one of {', '.join(TPUS)}, or gpu:h100x8")
     chip = CHIPS[kind]
     shape = tuple(int(side) for side in size.split("x")) if re.fullmatch(r"\d+(x\d+)*", size) else ()
     if not _comes_in(chip, size, shape):
@@ -187,7 +189,7 @@ def topology(text: str, slices: int = 1) -> Topology:
                 f"its shapes are {', '.join(_SHAPES_3D)}, and AxBxC with A <= B <= C, all multiples of 4, up to "
                 f"{chip.largest} chips, such as 4x4x8"
             )
-        raise ValueError(f"{kind} does not come as {size!r}; {choices}")
+        raise UserError(f"{kind} does not come as {size!r}; {choices}")
     return Topology(chip, shape, slices)
 
 
@@ -209,13 +211,13 @@ def describe_devices(machine: Topology) -> Sequence[jax.Device]:
     """Returns devices that are not here, for which programs can be compiled and not run.
 
     Raises:
-        ValueError: the compiler is not installed.
+        UserError: the compiler is not installed.
         RuntimeError: the compiler does not know the machine.
     """
     if compiler(machine) is None:
         package = "libtpu, the TPU compiler," if machine.chip.dims else "the CUDA compiler"
         wanted = '"jax[tpu]"' if machine.chip.dims else "jax-cuda12-plugin"
-        raise ValueError(f"{package} is not installed; it comes with: pip install {wanted}")
+        raise UserError(f"{package} is not installed; it comes with: pip install {wanted}")
     from jax.experimental import topologies
 
     platform, name, options = _tpus(machine) if machine.chip.dims else _gpus(machine)

@@ -15,6 +15,8 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 
+from vit_scaling import UserError
+
 AXES = ("replica", "data", "fold", "model")
 
 # The widths of vision transformers are multiples of 128 and rarely of more: 1152, 1408 and 1664 are 9, 11 and 13 times
@@ -36,19 +38,19 @@ def shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int]:
     """Returns the size of each of AXES for this many devices; those of the config's `data` are `data` times `fold`.
 
     Raises:
-        ValueError: the sizes do not multiply to the number of devices.
+        UserError: the sizes do not multiply to the number of devices.
     """
     sizes = [config.replica, config.data, config.model]
     names = [field.name for field in dataclasses.fields(config)]
     for axis, size in zip(names, sizes, strict=True):
         if size < 1 and size != -1:
-            raise ValueError(f"mesh.{axis} is {size}; it must be a positive number of devices, or -1 for all the rest")
+            raise UserError(f"mesh.{axis} is {size}; it must be a positive number of devices, or -1 for all the rest")
     if sizes.count(-1) > 1:
-        raise ValueError(f"mesh has {sizes.count(-1)} axes of -1; only one axis can take all the devices that are left")
+        raise UserError(f"mesh has {sizes.count(-1)} axes of -1; only one axis can take all the devices that are left")
     known = math.prod(size for size in sizes if size != -1)
     if num_devices % known or (-1 not in sizes and known != num_devices):
         axes = ", ".join(f"{axis}={size}" for axis, size in zip(names, sizes, strict=True))
-        raise ValueError(f"a mesh of {axes} does not fit {num_devices} devices: the sizes must multiply to that number")
+        raise UserError(f"a mesh of {axes} does not fit {num_devices} devices: the sizes must multiply to that number")
     replica, data, model = (num_devices // known if size == -1 else size for size in sizes)
     main = math.gcd(data, MAX_DATA)
     return (replica, data, 1, model) if data <= MAX_DATA else (replica, main, data // main, model)
@@ -58,13 +60,13 @@ def create(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> j
     """Arranges `devices` (all of the run's by default) so that nearby axes use nearby links.
 
     Raises:
-        ValueError: the sizes do not fit the devices, or `replica` does not span the slices.
+        UserError: the sizes do not fit the devices, or `replica` does not span the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = shape(config, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if sizes[0] % slices:
-        raise ValueError(
+        raise UserError(
             f"mesh.replica is {sizes[0]} on {slices} slices; between slices the network is slow, so that only replica "
             f"may cross it: give it a multiple of {slices}"
         )

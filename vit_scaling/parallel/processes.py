@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 
 import jax
 
+from vit_scaling import UserError
+
 WAIT_SECONDS = 600.0  # so far may the processes be apart before a step: they open the same data
 
 _conversation = itertools.count()  # every exchange needs names of its own
@@ -38,7 +40,7 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
     alone. Under Slurm and Open MPI what is given comes before what they say.
 
     Raises:
-        ValueError: the arguments do not fit each other, or some are missing.
+        UserError: the arguments do not fit each other, or some are missing.
     """
     found = arguments(coordinator, num_processes, process_id, os.environ)
     if found is not None:
@@ -47,7 +49,7 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
         try:
             jax.distributed.initialize(**found)
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f"JAX does not find the other processes ({str(error).rstrip('.')}): give --coordinator=HOST:PORT, "
                 f"--num_processes and --process_id, or --num_processes=1 for this process alone"
             ) from error
@@ -59,13 +61,13 @@ def arguments(
     """Returns the arguments of jax.distributed.initialize, which finds what is not among them; None for one process.
 
     Raises:
-        ValueError: see `start`.
+        UserError: see `start`.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     if coordinator is not None and not re.fullmatch(r"\S+:\d+", coordinator):
-        raise ValueError(f"--coordinator is {coordinator!r}; it must be HOST:PORT of process 0, as 10.0.0.1:8476")
+        raise UserError(f"--coordinator is {coordinator!r}; it must be HOST:PORT of process 0, as 10.0.0.1:8476")
     if num_processes is not None and num_processes < 1:
-        raise ValueError(f"--num_processes is {num_processes}; it must be at least 1")
+        raise UserError(f"--num_processes is {num_processes}; it must be at least 1")
 
     open_mpi = _open_mpi(environment)  # first: mpirun starts its processes inside steps of Slurm
     cluster = open_mpi or _slurm(environment)
@@ -76,21 +78,21 @@ def arguments(
         if num_processes == 1 and not process_id:
             return None
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"{' and '.join(missing)} must be given too: neither Slurm nor Open MPI started this process, so "
                 f"--coordinator=HOST:PORT, --num_processes and --process_id are needed together"
             )
     count = num_processes if num_processes is not None else cluster["num_processes"]
     number = process_id if process_id is not None else cluster["process_id"]
     if not 0 <= number < count:
-        raise ValueError(f"--process_id is {number}; with {count} processes it must be from 0 to {count - 1}")
+        raise UserError(f"--process_id is {number}; with {count} processes it must be from 0 to {count - 1}")
     if count == 1:
         return None
     found: dict[str, Any] = {"num_processes": count, "process_id": number}
     if coordinator is not None:
         found["coordinator_address"] = coordinator
     elif open_mpi and "OMPI_MCA_orte_hnp_uri" not in environment:
-        raise ValueError(
+        raise UserError(
             "Open MPI 5 does not say on which host process 0 runs: give --coordinator=HOST:PORT, the rest is known"
         )
     local = cluster.get("local_device_ids")
@@ -185,7 +187,7 @@ def together() -> Iterator[None]:
     What is done inside must not wait for other processes.
 
     Raises:
-        ValueError: another process failed; the sentence is its own.
+        UserError: another process failed; the sentence is its own.
     """
     failure: Exception | None = None
     try:
@@ -197,7 +199,7 @@ def together() -> Iterator[None]:
         raise failure
     for process, sentence in enumerate(sentences):
         if sentence is not None:
-            raise ValueError(f"process {process}: {sentence}")
+            raise UserError(f"process {process}: {sentence}")
 
 
 def first(function: Callable[[], Any]) -> Any:
@@ -205,7 +207,7 @@ def first(function: Callable[[], Any]) -> Any:
 
     Raises:
         Exception: what it raised, in process 0.
-        ValueError: the same sentence, in the others.
+        UserError: the same sentence, in the others.
     """
     value = None
     with together():

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 from jax.sharding import Mesh as DeviceMesh
 
-from vit_scaling import names
+from vit_scaling import UserError, names
 
 # Of devices, or of their numbers alone, which is enough to plan.
 Mesh = DeviceMesh | AbstractMesh
@@ -97,7 +97,7 @@ def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1, name: str = "d
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if batch_size % (shards * accumulate):
         steps = f" in each of {accumulate} accumulation steps" if accumulate > 1 else ""
-        raise ValueError(
+        raise UserError(
             f"{name} {batch_size} cannot be divided over {shards} devices{steps}; "
             f"choose a multiple of {shards * accumulate}"
         )
@@ -111,7 +111,7 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     Small leaves are not split over them.
 
     Raises:
-        ValueError: a layer of the leaf is large and no mesh axis divides any of its axes, or `model` does not divide
+        UserError: a layer of the leaf is large and no mesh axis divides any of its axes, or `model` does not divide
             the heads or hidden units that it is to split.
     """
     # An axis of length one is one over which a factored second moment was averaged: nothing to split.
@@ -130,7 +130,7 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
             spec[dim] = "model"
             free.remove(dim)
         elif not path.endswith(CLASSES):
-            raise ValueError(
+            raise UserError(
                 f"mesh.model={mesh.shape['model']} does not divide axis {dim} of {path} with shape {shape}; "
                 f"choose a size of the model axis that divides {shape[dim]}"
             )
@@ -154,7 +154,7 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
             spec[dim] = axis
             free.remove(dim)
     if not any(spec) and math.prod(shape[stacked:]) >= MIN_SHARDED_SIZE:
-        raise ValueError(
+        raise UserError(
             f"{path} with shape {shape} is large and mesh.data={math.prod(sizes.values())} divides no axis of it; "
             "choose a data axis that divides one, and put the rest of the devices on mesh.replica"
         )

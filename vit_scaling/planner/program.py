@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vit_scaling import UserError
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
 # Bytes of the element types that a step uses; a type that is not here counts as 4.
@@ -68,11 +70,11 @@ def traffic(text: str, slices: np.ndarray | None = None) -> Traffic:
         slices: [devices] the slice, or the node, of each device in the mesh's flat order; None for one.
 
     Raises:
-        ValueError: the text is no program.
+        UserError: the text is no program.
     """
     computations, entry = _parse(text)
     if entry is None:
-        raise ValueError("the text holds no entry computation; give compiled.as_text()")
+        raise UserError("the text holds no entry computation; give compiled.as_text()")
     collectives: list[Collective] = []
     memory = 0.0
     for instruction, computation, times, fused in _walk(computations, entry):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vit_scaling import UserError
 from vit_scaling.config import Config
 from vit_scaling.data.sources import open_source
 from vit_scaling.studies import runner, scaling
@@ -36,10 +37,10 @@ def plan(grid: GridConfig) -> list[Job]:
     """Returns one job for each combination, the last field changing fastest.
 
     Raises:
-        ValueError: a field without values, or the config has no such field.
+        UserError: a field without values, or the config has no such field.
     """
     if empty := [field for field, values in grid.fields if not values]:
-        raise ValueError(f"fields gives {empty[0]!r} no values")
+        raise UserError(f"fields gives {empty[0]!r} no values")
     examples = len(open_source(grid.base.data.train))
     jobs = []
     for number, values in enumerate(itertools.product(*(values for _, values in grid.fields))):
@@ -55,7 +56,7 @@ def table(grid: GridConfig, jobs: Sequence[Job], workdir: Path) -> str:
     """Returns the finished runs as a Markdown table, best first by the metric.
 
     Raises:
-        ValueError: a run did not measure the metric.
+        UserError: a run did not measure the metric.
     """
     rows = []
     for job in jobs:
@@ -63,7 +64,7 @@ def table(grid: GridConfig, jobs: Sequence[Job], workdir: Path) -> str:
             continue
         metrics = json.loads((runner.folder(workdir, job.name) / "result.json").read_text())["metrics"]
         if grid.metric not in metrics:
-            raise ValueError(f"metric is {grid.metric!r}, but runs measured {', '.join(sorted(metrics))}")
+            raise UserError(f"metric is {grid.metric!r}, but runs measured {', '.join(sorted(metrics))}")
         rows.append((metrics[grid.metric], job, metrics))
     rows.sort(key=lambda row: (-row[0], row[1].name))
     measured = [grid.metric, *sorted({name for *_, metrics in rows for name in metrics} - {grid.metric})]

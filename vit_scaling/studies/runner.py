@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
+from vit_scaling import UserError, flops
 from vit_scaling import config as config_lib
-from vit_scaling import flops
 from vit_scaling.config import Config
 from vit_scaling.data.sources import open_source
 
@@ -42,7 +42,7 @@ def done(job: Job, workdir: Path) -> bool:
     """Whether the run has finished.
 
     Raises:
-        ValueError: its folder holds a run of another config.
+        UserError: its folder holds a run of another config.
     """
     record, result = folder(workdir, job.name) / "config.json", folder(workdir, job.name) / "result.json"
     if not record.exists() or not result.exists():
@@ -50,7 +50,7 @@ def done(job: Job, workdir: Path) -> bool:
     resolved = config_lib.resolve(job.config, job.data_images)
     stored = json.loads(record.read_text())["config"]
     if differing := config_lib.differences(stored, config_lib.to_dict(resolved)):
-        raise ValueError(f"{workdir} belongs to another study: in {job.name} {differing[0]}; name another --workdir")
+        raise UserError(f"{workdir} belongs to another study: in {job.name} {differing[0]}; name another --workdir")
     return True
 
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vit_scaling import UserError, flops
 from vit_scaling import config as config_lib
-from vit_scaling import flops
 from vit_scaling.config import Config
 from vit_scaling.data.sources import open_source
 from vit_scaling.optim import schedule
@@ -94,7 +94,7 @@ def plan(study: StudyConfig, workdir: Path) -> list[Job]:
     """Returns all runs, each after the one that it needs; small ones first.
 
     Raises:
-        ValueError: a field that cannot work; the sentence names it.
+        UserError: a field that cannot work; the sentence names it.
     """
     _check(study)
     jobs: list[Job] = []
@@ -112,7 +112,7 @@ def plan(study: StudyConfig, workdir: Path) -> list[Job]:
         jobs.append(Job(name, comparison.name, comparison.size, config, total, total, data_images))
     names = [job.name for job in jobs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"two runs of the study are called {twice[0]}; give comparisons different names")
+        raise UserError(f"two runs of the study are called {twice[0]}; give comparisons different names")
     return jobs
 
 
@@ -189,14 +189,14 @@ def override(config: Any, field: str, value: Any) -> None:
     """Sets a field of a config, such as "optim.lr".
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     *parents, name = field.split(".")
     node = config
     for part in parents:
         node = getattr(node, part, None)
     if not hasattr(node, name):
-        raise ValueError(f"a study's config has no field {field!r}")
+        raise UserError(f"a study's config has no field {field!r}")
     setattr(node, name, value)
 
 
@@ -209,25 +209,25 @@ def _check(study: StudyConfig) -> None:
     for name in ("sizes", "fractions", "images"):
         values = getattr(study, name)
         if not values or min(values) <= 0 or len(set(values)) < len(values):
-            raise ValueError(f"{name} is {values}; give at least one positive number, each once")
+            raise UserError(f"{name} is {values}; give at least one positive number, each once")
     for fraction in study.fractions:
         if fraction > 1 or abs(100 * fraction - round(100 * fraction)) > 1e-9:
-            raise ValueError(f"fractions has {fraction}; a share of the data is a whole number of percent, at most 1")
+            raise UserError(f"fractions has {fraction}; a share of the data is a whole number of percent, at most 1")
     if len(study.fractions) > 1 and "[" in study.base.data.train.split:
-        raise ValueError(
+        raise UserError(
             f"base.data.train.split is {study.base.data.train.split!r}; the study cuts it: name a whole one"
         )
     if not 0 < study.cooldown < 1:
-        raise ValueError(f"cooldown is {study.cooldown}; it is a share of a run, between 0 and 1")
+        raise UserError(f"cooldown is {study.cooldown}; it is a share of a run, between 0 and 1")
     if schedule.needs_total(study.base.schedule):
-        raise ValueError(f"base.schedule.kind is {study.base.schedule.kind!r}; cooldowns branch from rsqrt or constant")
+        raise UserError(f"base.schedule.kind is {study.base.schedule.kind!r}; cooldowns branch from rsqrt or constant")
 
 
 def gather(study: StudyConfig, jobs: Sequence[Job], workdir: Path) -> list[Run]:
     """Returns the table of all finished runs but trunks.
 
     Raises:
-        ValueError: a run did not measure the study's metric.
+        UserError: a run did not measure the study's metric.
     """
     table = []
     for job in jobs:
@@ -235,7 +235,7 @@ def gather(study: StudyConfig, jobs: Sequence[Job], workdir: Path) -> list[Run]:
             continue
         result = json.loads((runner.folder(workdir, job.name) / "result.json").read_text())
         if study.metric not in result["metrics"]:
-            raise ValueError(f"metric is {study.metric!r}, but runs measured {', '.join(sorted(result['metrics']))}")
+            raise UserError(f"metric is {study.metric!r}, but runs measured {', '.join(sorted(result['metrics']))}")
         fewshot = result["metrics"].get(study.fewshot)
         batch_size = job.config.data.batch_size
         cost = flops.count(

@@ -5,6 +5,8 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from vit_scaling import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -53,7 +55,7 @@ def read(path: Path) -> list[Run]:
     """Reads a table that `write` wrote.
 
     Raises:
-        ValueError: a column is missing or a cell is not of its type; the message names line and column.
+        UserError: a column is missing or a cell is not of its type; the message names line and column.
     """
     runs = []
     with path.open(newline="") as file:
@@ -62,13 +64,13 @@ def read(path: Path) -> list[Run]:
             for field in dataclasses.fields(Run):
                 cell = row.get(field.name)
                 if cell is None:
-                    raise ValueError(f"{path}, line {line}: the column {field.name} is missing")
+                    raise UserError(f"{path}, line {line}: the column {field.name} is missing")
                 try:
                     if field.name == "fewshot_error":
                         values[field.name] = float(cell) if cell else None
                     else:
                         values[field.name] = _TYPES.get(field.name, int)(cell)
                 except ValueError:
-                    raise ValueError(f"{path}, line {line}: {field.name} is {cell!r}, which is no number") from None
+                    raise UserError(f"{path}, line {line}: {field.name} is {cell!r}, which is no number") from None
             runs.append(Run(**values))
     return runs

@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from vit_scaling import UserError
 from vit_scaling.parallel import processes
 
 STATE, RECORD = "state", "record"
@@ -54,11 +55,11 @@ def restore(checkpoint: Path, state_shape: Any) -> tuple[Any, dict[str, Any]]:
         state_shape: the expected state as ShapeDtypeStructs with shardings.
 
     Raises:
-        ValueError: there is no complete checkpoint, or it holds another model's or optimizer's arrays; the sentence
+        UserError: there is no complete checkpoint, or it holds another model's or optimizer's arrays; the sentence
             names some that differ.
     """
     if not _complete(checkpoint):
-        raise ValueError(f"{checkpoint} holds no complete checkpoint; name a directory <workdir>/checkpoints/<step>")
+        raise UserError(f"{checkpoint} holds no complete checkpoint; name a directory <workdir>/checkpoints/<step>")
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**_handlers())) as checkpointer:
         path = checkpoint.absolute()
         metadata = checkpointer.metadata(path)
@@ -79,10 +80,10 @@ def restore_arrays(checkpoint: Path, names: tuple[str, ...]) -> dict[str, Any]:
         names: of "params", "statistics", "ema".
 
     Raises:
-        ValueError: there is no complete checkpoint.
+        UserError: there is no complete checkpoint.
     """
     if not _complete(checkpoint):
-        raise ValueError(f"{checkpoint} holds no complete checkpoint; name a directory <workdir>/checkpoints/<step>")
+        raise UserError(f"{checkpoint} holds no complete checkpoint; name a directory <workdir>/checkpoints/<step>")
     path = checkpoint.absolute()
     handler = ocp.CompositeCheckpointHandler(**(_handlers() | {STATE: ocp.PyTreeCheckpointHandler()}))
     with ocp.Checkpointer(handler) as checkpointer:
@@ -104,7 +105,7 @@ def _refuse_other_model(checkpoint: Path, stored: dict[str, Any], wanted: dict[s
     if differing:
         shown = "; ".join(differing[:5])
         more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise ValueError(f"{checkpoint} belongs to another model or optimizer: {shown}{more}")
+        raise UserError(f"{checkpoint} belongs to another model or optimizer: {shown}{more}")
 
 
 def _shape(shapes: dict[str, Any], name: str) -> str:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_scaling import interop
+from vit_scaling import UserError, interop
 from vit_scaling.config import Config
 from vit_scaling.interop import Weights, native
 from vit_scaling.models import ModelConfig
@@ -22,7 +22,7 @@ def find_checkpoint(path: Path) -> Path | None:
     """Returns the checkpoint that a path names, `<workdir>/checkpoints/<step>` or a workdir's newest; None if none.
 
     Raises:
-        ValueError: a workdir without a complete checkpoint.
+        UserError: a workdir without a complete checkpoint.
     """
     if path.name.isdigit() and (path.parent.parent / "config.json").exists():
         return path
@@ -30,7 +30,7 @@ def find_checkpoint(path: Path) -> Path | None:
         return None
     steps = checkpoint.steps(path / "checkpoints")
     if not steps:
-        raise ValueError(f"the run {path} has no complete checkpoint yet")
+        raise UserError(f"the run {path} has no complete checkpoint yet")
     return path / "checkpoints" / str(steps[-1])
 
 
@@ -43,7 +43,7 @@ def describe(path: str | Path) -> tuple[ModelConfig, tuple[int, int], int | None
     """Returns (model config, image size, classes or None) of weights, without reading them.
 
     Raises:
-        ValueError: there are none.
+        UserError: there are none.
     """
     found = find_checkpoint(Path(path))
     if found is None:
@@ -69,12 +69,12 @@ def read(
         ema: of a checkpoint, its average of the parameters.
 
     Raises:
-        ValueError: as `interop.read`; or the run keeps no average.
+        UserError: as `interop.read`; or the run keeps no average.
     """
     found = find_checkpoint(Path(path))
     if found is None:
         if ema:
-            raise ValueError(f"{path} is no checkpoint of a run, and weight files hold no average of parameters")
+            raise UserError(f"{path} is no checkpoint of a run, and weight files hold no average of parameters")
         return interop.read(
             path, model_config, image_size=image_size, num_classes=num_classes, class_map=class_map, ignore=ignore
         )
@@ -82,7 +82,7 @@ def read(
     parts = checkpoint.restore_arrays(found, ("ema" if ema else "params", "statistics"))
     parameters = parts["ema" if ema else "params"]
     if not parameters:
-        raise ValueError(f"the run of {found} keeps no average of its parameters; leave ema out")
+        raise UserError(f"the run of {found} keeps no average of its parameters; leave ema out")
     classes = parameters["head"]["kernel"].shape[1]
     weights = Weights(config, size, classes, parameters, parts["statistics"], "vit_scaling", False)
     return interop.adapted(weights, model_config, image_size=image_size, num_classes=num_classes, class_map=class_map)
@@ -92,13 +92,13 @@ def start_of(config: Config, num_classes: int, workdir: Path) -> Weights | None:
     """Returns the weights that a run starts from; None if from random ones, or from its own checkpoint.
 
     Raises:
-        ValueError: they cannot be read, or are no weights of the config's model; nothing is written.
+        UserError: they cannot be read, or are no weights of the config's model; nothing is written.
     """
     init = config.init
     if not init.path or checkpoint.steps(workdir / "checkpoints"):
         return None
     if init.keep_head and init.class_map:
-        raise ValueError("init.keep_head and init.class_map exclude each other; set one of them")
+        raise UserError("init.keep_head and init.class_map exclude each other; set one of them")
     weights = read(
         init.path,
         config.model,
@@ -109,7 +109,7 @@ def start_of(config: Config, num_classes: int, workdir: Path) -> Weights | None:
         ema=init.ema,
     )
     if init.keep_head and weights.fresh_head:
-        raise ValueError(f"init.keep_head: {init.path} has no classifier of {num_classes} classes to keep")
+        raise UserError(f"init.keep_head: {init.path} has no classifier of {num_classes} classes to keep")
     if not init.keep_head and not init.class_map:
         kernel = weights.parameters["head"]["kernel"]
         bias = np.full(num_classes, config.loss.head_bias, np.float32)

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from vit_scaling import __version__
+from vit_scaling import UserError, __version__
 from vit_scaling import config as config_lib
 from vit_scaling.config import Config
 from vit_scaling.data.sources import Source
@@ -53,27 +53,27 @@ def trunk(config: Config) -> Path | None:
     """Returns the checkpoint from which schedule.cooldown_from branches, or None.
 
     Raises:
-        ValueError: it is no checkpoint of a run whose config differs in its end alone, or the schedule cannot branch.
+        UserError: it is no checkpoint of a run whose config differs in its end alone, or the schedule cannot branch.
     """
     if config.schedule.cooldown_from is None:
         return None
     origin = Path(config.schedule.cooldown_from)
     if schedule.needs_total(config.schedule):
-        raise ValueError(
+        raise UserError(
             f"schedule.cooldown_from needs a schedule that does not know its end, rsqrt or constant; "
             f"{config.schedule.kind} depends on the total number of steps"
         )
     if not config.schedule.cooldown.amount:
-        raise ValueError("schedule.cooldown_from needs schedule.cooldown, the length of the branch; it is 0")
+        raise UserError("schedule.cooldown_from needs schedule.cooldown, the length of the branch; it is 0")
     record = origin.parent.parent / "config.json"
     if not origin.name.isdigit() or not record.exists():
-        raise ValueError(
+        raise UserError(
             f"schedule.cooldown_from is {str(origin)!r}; name a checkpoint of a run, <workdir>/checkpoints/<step>"
         )
     stored = json.loads(record.read_text())["config"]
     differing = config_lib.differences(stored, config_lib.to_dict(config), BRANCH_MAY_CHANGE)
     if differing:
-        raise ValueError(f"a branch differs from its trunk in its cooldown alone, but {differing[0]}")
+        raise UserError(f"a branch differs from its trunk in its cooldown alone, but {differing[0]}")
     return origin
 
 
@@ -101,14 +101,14 @@ def agree(config: Config, examples: Mapping[str, int]) -> None:
         examples: how many each source holds, by its name.
 
     Raises:
-        ValueError: in every process: which of them differs from process 0, and in what.
+        UserError: in every process: which of them differs from process 0, and in what.
     """
     own = {"examples": dict(examples), "config": config_lib.to_dict(config), **environment()}
     answers = processes.gather(config_lib.differences(processes.tell(own), own, may_change=()))
     for process, differing in enumerate(answers):
         if differing:
             more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
-            raise ValueError(
+            raise UserError(
                 f"process 0 (there) and process {process} (here) are not about to do the same: "
                 f"{'; '.join(differing[:3])}{more}"
             )
@@ -118,7 +118,7 @@ def claim(workdir: Path, config: Config) -> None:
     """Makes the workdir this experiment's.
 
     Raises:
-        ValueError: it belongs to another one, or to something else; it is left as it was.
+        UserError: it belongs to another one, or to something else; it is left as it was.
     """
     record = workdir / "config.json"
     resolved = config_lib.to_dict(config)
@@ -126,11 +126,11 @@ def claim(workdir: Path, config: Config) -> None:
         differing = config_lib.differences(json.loads(record.read_text())["config"], resolved)
         if differing:
             more = f", and {len(differing) - 1} more fields differ" if len(differing) > 1 else ""
-            raise ValueError(
+            raise UserError(
                 f"the workdir {workdir} belongs to another config: {differing[0]}{more}; name another --workdir"
             )
     elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise ValueError(f"the workdir {workdir} exists and holds no run of this project; name a new one")
+        raise UserError(f"the workdir {workdir} exists and holds no run of this project; name a new one")
     workdir.mkdir(parents=True, exist_ok=True)
     counts = {"device_count": jax.device_count(), "process_count": jax.process_count()}
     write_json(record, {"config": resolved, **environment(), **counts})

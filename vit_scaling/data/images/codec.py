@@ -30,7 +30,7 @@ MAX_PIXELS = 100_000_000
 """Larger images are refused. Decoding one of this size takes 300 MB."""
 
 
-class CorruptImageError(ValueError):
+class CorruptImageError(UserError):
     """This image cannot be used, whoever reads it and however often."""
 
 

@@ -33,6 +33,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from vit_scaling import UserError
 from vit_scaling.data.images import codec, pixels, randaugment
 from vit_scaling.data.images.codec import Box
 
@@ -88,7 +89,7 @@ def transform(config: TransformConfig, train: bool) -> "Transform":
         train: False promises that nothing is random; the generator is then ignored and may be None.
 
     Raises:
-        ValueError: a field is out of range, or `train` is False and a step is random.
+        UserError: a field is out of range, or `train` is False and a step is random.
     """
     return _ConfiguredTransform(config, train)
 
@@ -150,7 +151,7 @@ def validate(config: TransformConfig, train: bool) -> None:
 
     def need(condition: bool, message: str) -> None:
         if not condition:
-            raise ValueError(message)
+            raise UserError(message)
 
     for name, choices in (("crop", CROPS), ("resize", RESIZES), ("randaugment", ("none", *randaugment.SETS))):
         value = getattr(config, name)
@@ -203,12 +204,12 @@ def crop(
 
     if config.crop == "none":
         if (h, w) != config.size:
-            raise ValueError(f"crop='none' leaves an image of {h} x {w} as it is, and size is {height} x {width}")
+            raise UserError(f"crop='none' leaves an image of {h} x {w} as it is, and size is {height} x {width}")
         return decode()
     if config.crop == "pad":
         pad = config.pad
         if h + 2 * pad < height or w + 2 * pad < width:
-            raise ValueError(f"crop='pad' cannot cut {height} x {width} from an image of {h} x {w} with pad {pad}")
+            raise UserError(f"crop='pad' cannot cut {height} x {width} from an image of {h} x {w} with pad {pad}")
         padded = cv2.copyMakeBorder(decode(), pad, pad, pad, pad, cv2.BORDER_CONSTANT, value=(0, 0, 0))
         return _window(padded, config.size, rng)
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
+from vit_scaling import UserError
+
 # Names and numbers of turbojpeg.h, which are stable within version 3.
 _DECOMPRESS, _RGB = 1, 0
 _FAST_UPSAMPLE, _FAST_DCT = 9, 10
@@ -59,7 +61,7 @@ class TurboJPEG:
         `left` is a multiple of the width of the scaled image's blocks; `codec.decode` sees to that.
 
         Raises:
-            ValueError: the library's complaint, a mere warning included.
+            UserError: the library's complaint, a mere warning included.
         """
         library, handle = self._library, self._handle()
         pixels = np.empty((height, width, 3), np.uint8)
@@ -69,7 +71,7 @@ class TurboJPEG:
             or library.tj3SetCroppingRegion(handle, _Region(left, top, width, height))
             or library.tj3Decompress8(handle, data, len(data), pixels.ctypes.data, 0, _RGB)
         ):
-            raise ValueError(library.tj3GetErrorStr(handle).decode(errors="replace"))
+            raise UserError(library.tj3GetErrorStr(handle).decode(errors="replace"))
         return pixels
 
     def _handle(self) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from vit_scaling import UserError
 from vit_scaling.data import records, sources
 from vit_scaling.data import workers as children
 from vit_scaling.data.images import codec
@@ -39,7 +40,7 @@ def list_input(folder: Path, max_bytes: int = Work.max_bytes) -> Input:
     """Lists a folder of IDX files, of tar shards, or of images.
 
     Raises:
-        ValueError: the folder is none of these, or something in it is refused.
+        UserError: the folder is none of these, or something in it is refused.
     """
     if any(folder.glob("*-idx?-ubyte*")):
         arrays = files.read_idx_folder(folder)
@@ -65,11 +66,11 @@ def prepare(folder: Path, output: Path, *, work: Work, shard_examples: int, work
     """Writes every split of `folder` to `output`, or continues a run of the same job that was stopped.
 
     Raises:
-        ValueError: bad input, or `output` holds another job's files.
+        UserError: bad input, or `output` holds another job's files.
         CorruptImageError: naming the image, if `work.on_corrupt` is "error"; finished shards stay.
     """
     if (output / records.MANIFEST).exists():
-        raise ValueError(f"{output} already holds a prepared set; delete it or name another --output")
+        raise UserError(f"{output} already holds a prepared set; delete it or name another --output")
     content = list_input(folder, work.max_bytes)
     plan = list(_plan(content, output, shard_examples))
     excluded = hash_images(exclude)
@@ -135,11 +136,11 @@ def _write(
         for future in concurrent.futures.as_completed(running):
             yield future.result(), running[future]
     except BrokenProcessPool:
-        raise ValueError(
+        raise UserError(
             "a writing process died (out of memory?); the same command goes on, with fewer --workers"
         ) from None
     except ValueError as error:
-        raise ValueError(str(error)) from None  # from another process: its traceback says nothing here
+        raise UserError(str(error)) from None  # from another process: its traceback says nothing here
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -164,7 +165,7 @@ def _resume(output: Path, job: dict[str, Any]) -> dict[str, dict]:
     journal = output / JOB
     if not journal.exists():
         if any(output.glob("*.array_record")):
-            raise ValueError(
+            raise UserError(
                 f"{output} holds shards without a manifest that no run of prepare left there; clear it first"
             )
         journal.write_text(json.dumps(job) + "\n")
@@ -172,7 +173,7 @@ def _resume(output: Path, job: dict[str, Any]) -> dict[str, dict]:
     first, *lines = journal.read_text().splitlines()
     if json.loads(first) != job:
         changed = [name for name, value in job.items() if json.loads(first).get(name) != value]
-        raise ValueError(
+        raise UserError(
             f"{output} holds an unfinished run that differs in {', '.join(changed)}; delete it or finish that"
         )
     done = {}

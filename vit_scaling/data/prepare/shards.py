@@ -18,6 +18,7 @@ import numpy as np
 import simplejpeg
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from vit_scaling import UserError
 from vit_scaling.data import records
 from vit_scaling.data.images import codec
 from vit_scaling.data.prepare.tars import Place
@@ -138,10 +139,10 @@ def verify(folder: Path, report: Callable[[int], Any] = id) -> dict[str, int]:
         {split: number of examples}.
 
     Raises:
-        ValueError: the first thing that is wrong, with the shard and the record.
+        UserError: the first thing that is wrong, with the shard and the record.
     """
     if not (folder / records.MANIFEST).exists():
-        raise ValueError(f"{folder} holds no {records.MANIFEST}: there is nothing to verify")
+        raise UserError(f"{folder} holds no {records.MANIFEST}: there is nothing to verify")
     manifest = json.loads((folder / records.MANIFEST).read_text())
     counts = {}
     for split, content in manifest["splits"].items():
@@ -149,35 +150,35 @@ def verify(folder: Path, report: Callable[[int], Any] = id) -> dict[str, int]:
         for shard in content["shards"]:
             path = folder / shard["file"]
             if not path.exists():
-                raise ValueError(f"{path} is missing")
+                raise UserError(f"{path} is missing")
             with path.open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
             if digest != shard["sha256"]:
-                raise ValueError(f"{path} is damaged: its SHA-256 is {digest}, and the manifest says {shard['sha256']}")
+                raise UserError(f"{path} is damaged: its SHA-256 is {digest}, and the manifest says {shard['sha256']}")
             reader = ArrayRecordReader(str(path))
             number = reader.num_records()
             if number != shard["num_examples"]:
-                raise ValueError(f"{path} holds {number} records, and the manifest says {shard['num_examples']}")
+                raise UserError(f"{path} holds {number} records, and the manifest says {shard['num_examples']}")
             for index in range(number):
                 header, image = records.unpack(reader.read([index])[0])
                 identity = header["id"]
                 where = f"{path} record {index} ({identity})"
                 labels = header["labels"] if manifest["multi_label"] else [header["label"]]
                 if not all(0 <= label < manifest["num_classes"] for label in labels):
-                    raise ValueError(f"{where} has label {labels}, and there are {manifest['num_classes']} classes")
+                    raise UserError(f"{where} has label {labels}, and there are {manifest['num_classes']} classes")
                 if identity in seen:
-                    raise ValueError(f"{where} is there twice")
+                    raise UserError(f"{where} is there twice")
                 seen.add(identity)
                 if isinstance(image, bytes):
                     try:
                         codec.decode(image)
                     except codec.CorruptImageError as error:
-                        raise ValueError(f"{where} is corrupt: {error}") from None
+                        raise UserError(f"{where} is corrupt: {error}") from None
             reader.close()
             report(number)
         counts[split] = len(seen)
         if len(seen) != content["num_examples"]:
-            raise ValueError(
+            raise UserError(
                 f"split {split} holds {len(seen)} examples, and the manifest says {content['num_examples']}"
             )
     return counts

@@ -15,6 +15,7 @@ import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
+from vit_scaling import UserError
 from vit_scaling.data.sources.listing import EXTENSIONS, Listing, number_labels
 
 _MAX_LABEL_BYTES = 1 << 20
@@ -44,7 +45,7 @@ def list_tars(paths: list[Path], max_bytes: int) -> tuple[Listing, dict[str, Pla
         The listing, whose files are named `<shard>/<name in the shard>`, and where each of them lies.
 
     Raises:
-        ValueError: an archive is cut off, compressed or unsafe, or an image has no label.
+        UserError: an archive is cut off, compressed or unsafe, or an image has no label.
     """
     splits: dict[str, list[tuple[str, list[str]]]] = {}
     places: dict[str, Place] = {}
@@ -54,14 +55,14 @@ def list_tars(paths: list[Path], max_bytes: int) -> tuple[Listing, dict[str, Pla
         images, labels = _read_tar(path, max_bytes)
         for key, (name, place) in images.items():
             if key not in labels:
-                raise ValueError(f"{path}: {name} has no label; {key}.cls or {key}.json should hold it")
+                raise UserError(f"{path}: {name} has no label; {key}.cls or {key}.json should hold it")
             written, is_list = labels[key]
             several.add(is_list)
             identity = f"{path.name}/{name}"
             splits.setdefault(split, []).append((identity, written))
             places[identity] = place
     if len(several) > 1:
-        raise ValueError(f"some images of {paths[0].parent} have one label and some a list of labels")
+        raise UserError(f"some images of {paths[0].parent} have one label and some a list of labels")
     listing = number_labels(splits, several == {True}, where=str(paths[0].parent))
     return listing, places
 
@@ -77,18 +78,18 @@ def _read_tar(path: Path, max_bytes: int) -> tuple[dict[str, tuple[str, Place]],
                     continue
                 parts = member.name.split("/")
                 if not member.isreg() or member.name.startswith("/") or ".." in parts or "\0" in member.name:
-                    raise ValueError(f"{path}: {member.name!r} is a link, a device or leaves the archive's folder")
+                    raise UserError(f"{path}: {member.name!r} is a link, a device or leaves the archive's folder")
                 stem, _, extension = parts[-1].partition(".")
                 key, extension = "/".join([*parts[:-1], stem]), "." + extension.lower()
                 if extension in EXTENSIONS:
                     if member.size > max_bytes:
-                        raise ValueError(f"{path}: {member.name} has {member.size} bytes, more than {max_bytes}")
+                        raise UserError(f"{path}: {member.name} has {member.size} bytes, more than {max_bytes}")
                     if key in images:
-                        raise ValueError(f"{path}: {images[key][0]} and {member.name} are images of the same key")
+                        raise UserError(f"{path}: {images[key][0]} and {member.name} are images of the same key")
                     images[key] = member.name, Place(str(path), member.offset_data, member.size)
                 elif extension in (".cls", ".json"):
                     if member.size > _MAX_LABEL_BYTES:
-                        raise ValueError(f"{path}: {member.name} has {member.size} bytes, too many for a label")
+                        raise UserError(f"{path}: {member.name} has {member.size} bytes, too many for a label")
                     stream = archive.extractfile(member)
                     assert stream is not None
                     label = _read_label(stream.read(), extension, f"{path}: {member.name}")
@@ -96,9 +97,9 @@ def _read_tar(path: Path, max_bytes: int) -> tuple[dict[str, tuple[str, Place]],
                         labels[key] = label
             end = archive.offset
     except tarfile.ReadError as error:
-        raise ValueError(f"{path} cannot be read as an uncompressed tar file: {error}") from None
+        raise UserError(f"{path} cannot be read as an uncompressed tar file: {error}") from None
     if end > os.path.getsize(path):
-        raise ValueError(f"{path} is cut off: its last file ends behind its own end")
+        raise UserError(f"{path} is cut off: its last file ends behind its own end")
     return images, labels
 
 
@@ -112,4 +113,4 @@ def _read_label(data: bytes, extension: str, where: str) -> tuple[list[str], boo
             return [str(label) for label in content["labels"]], True
         return ([str(content["label"])], False) if "label" in content else None
     except (UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"{where} holds no label: {error}") from None
+        raise UserError(f"{where} holds no label: {error}") from None

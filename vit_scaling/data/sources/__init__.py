@@ -28,6 +28,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from vit_scaling import UserError
 from vit_scaling.data import records
 from vit_scaling.data.sources import listing as files
 
@@ -67,7 +68,7 @@ def open_source(config: SourceConfig) -> Source:
     """Opens the source that `config` names.
 
     Raises:
-        ValueError: an unknown kind, name or split, or a set that is not there; the message says how to prepare it.
+        UserError: an unknown kind, name or split, or a set that is not there; the message says how to prepare it.
     """
     kinds: dict[str, Callable[[SourceConfig], Source]] = {
         "builtin": BuiltinSource,
@@ -78,7 +79,7 @@ def open_source(config: SourceConfig) -> Source:
         "mixture": MixtureSource,
     }
     if config.kind not in kinds:
-        raise ValueError(f"source kind {config.kind!r} is unknown; choose one of {', '.join(kinds)}")
+        raise UserError(f"source kind {config.kind!r} is unknown; choose one of {', '.join(kinds)}")
     return kinds[config.kind](config)
 
 
@@ -90,22 +91,20 @@ def split_ranges(expression: str, sizes: dict[str, int]) -> list[tuple[str, int,
         count from the end, as in TFDS.
 
     Raises:
-        ValueError: the expression cannot be read, names a split that is not there, or is empty.
+        UserError: the expression cannot be read, names a split that is not there, or is empty.
     """
     ranges = []
     for part in expression.split("+"):
         match = re.fullmatch(r"\s*([\w./-]+)\s*(?:\[\s*(-?\d+%?)?\s*:\s*(-?\d+%?)?\s*\])?\s*", part)
         if not match:
-            raise ValueError(
-                f"split {expression!r} cannot be read; write for instance train, train[:99%] or train+test"
-            )
+            raise UserError(f"split {expression!r} cannot be read; write for instance train, train[:99%] or train+test")
         name, low, high = match.groups()
         if name not in sizes:
-            raise ValueError(f"split {name!r} does not exist; there are {', '.join(sizes)}")
+            raise UserError(f"split {name!r} does not exist; there are {', '.join(sizes)}")
         size = sizes[name]
         start, stop = _bound(low, size, 0), _bound(high, size, size)
         if not 0 <= start < stop <= size:
-            raise ValueError(
+            raise UserError(
                 f"split {part.strip()!r} runs from {start} to {stop} of {size} examples: it is empty or too long"
             )
         ranges.append((name, start, stop))
@@ -168,7 +167,7 @@ class BuiltinSource(_ArraySource):
 
     def __init__(self, config: SourceConfig):
         if config.name != "mnist":
-            raise ValueError(f"there is no built-in set {config.name!r}; the built-in set is mnist")
+            raise UserError(f"there is no built-in set {config.name!r}; the built-in set is mnist")
         super().__init__(config, _builtin_splits())
         self.class_names = tuple("0123456789")
 
@@ -250,13 +249,13 @@ class ArrayRecordSource:
 
         folder = epath.Path(config.name)
         if not (folder / records.MANIFEST).exists():
-            raise ValueError(
+            raise UserError(
                 f"{config.name} holds no {records.MANIFEST}; write a set there with "
                 f"`python -m vit_scaling.prepare --input=IMAGES --output={config.name}`"
             )
         manifest = json.loads((folder / records.MANIFEST).read_text())
         if manifest.get("format") != records.FORMAT:
-            raise ValueError(
+            raise UserError(
                 f"{folder / records.MANIFEST} is of format {manifest.get('format')!r}, not {records.FORMAT!r}"
             )
         self.config = config
@@ -302,24 +301,24 @@ class TfdsSource:
             builder = tfds.builder(config.name, data_dir=config.data_dir)
         except tfds.core.DatasetNotFoundError:
             place = config.data_dir or "its default folder"
-            raise ValueError(f"TFDS knows no data set {config.name!r}, and there is none in {place}") from None
+            raise UserError(f"TFDS knows no data set {config.name!r}, and there is none in {place}") from None
         features, splits = builder.info.features, builder.info.splits
         if not splits:
             folder = f" --data_dir={config.data_dir}" if config.data_dir else ""
-            raise ValueError(
+            raise UserError(
                 f"the TFDS data set {config.name!r} is not in {builder.data_dir}; prepare it once, where TensorFlow is "
                 f"installed: `tfds build {config.name} --file_format=array_record{folder}`"
             )
         for name in ("image", "label"):
             if name not in features:
-                raise ValueError(
+                raise UserError(
                     f"the TFDS data set {config.name!r} has no feature {name!r}, only {', '.join(features)}"
                 )
         classes = features["label"]
         self.multi_label = hasattr(classes, "feature")  # a sequence holds the feature of its elements
         classes = classes.feature if self.multi_label else classes
         if not getattr(classes, "num_classes", None):
-            raise ValueError(f"the labels of the TFDS data set {config.name!r} are not classes but {classes}")
+            raise UserError(f"the labels of the TFDS data set {config.name!r} are not classes but {classes}")
         split_ranges(config.split, {name: split.num_examples for name, split in splits.items()})  # better errors
         self.config = config
         self._slices = splits[config.split].file_instructions
@@ -328,7 +327,7 @@ class TfdsSource:
         try:
             self._records = builder.as_data_source(config.split, decoders={"image": tfds.decode.SkipDecoding()})
         except NotImplementedError as error:
-            raise ValueError(f"the TFDS data set in {builder.data_dir} cannot be read at random: {error}") from None
+            raise UserError(f"the TFDS data set in {builder.data_dir} cannot be read at random: {error}") from None
 
     def __reduce__(self):
         return open_source, (self.config,)
@@ -351,9 +350,9 @@ class MixtureSource:
 
     def __init__(self, config: SourceConfig):
         if not config.parts or len(config.parts) != len(config.weights):
-            raise ValueError(f"a mixture needs as many weights as parts: {len(config.weights)} and {len(config.parts)}")
+            raise UserError(f"a mixture needs as many weights as parts: {len(config.weights)} and {len(config.parts)}")
         if not all(weight > 0 for weight in config.weights):
-            raise ValueError(f"a mixture's weights must be positive, not {config.weights}; leave a part out instead")
+            raise UserError(f"a mixture's weights must be positive, not {config.weights}; leave a part out instead")
         self.parts = [open_source(part) for part in config.parts]
         self.weights = config.weights
         first = self.parts[0]
@@ -361,7 +360,7 @@ class MixtureSource:
             if (part.num_classes, part.multi_label) != (first.num_classes, first.multi_label) or (
                 part.class_names and first.class_names and part.class_names != first.class_names
             ):
-                raise ValueError(
+                raise UserError(
                     f"a mixture's parts must have the same classes: {config.parts[0].name!r} has {first.num_classes}, "
                     f"{part_config.name!r} has {part.num_classes}, or they are named or combined differently"
                 )

@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vit_scaling import UserError
+
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
@@ -38,11 +40,11 @@ def list_folder(folder: str | Path) -> Listing:
     """Lists a folder of images, in the order of file names.
 
     Raises:
-        ValueError: there is no such folder, it has none of the forms above, or a table cannot be read.
+        UserError: there is no such folder, it has none of the forms above, or a table cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; expected one that holds class folders of images, or tables of labels")
+        raise UserError(f"{folder} is no folder; expected one that holds class folders of images, or tables of labels")
     tables = sorted(folder.glob("*.csv"))
     if tables:
         return _list_tables(tables)
@@ -51,7 +53,7 @@ def list_folder(folder: str | Path) -> Listing:
     splits = splits or {"all": _list_classes(folder, "")}
     names = class_order(name for files in splits.values() for _, name in files)
     if not names:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds no class folders of images such as {folder}/cat/1.jpg, and no tables of labels"
         )
     index = {name: number for number, name in enumerate(names)}
@@ -87,7 +89,7 @@ def _list_tables(tables: list[Path]) -> Listing:
             rows = csv.DictReader(stream, restval="")
             columns = set(rows.fieldnames or ())
             if "file" not in columns or len(heading := columns & {"label", "labels"}) != 1:
-                raise ValueError(f"{table} needs the columns file and label (or labels); it has {', '.join(columns)}")
+                raise UserError(f"{table} needs the columns file and label (or labels); it has {', '.join(columns)}")
             headings |= heading
             splits[table.stem] = []
             for row in rows:
@@ -98,10 +100,10 @@ def _list_tables(tables: list[Path]) -> Listing:
                     else [text.strip()]
                 )
                 if not row["file"] or (heading == {"label"} and not labels[0]):
-                    raise ValueError(f"{table} line {rows.line_num} lacks its file or its label")
+                    raise UserError(f"{table} line {rows.line_num} lacks its file or its label")
                 splits[table.stem].append((row["file"], labels))
     if len(headings) > 1:
-        raise ValueError(f"of the tables {', '.join(map(str, tables))} some have the column label and some labels")
+        raise UserError(f"of the tables {', '.join(map(str, tables))} some have the column label and some labels")
     return number_labels(splits, multi_label=headings == {"labels"}, where=str(tables[0].parent))
 
 
@@ -109,10 +111,10 @@ def number_labels(splits: dict[str, list[tuple[str, list[str]]]], multi_label: b
     """Turns labels as they are written into class indices: whole numbers are indices, anything else a class name."""
     written = {label for rows in splits.values() for _, labels in rows for label in labels}
     if not written:
-        raise ValueError(f"{where} lists no labelled image")
+        raise UserError(f"{where} lists no labelled image")
     for split, rows in splits.items():
         if len(files := collections.Counter(file for file, _ in rows)) < len(rows):
-            raise ValueError(f"{where} lists {files.most_common(1)[0][0]} twice in {split}")
+            raise UserError(f"{where} lists {files.most_common(1)[0][0]} twice in {split}")
     names = None if all(label.isdecimal() for label in written) else class_order(written)
     index = {label: int(label) for label in written} if names is None else {name: i for i, name in enumerate(names)}
     numbered: dict = {
@@ -128,7 +130,7 @@ def read_idx_folder(folder: str | Path) -> dict[str, tuple[np.ndarray, np.ndarra
     The files are named as MNIST's: train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-..., with .gz or without.
 
     Raises:
-        ValueError: there are none, or a file is not what its name says.
+        UserError: there are none, or a file is not what its name says.
     """
     splits = {}
     for split, prefix in (("train", "train"), ("test", "t10k")):
@@ -136,10 +138,10 @@ def read_idx_folder(folder: str | Path) -> dict[str, tuple[np.ndarray, np.ndarra
         if all(found):
             images, labels = (_read_idx(files[0]) for files in found)
             if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
-                raise ValueError(f"{found[0][0]} holds {images.shape} images and its labels are {labels.shape}")
+                raise UserError(f"{found[0][0]} holds {images.shape} images and its labels are {labels.shape}")
             splits[split] = images, labels
     if not splits:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds no IDX files such as train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz"
         )
     return splits
@@ -150,11 +152,11 @@ def _read_idx(path: Path) -> np.ndarray:
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} cannot be decompressed: {error}") from None
+        raise UserError(f"{path} cannot be decompressed: {error}") from None
     if data[:3] != b"\0\0\x08" or len(data) < 4 + 4 * data[3]:
-        raise ValueError(f"{path} is no IDX file of bytes: it begins with {data[:4]!r}")
+        raise UserError(f"{path} is no IDX file of bytes: it begins with {data[:4]!r}")
     shape = tuple(np.frombuffer(data, ">u4", data[3], 4).astype(int))
     values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
     if values.size != np.prod(shape):
-        raise ValueError(f"{path} says {shape} values and holds {values.size}: it is cut off or damaged")
+        raise UserError(f"{path} says {shape} values and holds {values.size}: it is cut off or damaged")
     return values.reshape(shape)
