@@ -22,6 +22,7 @@ import numpy as np
 import simplejpeg
 from jaxtyping import UInt8
 
+from vit_scaling import UserError
 from vit_scaling.data.images import turbojpeg
 
 Box = tuple[int, int, int, int]  # top, left, height, width
