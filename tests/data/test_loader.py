@@ -388,7 +388,8 @@ def test_to_device_keeps_order_content_and_sharding():
 def test_reading_needs_no_tensorflow(folder):
     code = (
         "import sys\n"
-        "from vit_scaling.data import loader, sources, transforms\n"
+        "from vit_scaling.data import loader, sources\n"
+        "from vit_scaling.data.images import transforms\n"
         f"source = sources.open_source(sources.SourceConfig('folder', {str(folder)!r}, 'all'))\n"
         "t = transforms.transform(transforms.TransformConfig((8, 8)), train=True)\n"
         "next(loader.train_batches(source, t, batch_size=4, seed=0))\n"

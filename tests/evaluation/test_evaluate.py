@@ -18,12 +18,12 @@ from vit_scaling.config import MeshConfig
 from vit_scaling.data.images.transforms import TransformConfig
 from vit_scaling.data.loader import DataConfig
 from vit_scaling.data.sources import SourceConfig, open_source
-from vit_scaling.evaluation import model
+from vit_scaling.evaluation import figure, model
 from vit_scaling.evaluation.report import report
 from vit_scaling.interop import card
 from vit_scaling.models import vit
 from vit_scaling.optim import losses
-from vit_scaling.training import figure, initial
+from vit_scaling.training import initial
 
 ROOT = Path(__file__).parents[2]
 

@@ -21,7 +21,6 @@ import numpy as np
 from tests import tiny
 from vit_scaling import config as c
 from vit_scaling.data import loader
-from vit_scaling.evaluation.suite import Suite
 from vit_scaling.parallel import sharding
 from vit_scaling.training import loop, workdir
 
@@ -44,7 +43,7 @@ def checksum(image: np.ndarray) -> int:
 
 def _plan(process: int, what: str, step: int) -> None:
     number = signal.SIGKILL if what == "sigkill" else signal.SIGTERM
-    dispatched, measure, environment = loop.StepLog.dispatched, Suite.measure, workdir.environment
+    dispatched, measured, environment = loop.StepLog.dispatched, loop.measured, workdir.environment
 
     def fall(at: int) -> None:
         if at == step and jax.process_index() == process:
@@ -56,9 +55,9 @@ def _plan(process: int, what: str, step: int) -> None:
         dispatched(self, at, metrics)
         fall(at)
 
-    def at_evaluation(self: Any, state: Any, *, final: bool) -> dict[str, float]:
+    def at_evaluation(state: Any) -> dict[str, Any]:
         fall(int(jax.device_get(state.step)))
-        return measure(self, state, final=final)
+        return measured(state)
 
     def other_versions() -> dict[str, Any]:
         facts = environment()
@@ -69,7 +68,7 @@ def _plan(process: int, what: str, step: int) -> None:
     if what == "stranger":
         workdir.environment = other_versions
     elif what == "evaluation":
-        Suite.measure = at_evaluation  # type: ignore[method-assign]
+        loop.measured = at_evaluation
     else:
         loop.StepLog.dispatched = at_step  # type: ignore[method-assign]
 

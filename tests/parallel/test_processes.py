@@ -283,8 +283,8 @@ def test_what_one_process_finds_all_know() -> None:
         for one in running:
             one.kill()
     assert said == [
-        "ValueError the workdir is another's\nValueError process 1: no data here\n[0, 0, 0, 0, 1, 1]\n",
-        "ValueError process 0: the workdir is another's\nFileNotFoundError no data here\n[0, 0, 0, 0, 1, 1]\n",
+        "ValueError the workdir is another's\nUserError process 1: no data here\n[0, 0, 0, 0, 1, 1]\n",
+        "UserError process 0: the workdir is another's\nFileNotFoundError no data here\n[0, 0, 0, 0, 1, 1]\n",
     ]
     assert [one.returncode for one in running] == [3, 4]  # and neither waited for the other
 

@@ -21,7 +21,6 @@ from vit_scaling import config as c
 from vit_scaling.data import order
 from vit_scaling.data.images.codec import CorruptImageError
 from vit_scaling.data.sources import BuiltinSource, open_source
-from vit_scaling.evaluation.suite import Suite
 from vit_scaling.parallel import mesh as mesh_lib
 from vit_scaling.training import checkpoint, loop, telemetry
 from vit_scaling.training.step import build
@@ -122,15 +121,15 @@ def test_an_evaluation_that_was_broken_off_is_made_up_for(
 ) -> None:
     """SIGTERM before the first batch of an evaluation saves at once; the next start measures what is owed, once."""
     workdir = tmp_path / "broken"
-    measure, break_off = Suite.measure, {4, 8}
+    measured, break_off = loop.measured, {4, 8}
 
-    def interrupt(self: Any, state: Any, *, final: bool) -> dict[str, float]:
+    def interrupt(state: Any) -> dict[str, Any]:
         if (step := int(jax.device_get(state.step))) in break_off:
             break_off.remove(step)
             os.kill(os.getpid(), signal.SIGTERM)
-        return measure(self, state, final=final)
+        return measured(state)
 
-    monkeypatch.setattr(Suite, "measure", interrupt)
+    monkeypatch.setattr(loop, "measured", interrupt)
     assert loop.train(tiny.config(), workdir) == {"interrupted": 4}
     assert loop.train(tiny.config(), workdir) == {"interrupted": 8}
     assert checkpoint.steps(workdir / "checkpoints") == [4, 8]
@@ -142,7 +141,7 @@ def test_an_evaluation_that_was_broken_off_is_made_up_for(
 def test_kill_nine_at_any_moment_changes_nothing(uninterrupted: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "killed"
     code = (
-        "import sys, jax; from pathlib import Path; from tests import tiny; from vit_scaling import loop;"
+        "import sys, jax; from pathlib import Path; from tests import tiny; from vit_scaling.training import loop;"
         "from vit_scaling.parallel import mesh as m; create = m.create;"
         "m.create = lambda config: create(config, jax.devices()[:1]); loop.train(tiny.config(), Path(sys.argv[1]))"
     )

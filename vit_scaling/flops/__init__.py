@@ -3,6 +3,6 @@
 Start reading in cost.py; each family of models has a file of its own beside it.
 """
 
-from vit_scaling.flops.cost import Cost, count
+from vit_scaling.flops.cost import Cost, count, parameters
 
-__all__ = ["Cost", "count"]
+__all__ = ["Cost", "count", "parameters"]
