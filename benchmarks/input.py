@@ -37,6 +37,7 @@ import numpy as np
 import simplejpeg
 
 from vit_scaling.data import loader, sources
+from vit_scaling.data.config import DataConfig
 from vit_scaling.data.images import transforms
 
 BATCH = 50
@@ -98,7 +99,8 @@ def write_tfds(folder: Path, paths: list[Path]) -> None:
 def ours(config: sources.SourceConfig, **fields) -> Pipeline:
     source = sources.open_source(config)
     transform = transforms.transform(transforms.TransformConfig(crop="inception", flip=0.5, **fields), train=True)
-    batches = loader.train_batches(source, transform, batch_size=BATCH, seed=0, threads=1, prefetch=1)
+    data = DataConfig(batch_size=BATCH, threads=1, prefetch=1)
+    batches = loader.train_batches(source, transform, data, seed=0)
     return lambda: next(batches)
 
 
@@ -271,7 +273,7 @@ def measure_memory(steps: int) -> None:
             (32, 32), flip=0.5, randaugment="big_vision", erase=0.25, jitter=(0.4, 0.4, 0.4, 0)
         )
         transform = transforms.transform(config, train=True)
-        batches = loader.train_batches(source, transform, batch_size=8, seed=0, threads=2)
+        batches = loader.train_batches(source, transform, DataConfig(batch_size=8, threads=2), seed=0)
         page = os.sysconf("SC_PAGESIZE")
         readings = []
         for step in range(1, steps + 1):

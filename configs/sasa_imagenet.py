@@ -14,8 +14,8 @@ Run by us: no; `smoke`, and the same network on small images (docs/local_attenti
 import functools
 
 from vit_scaling import config as c
+from vit_scaling.data.config import DataConfig
 from vit_scaling.data.images.transforms import TransformConfig
-from vit_scaling.data.loader import DataConfig
 from vit_scaling.data.sources import SourceConfig
 from vit_scaling.models.resnet import ResNetConfig
 

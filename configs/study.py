@@ -9,8 +9,8 @@ study of the same kind that takes a minute or two; its numbers mean nothing.
 import functools
 
 from vit_scaling import config as c
+from vit_scaling.data.config import DataConfig
 from vit_scaling.data.images.transforms import TransformConfig
-from vit_scaling.data.loader import DataConfig
 from vit_scaling.data.sources import SourceConfig
 from vit_scaling.models import vit
 from vit_scaling.studies.scaling import Comparison, Dial, StudyConfig

@@ -16,8 +16,8 @@ One run, many durations: train a trunk with --config.schedule.cooldown.amount=0,
 import functools
 
 from vit_scaling import config as c
+from vit_scaling.data.config import DataConfig
 from vit_scaling.data.images.transforms import TransformConfig
-from vit_scaling.data.loader import DataConfig
 from vit_scaling.data.sources import SourceConfig
 from vit_scaling.models import vit
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from vit_scaling import config as c
+from vit_scaling.data.config import DataConfig
 from vit_scaling.data.images.transforms import TransformConfig
-from vit_scaling.data.loader import DataConfig
 from vit_scaling.data.mixing import MixingConfig
 from vit_scaling.data.sources import SourceConfig
 from vit_scaling.models import vit

@@ -11,8 +11,8 @@ import json
 from typing import Any
 
 from vit_scaling import UserError
+from vit_scaling.data.config import DataConfig
 from vit_scaling.data.images.transforms import TransformConfig
-from vit_scaling.data.loader import DataConfig
 from vit_scaling.data.sources import SourceConfig
 from vit_scaling.models import ModelConfig
 from vit_scaling.optim import losses, schedule

@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tests import children
+from vit_scaling import UserError
 from vit_scaling.data import loader, sources
+from vit_scaling.data.config import DataConfig
 from vit_scaling.data.images import codec, transforms
 from vit_scaling.data.images.transforms import TransformConfig
-from vit_scaling.data.loader import eval_batches, train_batches
+from vit_scaling.data.loader import Shard
 from vit_scaling.data.sources import SourceConfig
 
 AUGMENT = transforms.transform(TransformConfig((12, 12), flip=0.5, randaugment="timm", erase=0.3), train=True)
@@ -78,6 +80,16 @@ class AsItIs:
 
     def __call__(self, record, rng, out=None):
         return {"image": np.repeat(record["image"][..., None], 3, 2), "label": record["label"]}
+
+
+def train_batches(source, transform, *, seed, start_step=0, parts=(0,), part_count=1, **fields):
+    shard = Shard(parts, part_count)
+    return loader.train_batches(source, transform, DataConfig(**fields), seed=seed, start_step=start_step, shard=shard)
+
+
+def eval_batches(source, transform, *, batch_size, parts=(0,), part_count=1, **fields):
+    shard = Shard(parts, part_count)
+    return loader.eval_batches(source, transform, DataConfig(**fields), batch_size=batch_size, shard=shard)
 
 
 def values(batch):
@@ -253,7 +265,7 @@ def test_a_record_that_cannot_be_read_or_used_is_named(folder):
     path = lost.id(3)
     os.rename(path, path + ".away")
     try:
-        with pytest.raises(ValueError, match=f"{os.path.basename(path)} cannot be read: .*No such file"):
+        with pytest.raises(OSError, match=f"{os.path.basename(path)} cannot be read: .*No such file"):
             list(eval_batches(lost, PLAIN, batch_size=4))
     finally:
         os.rename(path + ".away", path)
@@ -262,9 +274,9 @@ def test_a_record_that_cannot_be_read_or_used_is_named(folder):
         "Broken", (Numbers,), {"__getitem__": lambda self, i: (_ for _ in ()).throw(RuntimeError("disk"))}
     )
     for workers in (0, 1):
-        with pytest.raises(ValueError, match=r"number \d+ cannot be read: disk"):
+        with pytest.raises(RuntimeError, match=r"number \d+ cannot be read: disk"):
             take(1, broken, AsItIs(), batch_size=2, workers=workers)
-    with pytest.raises(ValueError, match=r"number \d+ cannot be read: crop='none'"):
+    with pytest.raises(UserError, match=r"number \d+ cannot be used: crop='none'"):
         take(1, Numbers(8), transforms.transform(TransformConfig((9, 9), crop="none"), train=True), batch_size=2)
 
 
@@ -388,11 +400,11 @@ def test_to_device_keeps_order_content_and_sharding():
 def test_reading_needs_no_tensorflow(folder):
     code = (
         "import sys\n"
-        "from vit_scaling.data import loader, sources\n"
+        "from vit_scaling.data import config, loader, sources\n"
         "from vit_scaling.data.images import transforms\n"
         f"source = sources.open_source(sources.SourceConfig('folder', {str(folder)!r}, 'all'))\n"
         "t = transforms.transform(transforms.TransformConfig((8, 8)), train=True)\n"
-        "next(loader.train_batches(source, t, batch_size=4, seed=0))\n"
+        "next(loader.train_batches(source, t, config.DataConfig(batch_size=4), seed=0))\n"
         "assert 'tensorflow' not in sys.modules and 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

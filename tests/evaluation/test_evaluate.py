@@ -15,8 +15,8 @@ from tests import tiny
 from tests.interop.test_interop import make
 from vit_scaling import interop, models
 from vit_scaling.config import MeshConfig
+from vit_scaling.data.config import DataConfig
 from vit_scaling.data.images.transforms import TransformConfig
-from vit_scaling.data.loader import DataConfig
 from vit_scaling.data.sources import SourceConfig, open_source
 from vit_scaling.evaluation import figure, model
 from vit_scaling.evaluation.report import report

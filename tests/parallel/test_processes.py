@@ -194,7 +194,7 @@ def test_slices_are_disjoint_and_the_batches_are_the_same_on_half_the_processes(
     config = host_config.get_config()
     source = loop.open_source(config.data.train)
     augment = loop.transform(config.data.transform, train=True)
-    batches = reference(source, augment, batch_size=16, seed=config.seed)
+    batches = reference(source, augment, config.data, seed=config.seed)
     whole = {step: [host_config.checksum(image) for image in next(batches)["image"]] for step in range(1, 9)}
     batches.close()
     for step in range(1, 9):

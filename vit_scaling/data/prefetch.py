@@ -1,8 +1,9 @@
-"""Reading ahead: batches in their order from threads or worker processes, and who is to blame when none comes.
+"""Prefetching: batches in their order from threads or worker processes, and which record is at fault when none comes.
 
-Every reading thread owns a row of a small table, the board, where it notes which record it is at and since when. The
-board lies in a temporary file that worker processes map into memory: a note costs about a microsecond and needs no
-lock, as every cell has one writer. So a stalled read or a dead worker is reported with the record's name.
+Every reading thread owns one row of a small table of heartbeats, `ReadStatus`, where it notes which record it reads
+and since when. The table lies in a temporary file that worker processes map into memory: a note costs about a
+microsecond and needs no lock, as every cell has one writer. So a stalled read or a dead worker is reported with the
+record's name.
 """
 
 import itertools
@@ -21,40 +22,41 @@ import grain
 import numpy as np
 from absl import flags
 
+from vit_scaling.data.config import DataConfig
 from vit_scaling.data.sources import Source
 from vit_scaling.data.workers import end_with_parent
 
 Batch = dict[str, np.ndarray]
 
-_START_SECONDS = 120.0  # worker processes may take so long to start on a busy host
+_START_SECONDS = 120.0  # worker processes may take this long to start on a busy host
 
-PID, RECORD, SINCE, SKIPPED = range(4)
+PID, RECORD, SINCE, SKIPPED, COLUMNS = range(5)
 _worker = 0  # the number of this worker process, 0 in the training process
 
 
 class Reading(NamedTuple):
-    """One row: a thread in the middle of a record."""
+    """A thread that is reading a record."""
 
     pid: int
     record: int
     seconds: float
 
 
-class Board:
-    """The table, of `processes` times `threads` rows.
+class ReadStatus:
+    """The table of heartbeats: one row for each thread of each reading process.
 
-    A copy that is pickled to another process shows and writes the same table. The file goes when the first one does.
+    A copy that is pickled to another process shows and writes the same table. The file is deleted with the original.
     """
 
-    def __init__(self, processes: int, threads: int):
-        self._threads = threads
-        self._file = tempfile.NamedTemporaryFile(prefix="vit_scaling_board_")  # noqa: SIM115 (lives as long as we)
+    def __init__(self, data: DataConfig):
+        self._threads = data.threads
+        self._file = tempfile.NamedTemporaryFile(prefix="vit_scaling_reads_")  # noqa: SIM115 (lives as long as we)
         self._path = self._file.name
-        self._file.truncate(processes * threads * 4 * 8)
+        self._file.truncate(max(data.workers, 1) * data.threads * COLUMNS * 8)
         self._open()
 
     def _open(self) -> None:
-        self._table = np.memmap(self._path, np.int64, "r+").reshape(-1, 4)
+        self._table = np.memmap(self._path, np.int64, "r+").reshape(-1, COLUMNS)
         self._own = threading.local()
         self._count = itertools.count()
 
@@ -72,7 +74,7 @@ class Board:
         return self._own.row
 
     def begin(self, record: int) -> None:
-        """This thread starts on a record."""
+        """This thread starts to read a record."""
         row = self._row()
         row[RECORD] = record
         row[SINCE] = time.monotonic_ns()
@@ -87,7 +89,7 @@ class Board:
 
     @property
     def skipped(self) -> int:
-        """How many corrupt records all threads together have skipped."""
+        """The number of corrupt records that all threads together have skipped."""
         return int(self._table[:, SKIPPED].sum())
 
     def reading(self) -> list[Reading]:
@@ -100,99 +102,99 @@ class Board:
 
 
 class Batches:
-    """An iterator over batches that are read ahead; `close()` it, drop it, or end Python to stop the readers."""
+    """An iterator over batches that are read ahead; `close()` it, drop it, or end Python to stop the prefetcher.
 
-    def __init__(
-        self,
-        parts: Any,
-        source: Source,
-        board: Board,
-        workers: int,
-        threads: int,
-        prefetch: int,
-        timeout: float,
-    ):
-        _one_thread_an_image()
+    Args:
+        batches: batch number i at `batches[i]`; it is pickled to worker processes.
+        source: names the records in errors.
+        status: where `batches` notes what it reads.
+        data: workers, threads, prefetch and timeout.
+    """
+
+    def __init__(self, batches: Any, source: Source, status: ReadStatus, data: DataConfig):
+        _one_thread_per_image()
         self._source = source
-        self._board = board
-        self._timeout = timeout
+        self._status = status
+        self._timeout = data.timeout
         self._workers: _Workers | None = None
-        if workers:
+        if data.workers:
             if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()  # Grain's workers ask for flags, also in a program that has none
-            each = max(1, prefetch // workers)
-            read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(each, threads))
-            dataset = grain.MapDataset.source(parts).to_iter_dataset(read)
-            options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=each)
-            self._workers = _Workers(dataset.mp_prefetch(options, worker_init_fn=_start_worker))
-            self._ahead = _Ahead(self._workers.take, len(parts), threads=1, depth=1)
+                flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, also in a program that has none
+            self._workers = _Workers(batches, data)
+            self._threads = _Threads(self._workers.take, len(batches), threads=1, depth=1)
         else:
-            self._ahead = _Ahead(parts.__getitem__, len(parts), threads=threads, depth=prefetch)
-        # Called once: by `close`, when nobody holds the batches any more, or when Python ends, while threads can still
-        # end too: Python kills those that are left, and inside a decoder that brings the process down.
-        self._stop = weakref.finalize(self, _stop, self._ahead, self._workers)
+            self._threads = _Threads(batches.__getitem__, len(batches), threads=data.threads, depth=data.prefetch)
+        # Called once: by `close`, when the batches are dropped, or when Python ends, while threads can still end too:
+        # Python kills those that are left, and inside a decoder that aborts the process.
+        self._stop = weakref.finalize(self, _stop, self._threads, self._workers)
 
     @property
     def skipped(self) -> int:
-        """How many corrupt records were skipped so far, those of batches read ahead included."""
-        return self._board.skipped
+        """The number of corrupt records skipped so far, those of batches read ahead included."""
+        return self._status.skipped
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> Batch:
         asked = time.monotonic()
-        while not self._ahead.ready(seconds=1.0):
-            reading = self._board.reading()
+        while not self._threads.ready(seconds=1.0):
+            reading = self._status.reading()
             if reading and reading[0].seconds > self._timeout:
                 self._abandon(reading[0].pid)
                 raise RuntimeError(
                     f"{self._source.id(reading[0].record)} has been read for {reading[0].seconds:.0f} s, longer than "
-                    f"data.timeout = {self._timeout:g} s: see whether its file system answers"
+                    f"data.timeout = {self._timeout:g} s; check that its file system responds"
                 )
             if not reading and time.monotonic() - asked > self._timeout + _START_SECONDS:
                 self._abandon()
-                raise RuntimeError(f"no batch for {time.monotonic() - asked:.0f} s, and nobody reads")
+                raise RuntimeError(f"no batch for {time.monotonic() - asked:.0f} s, and no record is being read")
         try:
-            return self._ahead.take()
+            return self._threads.take()
         except ValueError as error:
             raise type(error)(*error.args) from error  # raised here too: a worker's traceback leads nowhere
         except RuntimeError as error:
             if self._workers is None:
                 raise
-            dead = [row for row in self._board.reading() if not _alive(row.pid)]
+            dead = [row for row in self._status.reading() if not _alive(row.pid)]
+            if not dead:
+                raise
             raise RuntimeError(f"a worker process died while it read {self._names(dead)}: {error}") from None
         finally:
-            if self._ahead.ended:
+            if self._threads.ended:
                 self.close()
 
     def close(self) -> None:
-        """Stops the readers, after what they are reading now."""
+        """Stops the prefetcher once the records that are being read are finished."""
         self._stop()
 
     def _abandon(self, pid: int | None = None) -> None:
-        """Stops without waiting for a reader that is stuck: a thread is left behind, a worker process is ended."""
+        """Stops without waiting for a read that is stuck: a thread is left behind, a worker process is killed."""
         self._stop.detach()
-        self._ahead.close(seconds=0.0)
+        self._threads.close(seconds=0.0)
         if self._workers is not None:
             if pid is not None:
                 os.kill(pid, signal.SIGKILL)
             threading.Thread(target=self._workers.close, daemon=True).start()
 
     def _names(self, reading: list[Reading]) -> str:
-        return "; ".join(self._source.id(row.record) for row in reading) or "nothing"
+        return "; ".join(self._source.id(row.record) for row in reading)
 
 
 class _Workers:
     """Worker processes, which start when their first batch is taken.
 
-    Ctrl-C and cluster managers signal all processes of a run, but when to stop is for the training process to say: it
-    saves first. So the thread that takes batches blocks these signals, and its children inherit that from their first
+    Ctrl-C and cluster managers signal all processes of a run, but the training process decides when to stop: it saves
+    first. So the thread that takes batches blocks these signals, and its children inherit the mask from their first
     moment. (Python's resource tracker, which comes with the first child, unblocks them: it is started before.)
     """
 
-    def __init__(self, dataset: grain.IterDataset):
-        self._dataset = dataset
+    def __init__(self, batches: Any, data: DataConfig):
+        depth = max(1, data.prefetch // data.workers)
+        read = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=max(depth, data.threads))
+        options = grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=depth)
+        dataset = grain.MapDataset.source(batches).to_iter_dataset(read)
+        self._dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
         self._iterator: Any = None
 
     def take(self, step: int) -> Batch:
@@ -208,16 +210,16 @@ class _Workers:
             iterator.close()
 
 
-def _stop(ahead: "_Ahead", workers: _Workers | None) -> None:
-    ahead.close(seconds=5.0)
+def _stop(threads: "_Threads", workers: _Workers | None) -> None:
+    threads.close(seconds=5.0)
     if workers is not None:
         workers.close()
 
 
-class _Ahead:
-    """Calls `fetch(0)`, `fetch(1)`, ... in daemon threads and hands the results out in their order.
+class _Threads:
+    """Calls `fetch(0)`, `fetch(1)`, ... in daemon threads and returns the results in their order.
 
-    Daemon threads, and not an executor's: Python waits for those when it ends, for ever if one is stuck.
+    Daemon threads, and not an executor's: when Python ends it waits for an executor's threads, forever if one is stuck.
     """
 
     def __init__(self, fetch: Callable[[int], Batch], count: int, *, threads: int, depth: int):
@@ -260,7 +262,7 @@ class _Ahead:
             )
 
     def take(self) -> Batch:
-        """Returns the next result, or raises what its reading raised, or StopIteration behind the last."""
+        """Returns the next result, or raises what its reading raised, or StopIteration after the last."""
         with self._changed:
             if self.ended or self._taken >= self._count:
                 self.ended = True
@@ -274,7 +276,7 @@ class _Ahead:
         return result
 
     def close(self, seconds: float) -> None:
-        """Ends the threads after what they are reading now, and waits for that so long and no longer."""
+        """Ends the threads after what they are reading now, and waits at most `seconds` for that."""
         with self._changed:
             self.ended = True
             self._changed.notify_all()
@@ -298,9 +300,9 @@ def _start_worker(number: int, _: int) -> None:
     global _worker
     _worker = number
     end_with_parent()
-    _one_thread_an_image()
+    _one_thread_per_image()
 
 
-def _one_thread_an_image() -> None:
-    """Images are read in parallel: OpenCV's own threads inside an image would only get in their way."""
+def _one_thread_per_image() -> None:
+    """Images are read in parallel: OpenCV's own threads inside an image would only compete with the readers."""
     cv2.setNumThreads(1)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from vit_scaling.data.loader import DataConfig
+from vit_scaling.data.config import DataConfig
 from vit_scaling.data.sources import Source
 from vit_scaling.evaluation.passes import Network, one_pass
 

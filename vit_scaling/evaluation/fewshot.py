@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 
 from vit_scaling import UserError
 from vit_scaling.config import FewShotConfig
+from vit_scaling.data.config import DataConfig
 from vit_scaling.data.images.transforms import transform
-from vit_scaling.data.loader import DataConfig
 from vit_scaling.data.sources import Source, open_source
 from vit_scaling.evaluation.passes import Features, one_pass
 

@@ -12,8 +12,8 @@ import numpy as np
 from vit_scaling import flops, models
 from vit_scaling.config import FewShotConfig
 from vit_scaling.data import mixing
+from vit_scaling.data.config import DataConfig
 from vit_scaling.data.images.transforms import TransformConfig
-from vit_scaling.data.loader import DataConfig
 from vit_scaling.data.sources import SourceConfig, open_source
 from vit_scaling.evaluation.fewshot import FewShot
 from vit_scaling.evaluation.passes import one_pass

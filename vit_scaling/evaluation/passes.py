@@ -7,8 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from vit_scaling.data import loader
+from vit_scaling.data.config import DataConfig
 from vit_scaling.data.images.transforms import TransformConfig, transform
-from vit_scaling.data.loader import DataConfig
 from vit_scaling.data.sources import Source
 from vit_scaling.parallel import sharding
 
@@ -44,18 +44,9 @@ def one_pass(
     """
     sharding.check_batch(batch_size, mesh, name="evaluation.batch_size")
     on = sharding.batch_sharding(mesh)
-    parts, part_count = sharding.batch_parts(on)
+    shard = loader.Shard(*sharding.batch_parts(on))
     batches = loader.eval_batches(
-        source,
-        transform(transform_config, train=False),
-        batch_size=batch_size,
-        parts=parts,
-        part_count=part_count,
-        on_corrupt=data.on_corrupt,
-        workers=data.workers,
-        threads=data.threads,
-        prefetch=data.prefetch,
-        timeout=data.timeout,
+        source, transform(transform_config, train=False), data, batch_size=batch_size, shard=shard
     )
     with contextlib.closing(batches):
         yield from loader.to_device(batches, on, ahead=1)

@@ -93,22 +93,8 @@ def _train(config: Config, workdir: Path, stop: StopRequest, clock: telemetry.Cl
         shapes = batch_shape(config, source.num_classes, source.multi_label, mesh)
         train_step = program.train_step.lower(program.state_shape, shapes).compile()
     on = sharding.batch_sharding(mesh)
-    parts, part_count = sharding.batch_parts(on)
-    batches = loader.train_batches(
-        source,
-        augment,
-        batch_size=config.data.batch_size,
-        seed=config.seed,
-        start_step=start_step,
-        parts=parts,
-        part_count=part_count,
-        repeats=config.data.repeats,
-        on_corrupt=config.data.on_corrupt,
-        workers=config.data.workers,
-        threads=config.data.threads,
-        prefetch=config.data.prefetch,
-        timeout=config.data.timeout,
-    )
+    shard = loader.Shard(*sharding.batch_parts(on))
+    batches = loader.train_batches(source, augment, config.data, seed=config.seed, start_step=start_step, shard=shard)
     on_devices = loader.to_device(batches, on, ahead=1)
 
     def measure_at(step: int) -> bool:
