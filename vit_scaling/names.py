@@ -1,5 +1,7 @@
 """Names of parameters: the one vocabulary of decay patterns, sharding rules, checkpoints and weight import.
 
+And `render_table`, which renders every table of the package, so that all layers can use it.
+
 Parameters are nested dicts of arrays. The path of a leaf joins its keys with "/", for example
 "blocks/attention/query/kernel". Layers of one shape are stored stacked: every part of a path that is
 called "blocks" stands for one leading axis, over layers, of the leaf. That axis is bookkeeping and no part of
@@ -7,7 +9,7 @@ the parameter: it is never sharded and never factored across.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from vit_scaling import UserError
@@ -57,3 +59,20 @@ def first_match(rules: Sequence[tuple[str, T]], path: str) -> T:
             return value
     patterns = ", ".join(repr(pattern) for pattern, _ in rules)
     raise UserError(f"no rule names the parameter {path!r}; the rules are {patterns}: add one that matches it")
+
+
+def render_table(header: Sequence[str], rows: Iterable[Sequence[object]], *, markdown: bool = False) -> str:
+    """Returns a table as text: columns padded to one width, or a Markdown table. No line ends in a space.
+
+    Raises:
+        ValueError: a row has more or fewer cells than the header.
+    """
+    table = [[str(cell) for cell in row] for row in (header, *rows)]
+    if markdown:
+        table = [[cell.replace("|", r"\|") for cell in row] for row in table]
+        table.insert(1, ["---"] * len(header))
+        return "\n".join(f"| {' | '.join(row)} |" for row in table)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+    )

@@ -25,6 +25,7 @@ from vit_scaling import config as config_lib
 from vit_scaling.config import Config
 from vit_scaling.data.sources import Source
 from vit_scaling.evaluation.suite import Suite
+from vit_scaling.names import render_table
 from vit_scaling.optim import optimizer, schedule
 from vit_scaling.optim.schedule import Duration
 from vit_scaling.parallel import processes, sharding
@@ -176,23 +177,19 @@ def describe(config: Config, program: Program, source: Source) -> str:
     """Returns what a person wants to see before a run: each parameter with its rules, the data, the devices."""
     params = program.state_shape.params
     rules = {row.path: row for row in optimizer.describe(config.optim, params)}
-    header = ("parameter", "shape", "decay", "lr", "factored", "split over", "MB a device")
-    table = [header]
+    table = []
     for row in sharding.describe(params, program.mesh):
         rule = rules[row.path]
         decay = "frozen" if rule.frozen else f"{rule.decay:g}"
         factored = "yes" if rule.factored else "-"
         rate = "-".join(f"x{value:.3g}" for value in sorted(set(rule.rates)))
-        size = f"{row.bytes_a_device / 1e6:.3f}"
-        table.append((row.path, str(row.shape), decay, rate, factored, row.split, size))
-    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+        table.append((row.path, row.shape, decay, rate, factored, row.split, f"{row.bytes_a_device / 1e6:.3f}"))
     steps = int(config.duration.amount)
     epochs = steps * config.data.batch_size / len(source)
     axes = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if axis != "fold" or size > 1)
     return "\n".join(
         [
-            *lines,
+            render_table(("parameter", "shape", "decay", "lr", "factored", "split over", "MB per device"), table),
             "",
             f"parameters: {sum(leaf.size for leaf in jax.tree.leaves(params)):,}",
             f"devices:    {program.mesh.size} x {program.mesh.devices.flat[0].device_kind}; mesh: {axes}",
