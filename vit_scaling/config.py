@@ -104,6 +104,9 @@ class Config:
     seed: int = 0
 
 
+# Fields that are younger than some runs: their value there, by the last part of the name.
+BEFORE = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+
 # Where a run may differ from the one that began the workdir: nothing here changes what is computed. (What on_corrupt
 # lets pass as "error" is the same as "skip", so a run that stopped at a corrupt image can go on without it.)
 MAY_CHANGE = (
@@ -210,6 +213,10 @@ def check(config: Config) -> None:
             raise UserError(f"{name} is {value}; it must be at least 1")
     if config.log.watchdog < 0:
         raise UserError(f"log.watchdog is {config.log.watchdog:g} seconds; it must be positive, or 0 for no watchdog")
+    for name, low in (("mean", float("-inf")), ("std", 0.0)):
+        value = getattr(config.model, name)
+        if len(value) != 3 or not all(low < part < float("inf") for part in value):
+            raise UserError(f"model.{name} is {value}; give three numbers{' above 0' if name == 'std' else ''}")
     if config.evaluation.fewshot is not None and not config.evaluation.fewshot.shots:
         raise UserError("evaluation.fewshot.shots is empty; name at least one number of shots")
 
@@ -270,7 +277,8 @@ def differences(old: dict[str, Any], new: dict[str, Any], may_change: tuple[str,
     def differ(field: str) -> bool:
         if field in a and field in b:
             return a[field] != b[field]
-        return bool(a.get(field) or b.get(field))  # a field that came later: off is what it was before
+        value = a.get(field) or b.get(field)  # a field that came later: off, or as in BEFORE, is what it was
+        return bool(value) and value != BEFORE.get(field.rpartition(".")[2])
 
     return [
         f"{field} is {a.get(field)!r} there and {b.get(field)!r} here"

@@ -28,6 +28,20 @@ def test_to_float_maps_the_ends_of_the_range():
     np.testing.assert_allclose(mixing.to_float(images).ravel(), [-1, -0.6, 1], atol=1e-6)
 
 
+def test_to_float_uses_each_channels_mean_and_std():
+    """ImageNet's, as torchvision writes them; by hand: (0 - 0.485) / 0.229, (255/255 - 0.406) / 0.225."""
+    images = jnp.array([[0, 0, 0], [51, 102, 255]], jnp.uint8).reshape(2, 1, 1, 3)
+    got = mixing.to_float(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).reshape(2, 3)
+    want = [[-2.117904, -2.035714, -1.804444], [(0.2 - 0.485) / 0.229, (0.4 - 0.456) / 0.224, 2.64]]
+    np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+def test_the_default_of_to_float_is_bitwise_the_division_by_127_5():
+    images = jnp.arange(256, dtype=jnp.uint8).reshape(1, 256, 1, 1)
+    got = jax.jit(lambda x: mixing.to_float(x, (0.5,) * 3, (0.5,) * 3))(images)
+    np.testing.assert_array_equal(got, jax.jit(lambda x: x.astype(jnp.float32) / 127.5 - 1.0)(images))
+
+
 def test_without_mixing_the_batch_is_untouched(batch):
     images, targets = run(batch)
     np.testing.assert_array_equal(images, batch[0])

@@ -70,6 +70,7 @@ def test_three_steps_by_hand() -> None:
             name="sgd", lr=0.5, beta1=0.0, moment_dtype="float32", weight_decay=0.1, head_weight_decay=0.2
         )
     )
+    config.model.mean, config.model.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     state, rows = run(program(config), BATCHES)
 
     built = program(config)
@@ -81,9 +82,15 @@ def test_three_steps_by_hand() -> None:
 
     @jax.jit
     def loss(params: Any, batch: Any) -> jax.Array:
-        logits = models.merge(description, params, {})(mixing.to_float(batch["image"]))
+        logits = models.merge(description, params, {})(
+            mixing.to_float(batch["image"], config.model.mean, config.model.std)
+        )
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
+    mask = np.ones(16, bool)
+    assert built.classify(params, {}, BATCHES[0] | {"mask": mask})["loss"].mean() == pytest.approx(
+        float(loss(params, jax.tree.map(jnp.asarray, BATCHES[0]))), rel=1e-5
+    )
     gradient = jax.jit(jax.value_and_grad(loss))
     for step, batch in enumerate(BATCHES):
         value, grads = gradient(params, jax.tree.map(jnp.asarray, batch))

@@ -1,4 +1,4 @@
-"""Augmentation of a whole batch, on the device: value range, mixup and cutmix.
+"""Augmentation of a whole batch, on the device: normalisation, mixup and cutmix.
 
 Everything here runs inside the jitted step on the global batch. A batch is mixed with itself shifted by one example,
 which costs one small exchange between neighbours however the batch is sharded, and the random numbers belong to the
@@ -11,6 +11,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key, UInt8
 
 from vit_scaling import UserError
@@ -34,9 +35,25 @@ class MixingConfig:
     """"batch": one coefficient (and box) for the whole batch; "example": one for each example."""
 
 
-def to_float(images_BHWC: UInt8[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-    """Maps uint8 images from [0, 255] to float32 in [-1, 1], the value range of every model here."""
-    return images_BHWC.astype(jnp.float32) / 127.5 - 1.0
+Channels = tuple[float, float, float]
+
+
+def to_float(
+    images_BHWC: UInt8[Array, "B H W C"], mean: Channels = (0.5, 0.5, 0.5), std: Channels = (0.5, 0.5, 0.5)
+) -> Float[Array, "B H W C"]:
+    """Maps uint8 images to what a model sees: float32 (image / 255 - mean) / std, channel by channel.
+
+    Args:
+        images_BHWC: values from 0 to 255.
+        mean, std: of the model's config; the default maps to [-1, 1].
+    """
+    scale, offset = [255.0 * s for s in std], [m / s for m, s in zip(mean, std, strict=True)]
+    return images_BHWC.astype(jnp.float32) / _compact(scale) - _compact(offset)
+
+
+def _compact(values: list[float]) -> float | np.ndarray:
+    """Returns one number where all are equal, else float32 [1, 1, 1, C]."""
+    return values[0] if len(set(values)) == 1 else np.array(values, np.float32).reshape(1, 1, 1, -1)
 
 
 def validate(config: MixingConfig) -> None:

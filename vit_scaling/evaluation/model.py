@@ -36,7 +36,7 @@ class Frozen:
 
 def freeze(weights: Weights, mesh_config: mesh_lib.MeshConfig) -> Frozen:
     """Returns the model on a mesh, parameters split by the table of rules."""
-    mesh = mesh_lib.create(mesh_config)
+    mesh, config = mesh_lib.create(mesh_config), weights.config
     description = models.split(weights.abstract())[0]
 
     def put(tree: Any) -> Any:
@@ -48,7 +48,7 @@ def freeze(weights: Weights, mesh_config: mesh_lib.MeshConfig) -> Frozen:
     def call(params: Any, statistics: Any, images: Any, method: str) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             model = models.merge(description, params, statistics)
-            return getattr(model, method)(mixing.to_float(sharding.constrain(images)))
+            return getattr(model, method)(mixing.to_float(sharding.constrain(images), config.mean, config.std))
 
     jitted = {
         name: jax.jit(lambda p, s, x, name=name: call(p, s, x, name), out_shardings=sharding.replicated(mesh))

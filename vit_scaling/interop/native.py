@@ -31,7 +31,7 @@ def model_config(fields: Mapping[str, Any], name: str | None = None) -> ModelCon
     for config_class in models.MODELS:
         own = {field.name for field in dataclasses.fields(config_class)}
         # A field that came later has its default in an older file.
-        if name == config_class.__name__ or (name is None and set(fields) <= own and len(own - set(fields)) <= 1):
+        if name == config_class.__name__ or (name is None and set(fields) <= own and len(own - set(fields)) <= 3):
             if unknown := sorted(set(fields) - own):
                 raise UserError(f"the model config has the field {unknown[0]!r}, which no {config_class.__name__} has")
             values = {key: _tuples(value) for key, value in fields.items()}

@@ -40,6 +40,12 @@ class AttentionCNNConfig:
     dtype: str = "float32"  # of the computation; parameters, positions and norms are float32
     scan: bool = True  # one compiled block looped over the layers; unrolled otherwise
     remat: bool = False  # recompute each block in the backward pass
+    mean: tuple[float, float, float] = (
+        0.5,
+        0.5,
+        0.5,
+    )  # of the input, by channel, of images in [0, 1] (`mixing.to_float`)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # (image - mean) / std is what the model sees; default: [-1, 1]
 
     def __post_init__(self) -> None:
         if self.position not in POSITIONS:

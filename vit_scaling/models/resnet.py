@@ -53,6 +53,12 @@ class ResNetConfig:
     dtype: str = "float32"  # of the computation; parameters, norms and statistics are float32
     scan: bool = True  # one compiled block looped over a group's equal blocks; unrolled otherwise
     remat: bool = False  # recompute each block in the backward pass
+    mean: tuple[float, float, float] = (
+        0.5,
+        0.5,
+        0.5,
+    )  # of the input, by channel, of images in [0, 1] (`mixing.to_float`)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # (image - mean) / std is what the model sees; default: [-1, 1]
 
     def __post_init__(self) -> None:
         for name, value, choices in (

@@ -73,6 +73,12 @@ class SwinConfig:
     dtype: str = "float32"  # of the computation; parameters, softmax and position bias are float32
     scan: bool = True  # one compiled pair of blocks looped over a stage; unrolled otherwise
     remat: str = "none"  # none | dots | full: what the backward pass of a pair recomputes
+    mean: tuple[float, float, float] = (
+        0.5,
+        0.5,
+        0.5,
+    )  # of the input, by channel, of images in [0, 1] (`mixing.to_float`)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # (image - mean) / std is what the model sees; default: [-1, 1]
 
 
 def variant(name: str, **fields: object) -> SwinConfig:

@@ -75,6 +75,12 @@ class ViTConfig:
     dtype: str = "float32"  # of the computation; parameters are float32, positions and norms computed in it
     scan: bool = True  # one compiled block looped over the layers; unrolled otherwise
     remat: str = "none"  # none | dots | full: what the backward pass recomputes
+    mean: tuple[float, float, float] = (
+        0.5,
+        0.5,
+        0.5,
+    )  # of the input, by channel, of images in [0, 1] (`mixing.to_float`)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # (image - mean) / std is what the model sees; default: [-1, 1]
 
 
 def variant(name: str, **fields: object) -> ViTConfig:

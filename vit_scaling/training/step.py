@@ -105,6 +105,9 @@ def build(config: Config, *, num_classes: int, total_steps: int, mesh: Mesh) -> 
     description, params_shape, _ = models.split(jax.eval_shape(new_model, jax.random.key(0)))
     optimizer = chain.create(config.optim, params_shape)
 
+    def to_float(images: Array) -> Array:
+        return mixing.to_float(sharding.constrain(images), config.model.mean, config.model.std)
+
     def init() -> TrainState:
         _, params, statistics = models.split(new_model(keys()[0]))
         params["head"]["bias"] = jnp.full_like(params["head"]["bias"], config.loss.head_bias)
@@ -155,7 +158,7 @@ def build(config: Config, *, num_classes: int, total_steps: int, mesh: Mesh) -> 
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         mix_key, model_key = jax.random.split(jax.random.fold_in(keys()[1], state.step))
-        images = mixing.to_float(sharding.constrain(batch["image"]))
+        images = to_float(batch["image"])
         targets = losses.targets(sharding.constrain(batch["label"]), num_classes)
         images, targets = mixing.mix(config.data.mixing, mix_key, images, targets)
 
@@ -195,7 +198,7 @@ def build(config: Config, *, num_classes: int, total_steps: int, mesh: Mesh) -> 
 
     def classify(params: Any, statistics: Any, batch: Batch) -> Metrics:
         model = models.merge(description, params, statistics)
-        logits = model(mixing.to_float(sharding.constrain(batch["image"])))
+        logits = model(to_float(batch["image"]))
         targets = losses.targets(batch["label"], num_classes)
         prediction = jnp.argmax(logits, axis=-1)
         plain = dataclasses.replace(config.loss, label_smoothing=0.0)
@@ -207,7 +210,7 @@ def build(config: Config, *, num_classes: int, total_steps: int, mesh: Mesh) -> 
         }
 
     def features(params: Any, statistics: Any, images: Array) -> Array:
-        return models.merge(description, params, statistics).features(mixing.to_float(sharding.constrain(images)))
+        return models.merge(description, params, statistics).features(to_float(images))
 
     def in_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
         """Lets `constrain` see the mesh while the function is traced."""
