@@ -5,25 +5,39 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
   cat <<'TEXT'
-./run.sh              make the environment, pretrain a small ViT on real digits, show what came of it (minutes)
-./run.sh train ARGS   the same trainer with your own flags: --config=configs/vit_imagenet.py:S/16 --workdir=runs/s16
-./run.sh pod ARGS     train on a slice of Cloud TPU VMs; --help says how, here and below, and --dry-run shows what
-./run.sh slurm ARGS   train on a Slurm cluster
-./run.sh k8s ARGS     train on Kubernetes
-./run.sh install [X]  make the environment, with an extra: tpu or cuda
-./run.sh test [ARGS]  run the tests; arguments go to pytest
-./run.sh lint         check format, style and types
-./run.sh python       print the Python that is used
-./run.sh help         this text
+./run.sh              make the environment, pretrain a small ViT on real digits, show the result (minutes)
 
-The environment lies in .venv and is made once; it is made anew when requirements.txt or pyproject.toml change.
+./run.sh train ARGS     pretrain or fine-tune: --config=configs/vit_imagenet.py:S/16 --workdir=runs/s16
+./run.sh evaluate ARGS  measure weights: accuracy, calibration, few-shot accuracy, speed
+./run.sh predict ARGS   classify images
+./run.sh explore ARGS   look inside a model, compare runs
+./run.sh weights ARGS   show, import and export weight files
+./run.sh prepare ARGS   convert images to shards
+./run.sh plan ARGS      compile a config for a machine that is not here: memory, time, cost
+./run.sh study ARGS     run a scaling study or a sweep
+./run.sh costs ARGS     parameters, FLOPs and memory of each model
+
+./run.sh pod ARGS       train on a slice of Cloud TPU VMs
+./run.sh slurm ARGS     train on a Slurm cluster
+./run.sh k8s ARGS       train on Kubernetes
+
+./run.sh install [X]    make the environment, with an extra: tpu or cuda
+./run.sh test [ARGS]    run the tests; arguments go to pytest
+./run.sh lint           check format, style and types
+./run.sh mutants [NAME] put known mistakes into a copy of the code and check that tests notice them
+./run.sh faults ARGS    disturb a small run in many ways and check that nothing is lost
+./run.sh python         print the Python that is used
+./run.sh help           this text
+
+Each command explains its flags with --help; pod, slurm and k8s show with --dry-run what they would do. Paths are
+relative to this folder. The environment is made once, in .venv, and again when requirements.txt or pyproject.toml change.
 TEXT
 }
 
 say() { printf '\033[1m==> %s\033[0m\n' "$*" >&2; }
 fail() {
   printf 'error: %s\n' "$*" >&2
-  exit 1
+  exit 2
 }
 
 # The newest Python from 3.11 on that really runs: a version manager's shim can exist and fail.
@@ -39,11 +53,11 @@ find_python() {
   fail "no Python from 3.11 to 3.14 that runs (with venv and pip) was found on PATH; install one, then call this again"
 }
 
-# prepare EXTRAS: makes .venv and installs the project with these extras, unless that was done already.
-prepare() {
+# environment EXTRA: makes .venv and installs the project with this extra, unless that was done already.
+environment() {
   local extras=$1 stamp wanted
   if [ -x .venv/bin/python ] && ! .venv/bin/python -c '' 2>/dev/null; then
-    say "the Python behind .venv is gone: making .venv anew"
+    say "the Python of .venv no longer runs: making .venv again"
     rm -rf .venv
   fi
   if [ ! -x .venv/bin/python ]; then
@@ -65,23 +79,27 @@ command=${1:-smoke}
 [ $# -eq 0 ] || shift
 case $command in
 smoke)
-  prepare ""
-  say "pretraining a small ViT on 4,000 handwritten digits: python -m vit_scaling.train --config=configs/smoke.py --workdir=runs/smoke"
+  environment ""
+  say "pretraining a small ViT on 4,000 handwritten digits: ./run.sh train --config=configs/smoke.py --workdir=runs/smoke"
   exec .venv/bin/python -m vit_scaling.train --config=configs/smoke.py --workdir=runs/smoke
   ;;
-train)
-  prepare ""
-  exec .venv/bin/python -m vit_scaling.train "$@"
+train | evaluate | predict | explore | weights | prepare | plan | study | costs)
+  environment ""
+  exec .venv/bin/python -m "vit_scaling.$command" "$@"
   ;;
 pod | slurm | k8s) exec "launch/$command.sh" "$@" ;;
-install) prepare "${1:-}" ;;
+install) environment "${1:-}" ;;
 test)
-  prepare test
+  environment test
   say "running the tests: python -m pytest --numprocesses=2 --dist=loadfile $*"
   exec .venv/bin/python -m pytest --numprocesses=2 --dist=loadfile "$@"
   ;;
+mutants | faults)
+  environment test
+  exec .venv/bin/python -m "tests.$command" "$@"
+  ;;
 lint)
-  prepare test
+  environment test
   say "checking format, style and types"
   .venv/bin/ruff format --check .
   .venv/bin/ruff check .
@@ -90,7 +108,6 @@ lint)
 python) find_python ;;
 help | --help | -h) usage ;;
 *)
-  usage >&2
-  fail "there is no command '$command'"
+  fail "there is no command '$command'; ./run.sh help lists them"
   ;;
 esac

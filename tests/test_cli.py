@@ -1,63 +1,252 @@
-"""The command line as a user meets it: every mistake is one sentence, and nothing is left behind."""
+"""The command line: exit codes, one sentence for each mistake, help, and configs by path or name."""
 
+import importlib.util
+import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
+
+from tests import commands
+from vit_scaling import TransientError, UserError, cli
+from vit_scaling.training import fields
 
 ROOT = Path(__file__).parent.parent
-
-
-def train(*arguments: str, door: str = "train") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"vit_scaling.{door}", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-
 SMOKE = "--config=configs/smoke.py:smoke"
 
+
+def run(command: str, *arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", f"vit_scaling.{command}", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+    )
+
+
+# ---- mistakes on the command line ------------------------------------------------------------------------------------
+
 MISTAKES = {
-    "unknown field": (
-        [SMOKE, "--config.optim.lrr=1"],
-        "the config has no field 'lrr' there; the fields of OptimConfig",
-    ),
+    "unknown field": ([SMOKE, "--config.optim.lrr=1"], "has no field 'lrr' there; the fields of OptimConfig are name"),
     "a group of fields": (
         [SMOKE, "--config.duration=90epochs"],
         "--config.duration cannot be set as a whole: its fields are amount, unit, as in --config.duration.amount=...",
     ),
-    "wrong type": ([SMOKE, "--config.optim.lr=fast"], "could not convert string to float: 'fast'"),
-    "missing file": (["--config=configs/smok.py"], "there is no config file 'configs/smok.py'; beside it are"),
+    "not a number": ([SMOKE, "--config.optim.lr=fast"], "--config.optim.lr=fast: could not convert string to float"),
+    "no number": ([SMOKE, "--config.optim.lr="], "--config.optim.lr="),
+    "not an integer": ([SMOKE, "--config.mesh.data=1.5"], "--config.mesh.data=1.5: invalid literal for int()"),
+    "an open bracket": ([SMOKE, "--config.model.patch=(7,7"], "--config.model.patch=(7,7"),
+    "a word for a tuple": (
+        [SMOKE, "--config.model.patch=seven"],
+        "config.model.patch is ('seven',); it must be tuple[int, int]",
+    ),
+    "an empty field": ([SMOKE, "--config..lr=1"], "an override names no field that can be set"),
+    "beyond a field": ([SMOKE, "--config.seed.x=1"], "an override names no field that can be set"),
+    "a model as a whole": ([SMOKE, "--config.model=5"], "an override names no field that can be set"),
+    "too long a tuple": ([SMOKE, "--config.model.patch=(7,7,7)"], "config.model.patch is (7, 7, 7); it must be"),
+    "missing file": (["--config=configs/smok.py"], "there is no config 'configs/smok.py'; there are configs/"),
+    "missing name": (["--config=smok"], "there is no config 'smok'; there are aa_resnet_imagenet, "),
+    "empty": (["--config="], "there is no config ''"),
+    "not Python": (["--config=/etc/passwd"], "the config file /etc/passwd:1 failed: SyntaxError"),
+    "not text": ([f"--config={sys.executable}"], f"the config file {sys.executable}:1 failed: "),
+    "no get_config": (["--config=tests/tiny.py"], "has no function get_config(arg)"),
     "unknown variant": (["--config=configs/vit_imagenet.py:Q/16"], "no ViT size is called 'Q'"),
-    "batch": ([SMOKE, "--config.data.batch_size=36"], "data.batch_size 36 cannot be divided over 8 devices"),
-    "mesh": ([SMOKE, "--config.mesh.model=3"], "does not fit 8 devices"),
-    "not a flag": ([SMOKE, "smoke"], "'smoke' is no flag"),
+    "twice": ([SMOKE, "--config=vit_imagenet"], "--config is given twice"),
+    "not a flag": ([SMOKE, "smoke"], "'smoke' is not a flag; flags look like --name=value"),
+    "unknown flag": ([SMOKE, "--wokrdir=x"], "Unknown command line flag 'wokrdir'"),
+    "no config": (["--workdir=x"], "--config must be given; --help says what it is"),
+    "override first": (["--config.seed=1", SMOKE], "before a value for --config was specified"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_one_sentence(mistake: str, tmp_path: Path) -> None:
+def test_a_mistake_on_the_command_line_is_one_sentence(mistake: str) -> None:
     arguments, sentence = MISTAKES[mistake]
-    done = train(*arguments, f"--workdir={tmp_path / 'run'}")
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    assert sentence in last
-    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError) as raised:
+        commands.parse("train", *arguments)
+    assert sentence in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
-def test_a_missing_workdir_and_help() -> None:
-    done = train(SMOKE)
-    assert (done.returncode, "--workdir must be given" in done.stderr) == (2, True)
-    helped = train("--help")
-    assert helped.returncode == 0
-    assert "--config" in helped.stdout
-    assert "--workdir" in helped.stdout
-    assert "continues from the newest checkpoint" in helped.stdout
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["shwo", "--input=x"], "'shwo' is not a command; choose one of import, export, show"),
+        (["--input=x"], "a command is missing; choose one of import, export, show"),
+        (["show", "--input=x", "y"], "'y' is not a flag"),
+        (["show"], "--input must be given"),
+    ],
+)
+def test_a_missing_word_is_named(arguments: list[str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        commands.parse("weights", *arguments)
+
+
+def test_a_mistake_exits_with_2_and_leaves_nothing(tmp_path: Path) -> None:
+    for arguments, sentence in (
+        ([SMOKE, "--config.data.batch_size=36"], "data.batch_size 36 cannot be divided over 8 devices"),
+        ([SMOKE, "--config.mesh.model=3"], "does not fit 8 devices"),
+    ):
+        done = run("train", *arguments, f"--workdir={tmp_path / 'run'}")
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert done.stderr.startswith("error: ")
+        assert sentence in done.stderr
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_study_is_not_a_run() -> None:
+    with pytest.raises(UserError, match="--config is a study of many runs; run it with the command study"):
+        cli.need_config(commands.parse("train", "--config=configs/study.py"))
+
+
+# ---- exit codes ------------------------------------------------------------------------------------------------------
+
+
+def user_error() -> None:
+    raise UserError("optim.lr is 0")
+
+
+def numpy_error() -> None:
+    import numpy as np
+
+    np.zeros(3).reshape(2, 2)  # a bug of ours: NumPy raises ValueError
+
+
+def transient() -> None:
+    raise TransientError("worker 3 died")
+
+
+def disk_full() -> None:
+    try:
+        raise OSError(28, "No space left on device", "/scratch/run")
+    except OSError as error:
+        raise RuntimeError("handle is closed") from error
+
+
+def interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "sentence"),
+    [
+        (user_error, 2, "error: optim.lr is 0\n"),
+        (transient, 1, "error: worker 3 died\n"),
+        (disk_full, 1, "error: the disk is full: /scratch/run cannot be written; free space and start again\n"),
+        (interrupted, 130, "stopped\n"),
+        (numpy_error, 1, None),
+    ],
+)
+def test_exit_codes(fault, code: int, sentence: str | None, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["command"])
+    monkeypatch.setattr(cli, "parse", lambda argv, commands: [])
+    with pytest.raises(SystemExit) as left:
+        cli.run(lambda argv: fault(), "A command.")
+    error = capsys.readouterr().err
+    assert left.value.code == code
+    if sentence is not None:
+        assert error == sentence
+    else:
+        assert error.startswith("Traceback")
+        assert "in numpy_error" in error
+        assert error.rstrip().endswith("cannot reshape array of size 3 into shape (2,2)")
+
+
+def test_a_bug_in_the_package_that_a_config_meets_keeps_its_traceback(tmp_path: Path) -> None:
+    """An error raised in the config file itself is the user's, with its line; one raised below it is not."""
+    own, below = tmp_path / "own.py", tmp_path / "below.py"
+    own.write_text("def get_config(arg=None):\n    return {}['lr']\n")
+    below.write_text("import json\ndef get_config(arg=None):\n    return json.loads('{')\n")
+    with pytest.raises(UserError, match=r"own.py:2 failed: KeyError: 'lr'"):
+        cli.load_config(str(own))
+    with pytest.raises(json.JSONDecodeError):
+        cli.load_config(str(below))
+    own.write_text("def get_config(arg=None):\n    return 5\n")
+    with pytest.raises(UserError, match="returned int and not a config"):
+        cli.load_config(str(own))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT])
+def test_ctrl_c_while_modules_are_imported_ends_with_one_line(number: int, tmp_path: Path) -> None:
+    """A library that swallows KeyboardInterrupt while it is imported; then the run would go on to its end."""
+    (tmp_path / "jax.py").write_text(
+        "import sys, time\nprint('importing', flush=True)\n"
+        "try:\n    time.sleep(60)\nexcept BaseException:\n    print('swallowed', flush=True)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vit_scaling.train", SMOKE, "--workdir=x"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(number)
+    out, error = process.communicate(timeout=30)
+    assert (process.returncode, out, error) == (130, "", "stopped\n")
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+HERE = [name for name in cli.COMMANDS if (ROOT / "vit_scaling" / f"{name}.py").exists()]
+
+
+def test_every_command_is_known() -> None:
+    top = {path.stem for path in (ROOT / "vit_scaling").glob("*.py")}
+    assert top - {"__init__", "cli", "config", "names"} <= set(cli.COMMANDS)
+    assert len(HERE) >= 7
+
+
+@pytest.mark.parametrize("command", HERE)
+def test_help_of_every_command_fits_80_columns(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with commands.loaded(command, "--help") as module:
+        monkeypatch.setitem(sys.modules, "__main__", module)
+        text = cli._help(module.__doc__)
+    assert f"./run.sh {command} " in text
+    assert [line for line in text.splitlines() if len(line) > 80] == []
+    if command in ("train", "plan", "study"):
+        assert "lr: float = " in text
+        assert "  every: Duration = 50 steps" in text
+        assert "seconds without a step" in text  # a comment of LogConfig
+
+
+def test_help_has_every_field_of_the_config() -> None:
+    from vit_scaling import config
+
+    lines = "\n".join(fields.describe())
+    for kind in (config.Config, config.LogConfig, config.MeshConfig, config.OptimConfig, config.TransformConfig):
+        for name in kind.__dataclass_fields__:
+            assert f"  {name}: " in lines or f"({type(name).__name__}" in lines or f"{name} (" in lines, name
+
+
+def test_vit_scaling_runs_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    ran = []
+    monkeypatch.setattr(cli.runpy, "run_module", lambda name, **how: ran.append((name, sys.argv, how)))
+    monkeypatch.setattr(sys, "argv", ["vit-scaling", "costs", "--config=smoke"])
+    cli.main()
+    assert ran == [
+        ("vit_scaling.costs", ["vit-scaling", "--config=smoke"], {"run_name": "__main__", "alter_sys": True})
+    ]
+    for arguments, code in ((["--help"], 0), (["cost"], 2), ([], 2)):
+        monkeypatch.setattr(sys, "argv", ["vit-scaling", *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        assert left.value.code == code
+    assert "commands: train, evaluate, " in capsys.readouterr().out
 
 
 def test_a_whole_run_names_what_it_wrote(tmp_path: Path) -> None:
-    done = train(SMOKE, f"--workdir={tmp_path / 'run'}", "--config.optim.lr=0.5", "--config.mesh.replica=2")
+    done = run("train", SMOKE, f"--workdir={tmp_path / 'run'}", "--config.optim.lr=0.5", "--config.mesh.replica=2")
     assert done.returncode == 0, done.stderr
     for name in ("result.json", "metrics.jsonl", "figure.png", "checkpoints/4"):
         path = tmp_path / "run" / name
@@ -68,21 +257,80 @@ def test_a_whole_run_names_what_it_wrote(tmp_path: Path) -> None:
     assert '"lr": 0.5' in (tmp_path / "run" / "config.json").read_text()
 
 
-def test_costs_are_a_table() -> None:
-    """ResNet-50: 25,557,032 parameters and 8.2 GFLOP; S/16: table 2 of arXiv 2106.04560, 9.2 GFLOP."""
-    names = ("configs/resnet_imagenet.py:50", "configs/vit_imagenet.py:S/16")
-    done = train(*(f"--config={name}" for name in names), door="costs")
-    assert done.returncode == 0, done.stderr
-    header, resnet, vit = done.stdout.splitlines()
-    assert header.split()[:3] == ["model", "image", "parameters"]
-    assert resnet.split()[:5] == ["resnet_imagenet:50", "224x224", "25,557,032", "8.18", "24.54"]
-    assert vit.split()[:5] == ["vit_imagenet:S/16", "224x224", "21,974,632", "9.15", "27.44"]
-    assert float(vit.split()[5]) > 0
-    wrong = train("--config=configs/study.py", door="costs")
-    assert (wrong.returncode, "no model of its own" in wrong.stderr) == (2, True)
+def test_print_config_shows_the_resolved_config(capsys: pytest.CaptureFixture) -> None:
+    with commands.loaded("train", SMOKE, "--print_config", "--config.optim.lr=0.5") as train:
+        train.main(cli.parse(sys.argv))
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["optim"]["lr"], shown["duration"]) == (0.5, {"amount": 4, "unit": "steps"})
+    with commands.loaded("train", "--config=vit_imagenet", "--print_config") as train:
+        train.main(cli.parse(sys.argv))
+    # 90 epochs of 99% of ImageNet's 1,281,167 images in batches of 1,024, whether or not they are here
+    assert json.loads(capsys.readouterr().out)["duration"] == {"amount": 111_477, "unit": "steps"}
+
+
+def costs(*arguments: str) -> list[list[str]]:
+    with commands.loaded("costs", *arguments) as module:
+        cli.parse(sys.argv)
+        return [list(module.line(name, flags.FLAGS["num_classes"].value)) for name in flags.FLAGS["config"].value]
+
+
+def test_costs_count_the_classes_of_each_config() -> None:
+    """ResNet-50: 25,557,032 parameters and 8.2 GFLOPs; S/16: Table 2 of arXiv 2106.04560, 9.2 GFLOPs.
+
+    The smoke model has 64 x 10 + 10 parameters in its classifier for the ten digits; with 1,000 classes 64,350 more.
+    """
+    resnet, vit, smoke, jft = costs(
+        "--config=configs/resnet_imagenet.py:50",
+        "--config=vit_imagenet:S/16",
+        "--config=smoke",
+        "--config=vit_jft:G/14",
+    )
+    assert resnet[:6] == ["resnet_imagenet:50", "224x224", "1,000", "25,557,032", "8.18", "24.54"]
+    assert vit[:6] == ["vit_imagenet:S/16", "224x224", "1,000", "21,974,632", "9.15", "27.44"]
+    assert float(vit[6]) > 0
+    assert smoke[:4] == ["smoke", "28x28", "10", "261,130"]
+    assert jft[2:4] == ["29,593", "1,930,404,761"]
+    assert costs("--config=smoke", "--num_classes=1000")[0][3] == "325,480"
+    with pytest.raises(UserError, match="no model of its own"):
+        costs("--config=configs/study.py")
+
+
+def test_costs_ask_for_classes_that_are_unknown(tmp_path: Path) -> None:
+    text = (ROOT / "configs" / "vit_jft.py").read_text().replace('name="jft"', 'name="/nowhere/set"')
+    (tmp_path / "own.py").write_text(text)
+    with pytest.raises(UserError, match=r"classes of .* are unknown.*give --num_classes"):
+        costs(f"--config={tmp_path / 'own.py'}")
 
 
 def test_costs_know_every_published_model() -> None:
-    listed = train("--help", door="costs").stdout
-    for file in (ROOT / "configs").glob("*_imagenet.py"):
-        assert f"configs/{file.name}:" in listed
+    with commands.loaded("costs") as module:
+        assert {path.stem for path in (ROOT / "configs").glob("*_imagenet.py")} <= module.PUBLISHED.keys()
+
+
+def test_classes_files_that_cannot_be_used(tmp_path: Path) -> None:
+    path = tmp_path / "classes"
+    with commands.loaded("weights", "show", "--input=x") as weights:
+        for content, sentence in (
+            (b"1\ntwo\n", "line 2 is 'two'"),
+            (b"", "is empty"),
+            (b"\xff\xfe1", "cannot be read: 'utf-8' codec"),
+            ("²".encode(), "line 1 is '²'"),
+        ):
+            path.write_bytes(content)
+            with pytest.raises(UserError, match=sentence):
+                weights._class_map(str(path))
+        with pytest.raises(UserError, match=r"cannot be read: .*No such file"):
+            weights._class_map(str(tmp_path / "none"))
+
+
+# ---- configs ---------------------------------------------------------------------------------------------------------
+
+
+def test_configs_are_found_by_path_and_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_path = cli.load_config("configs/swin_digits.py:v2")
+    monkeypatch.chdir(tmp_path)
+    assert cli.load_config("swin_digits:v2") == cli.load_config("configs/swin_digits.py:v2") == by_path
+    (tmp_path / "configs").mkdir()
+    shutil.copy(ROOT / "configs" / "smoke.py", tmp_path / "configs" / "swin_digits.py")
+    assert cli.load_config("configs/swin_digits.py") != by_path  # the file that is there comes first
+    assert importlib.util.find_spec("configs") is not None

@@ -46,7 +46,7 @@ def imported_packages(path: Path) -> set[str]:
             packages |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
         if isinstance(node, ast.Import):
             packages |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("vit_scaling.")}
-    return packages - {"__version__", "UserError"}
+    return packages - {"__version__", "UserError", "TransientError"}
 
 
 @pytest.mark.parametrize(

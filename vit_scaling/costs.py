@@ -1,15 +1,15 @@
-"""What models cost: parameters, FLOPs and activation memory of one image, as a table, before anything is trained.
+"""Print what models cost for each image: parameters, FLOPs and activation memory.
 
-    python -m vit_scaling.costs
-    python -m vit_scaling.costs --config=configs/vit_imagenet.py:L/16 --config=configs/vit_jft.py:G/14
+    ./run.sh costs
+    ./run.sh costs --config=configs/vit_imagenet.py:L/16 \\
+        --config=configs/vit_jft.py:G/14
 
-A multiply-add counts as 2 FLOPs, attention's included; training is three times the forward pass; flops/cost.py has
-the convention. Activations are what the backward pass keeps of one image, under the config's own remat.
+A multiply-add counts as 2 FLOPs, attention included; training is three times the forward pass (flops/cost.py states the
+convention). Activations are what the backward pass keeps for one image under the config's own remat policy. The number
+of classes is that of the config's training set.
 """
 
-import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 
@@ -26,36 +26,33 @@ PUBLISHED = {
     "attention_cnn_cifar10": ("quadratic", "gaussian", "learned", "learned+query", "learned+content"),
 }
 
-_CONFIG = flags.DEFINE_multi_string(
-    "config",
-    [f"configs/{name}.py:{variant}" for name, variants in PUBLISHED.items() for variant in variants],
-    "FILE.py[:ARGUMENT], as for train; give it again for more lines.",
-)
-_CLASSES = flags.DEFINE_integer("num_classes", 1000, "Length of the logits.", lower_bound=1)
+_CONFIG = flags.DEFINE_multi_string("config", [], "A config, as for train; repeat it for more lines (default: all).")
+_CLASSES = flags.DEFINE_integer("num_classes", None, "Length of the logits (default: the config's own).", 1)
 
 
-def line(name: str, num_classes: int) -> tuple[str, ...]:
-    """Returns one row of the table: the experiment `FILE.py[:ARGUMENT]`, its image, and what its model costs.
+def line(name: str, num_classes: int | None = None) -> tuple[str, ...]:
+    """Returns one row of the table: the config `NAME[:ARGUMENT]`, its image size, and what its model costs.
 
     Raises:
-        UserError: the file is no experiment's, or has no such variant.
+        UserError: there is no such config, or it has no model or no known number of classes.
     """
     from vit_scaling import flops
+    from vit_scaling.data.sources import known
 
+    config = cli.load_config(name)
+    if not hasattr(config, "model"):
+        raise UserError(f"--config={name} has no model of its own; name the config of a single run")
+    classes = num_classes or known.describe(config.data.train).num_classes
+    if classes is None:
+        raise UserError(f"the classes of {name} are unknown, as its training set is not here; give --num_classes")
+    size = config.data.transform.size
+    cost = flops.count(config.model, image_size=size, num_classes=classes)
     file, _, argument = name.partition(":")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    if spec is None or spec.loader is None or not Path(file).is_file():
-        raise UserError(f"there is no config file {file!r}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    experiment = module.get_config(argument)
-    if not hasattr(experiment, "model"):
-        raise UserError(f"{file} has no model of its own; name a single experiment's file")
-    size = experiment.data.transform.size
-    cost = flops.count(experiment.model, image_size=size, num_classes=num_classes)
+    stem = file.rpartition("/")[2].removesuffix(".py")
     return (
-        f"{Path(file).stem}:{argument}" if argument else Path(file).stem,
+        f"{stem}:{argument}" if argument else stem,
         f"{size[0]}x{size[1]}",
+        f"{classes:,}",
         f"{cost.params:,}",
         f"{cost.forward_flops / 1e9:,.2f}",
         f"{cost.train_flops / 1e9:,.2f}",
@@ -65,8 +62,9 @@ def line(name: str, num_classes: int) -> tuple[str, ...]:
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    header = ("model", "image", "parameters", "forward GFLOPs", "training GFLOPs", "activations, MiB")
-    rows = [header, *(line(name, _CLASSES.value) for name in _CONFIG.value)]
+    names = _CONFIG.value or [f"{name}:{variant}" for name, variants in PUBLISHED.items() for variant in variants]
+    header = ("model", "image", "classes", "parameters", "forward GFLOPs", "training GFLOPs", "activations, MiB")
+    rows = [header, *(line(name, _CLASSES.value) for name in names)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))

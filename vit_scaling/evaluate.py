@@ -1,11 +1,12 @@
 """Measure weights: accuracy, calibration, confusions, few-shot accuracy, speed.
 
-    python -m vit_scaling.evaluate --weights=runs/smoke --output=runs/smoke/evaluation
-    python -m vit_scaling.evaluate --weights=weights/vit_b16 --data=tfds:imagenet2012:validation --output=DIR
+    ./run.sh evaluate --weights=runs/smoke --output=runs/smoke/evaluation
+    ./run.sh evaluate --weights=weights/vit_b16 \\
+        --data=tfds:imagenet2012:validation --output=DIR
 
-Weights are a run, a checkpoint, or a weight file or folder of any layout. Without --data a run's own test set is
-measured. Writes evaluation.json and evaluation.png (which class is taken for which; is confidence right), and prints a
-table. With several labels an image, a prediction is right if it is one of them (ReaL).
+Weights are a run, a checkpoint, or a weight file or folder of any layout. Without --data the run's own test set is
+measured. The command writes evaluation.json and evaluation.png (a confusion matrix and a reliability diagram) and
+prints a table. With several labels for an image, a prediction is correct if it is one of them (ReaL).
 """
 
 import dataclasses

@@ -1,14 +1,15 @@
-"""Command: images on disk to sharded ArrayRecord with a manifest, which any config reads as kind="array_record".
+"""Convert images on disk to sharded ArrayRecord with a manifest, which any config reads as kind="array_record".
 
-    python -m vit_scaling.prepare --input=IMAGES --output=SET                        class folders, or tables of labels
-    python -m vit_scaling.prepare --input=SHARDS --output=SET --shorter_side=512     tar shards, webdataset's layout
-    python -m vit_scaling.prepare --input=/usr/share/datasets/fashion-mnist --output=SET    IDX files
-    python -m vit_scaling.prepare --input=IMAGES --output=SET --exclude=EVALUATION   without near-duplicates of those
-    python -m vit_scaling.prepare --output=SET --verify                              re-read everything
+    ./run.sh prepare --input=IMAGES --output=SET
+    ./run.sh prepare --input=SHARDS --output=SET --shorter_side=512
+    ./run.sh prepare --input=/usr/share/datasets/fashion-mnist --output=SET
+    ./run.sh prepare --input=IMAGES --output=SET --exclude=EVALUATION
+    ./run.sh prepare --output=SET --verify
 
-The images of a split are shuffled once, by a fixed rule. A run that was killed continues when the same command is
-given again: finished shards stay, nothing is written twice or lost. The listing is held in memory, about 300 bytes for
-each image.
+The input is a folder of class folders, images with a table of labels, tar shards in webdataset's layout, or IDX
+files. --exclude leaves out near-duplicates of other images; --verify re-reads a prepared set. The images of a split are
+shuffled once, by a fixed rule. A run that was killed continues when the same command is given again: finished shards
+stay, nothing is written twice or lost. The listing is held in memory, about 300 bytes for each image.
 """
 
 import json
@@ -17,12 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
-from tqdm import tqdm
 
 from vit_scaling import UserError, cli
-from vit_scaling.data import records
-from vit_scaling.data.prepare import shards
-from vit_scaling.data.prepare.job import prepare
 from vit_scaling.data.prepare.shards import Work
 
 _INPUT = flags.DEFINE_string("input", None, "Folder of images, of tar shards or of IDX files.")
@@ -42,11 +39,17 @@ _DISTANCE = flags.DEFINE_integer("distance", _DEFAULT.distance, "Bits of the has
 
 def main(argv: Sequence[str]) -> None:
     del argv
+    from tqdm import tqdm
+
+    from vit_scaling.data import records
+    from vit_scaling.data.prepare import shards
+    from vit_scaling.data.prepare.job import prepare
+
     output = Path(_OUTPUT.value)
     if _VERIFY.value:
         with tqdm(unit="img", desc=f"verifying {output}", disable=None) as progress:
             counts = shards.verify(output, progress.update)
-        print(f"{output} is whole: " + ", ".join(f"{split} {count:,}" for split, count in counts.items()))
+        print(f"{output} is complete: " + ", ".join(f"{split} {count:,}" for split, count in counts.items()))
         return
     if _INPUT.value is None:
         raise UserError("--input is missing: name a folder of images, of tar shards or of IDX files")

@@ -1,11 +1,12 @@
-"""Run a scaling study, fit its laws and draw its figures, or a sweep over fields of a config; or go on with one.
+"""Run a scaling study or a sweep over fields of a config, fit its laws and draw its figures.
 
-    python -m vit_scaling.study --config=configs/study.py --workdir=studies/digits
-    python -m vit_scaling.study --config=configs/study.py --workdir=/shared/study --print=slurm > study.sh
+    ./run.sh study --config=configs/study.py --workdir=studies/digits
+    ./run.sh study --config=configs/study.py --workdir=/shared/study \\
+        --print=slurm > study.sh
 
-The study runs on this machine, one process a run, --parallel at a time (with more than one, process i sees GPU i).
-Killed, it continues where it was when the same command is given again. A run that fails is reported, and tried again
-by the next call. Whatever has finished is in <workdir>/runs.csv, <workdir>/report.md and <workdir>/figures/.
+The study runs on this machine, one process for each run, --parallel at a time (with more than one, process i sees GPU
+i). The same command, given again, continues a study that was killed and tries failed runs again. Results so far are in
+<workdir>/runs.csv, <workdir>/report.md and <workdir>/figures/. The exit code is 1 if any run failed.
 """
 
 import shlex
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
 
     workdir, study = Path(_WORKDIR.value), _CONFIG.value
     if not isinstance(study, scaling.StudyConfig | grid.GridConfig):
-        raise UserError("--config names no study but a single run's config; train.py runs those")
+        raise UserError("--config is a single run and not a study; run it with the command train")
     jobs = grid.plan(study) if isinstance(study, grid.GridConfig) else scaling.plan(study, workdir)
     if _ONLY.value:
         _run_one(jobs, workdir, _ONLY.value)
@@ -56,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
                 jobs, workdir, _command, parallel=_PARALLEL.value, say=lambda line: print(line, flush=True)
             )
         except KeyboardInterrupt:
-            print("stopped; the same command continues from there")
+            print("stopped; the same command continues from there", file=sys.stderr)
             sys.exit(130)
     workdir.mkdir(parents=True, exist_ok=True)
     if isinstance(study, grid.GridConfig):
@@ -86,7 +87,7 @@ def _run_one(jobs: Sequence, workdir: Path, name: str) -> None:
 
     job = next((job for job in jobs if job.name == name), None)
     if job is None:
-        raise UserError(f"--only={name} names no run of the study; the first is {jobs[0].name}")
+        raise UserError(f"--only={name} is not a run of the study; the first is {jobs[0].name}")
     with runner.lock(workdir, name):
         result = loop.train(job.config, runner.folder(workdir, name))
     if "interrupted" in result:

@@ -1,13 +1,14 @@
 """Import published weights, export ours, and show what a file holds.
 
-    python -m vit_scaling.weights show   --input=PATH
-    python -m vit_scaling.weights import --input=PATH --output=weights/vit_b16
-    python -m vit_scaling.weights export --input=runs/b16 --output=export/b16 --layout=huggingface
+    ./run.sh weights show   --input=PATH
+    ./run.sh weights import --input=PATH --output=weights/vit_b16
+    ./run.sh weights export --input=runs/b16 --output=export/b16 \\
+        --layout=huggingface
 
 PATH is a weight file or folder (safetensors, .npz, .pth; timm, Hugging Face, official Swin, vision_transformer and
-big_vision names), or a run or checkpoint of this project. `import` writes this project's own folder, which
-configs/finetune.py starts from; `export` one that transformers or timm load. Both write a model card, and adapt the
-weights to --image_size, --num_classes or --classes on the way. What is written is whole or not there.
+big_vision names), or a run or checkpoint of this project. `import` writes this project's own folder, from which
+configs/finetune.py starts; `export` writes one that transformers or timm load. Both write a model card, and adapt the
+weights to --image_size, --num_classes or --classes on the way. What is written is complete or absent.
 """
 
 import shlex
@@ -68,15 +69,21 @@ def main(argv: Sequence[str]) -> None:
     print(f"wrote {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
     if command == "import":
         config = f"configs/finetune.py:{output},DATA"
-        print(f"fine-tune it: python -m vit_scaling.train --config={config} --workdir=DIR")
+        print(f"fine-tune it: ./run.sh train --config={config} --workdir=DIR")
 
 
 def _class_map(path: str | None) -> list[int] | None:
     if path is None:
         return None
-    lines = Path(path).read_text().split()
-    if wrong := [line for line in lines if not line.isdigit()]:
-        raise UserError(f"--classes={path} must hold one class number a line; {wrong[0]!r} is none")
+    try:
+        lines = Path(path).read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--classes={path} cannot be read: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.isdecimal():
+            raise UserError(f"--classes={path} must hold one class number per line; line {number} is {line!r}")
+    if not lines:
+        raise UserError(f"--classes={path} is empty; it must hold the old number of each new class, one per line")
     return [int(line) for line in lines]
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tests import children
-from vit_scaling import UserError
+from vit_scaling import TransientError, UserError
 from vit_scaling.data import loader, sources
 from vit_scaling.data.config import DataConfig
 from vit_scaling.data.images import codec, transforms
@@ -265,7 +265,7 @@ def test_a_record_that_cannot_be_read_or_used_is_named(folder):
     path = lost.id(3)
     os.rename(path, path + ".away")
     try:
-        with pytest.raises(OSError, match=f"{os.path.basename(path)} cannot be read: .*No such file"):
+        with pytest.raises(TransientError, match=f"{os.path.basename(path)} cannot be read: .*No such file"):
             list(eval_batches(lost, PLAIN, batch_size=4))
     finally:
         os.rename(path + ".away", path)
@@ -274,7 +274,7 @@ def test_a_record_that_cannot_be_read_or_used_is_named(folder):
         "Broken", (Numbers,), {"__getitem__": lambda self, i: (_ for _ in ()).throw(RuntimeError("disk"))}
     )
     for workers in (0, 1):
-        with pytest.raises(RuntimeError, match=r"number \d+ cannot be read: disk"):
+        with pytest.raises(TransientError, match=r"number \d+ cannot be read: disk"):
             take(1, broken, AsItIs(), batch_size=2, workers=workers)
     with pytest.raises(UserError, match=r"number \d+ cannot be used: crop='none'"):
         take(1, Numbers(8), transforms.transform(TransformConfig((9, 9), crop="none"), train=True), batch_size=2)

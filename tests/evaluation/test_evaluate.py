@@ -214,4 +214,4 @@ def test_doors_refuse_in_one_sentence(exported: Path, tmp_path: Path) -> None:
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr.splitlines()[-1] == f"error: {exported} exists already; name a new folder for the weights"
     wrong = door("vit_scaling.weights", "convert", f"--input={exported}")
-    assert wrong.stderr.strip() == "error: 'convert' is no command; choose one of import, export, show"
+    assert wrong.stderr.strip() == "error: 'convert' is not a command; choose one of import, export, show"

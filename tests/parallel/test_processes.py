@@ -233,6 +233,7 @@ def test_processes_that_differ_refuse_to_start_and_say_in_what(tmp_path: Path) -
 
 TALK = """
 import os, signal, sys
+from vit_scaling import TransientError, UserError
 from vit_scaling.parallel import processes
 from vit_scaling.parallel.interrupts import StopRequest
 process = int(sys.argv[1])
@@ -243,7 +244,7 @@ assert processes.first(lambda: process + 5) == 5
 
 def claim():
     assert process == 0, "only process 0 is asked"
-    raise ValueError("the workdir is another's")
+    raise UserError("the workdir is another's")
 
 for failing in (claim, lambda: 1):
     try:
@@ -253,7 +254,7 @@ for failing in (claim, lambda: 1):
             with processes.together():
                 if process == 1:
                     raise FileNotFoundError("no data here")
-    except (ValueError, FileNotFoundError) as error:
+    except (UserError, TransientError, FileNotFoundError) as error:
         print(type(error).__name__, error, flush=True)
 
 answers = []
@@ -283,7 +284,7 @@ def test_what_one_process_finds_all_know() -> None:
         for one in running:
             one.kill()
     assert said == [
-        "ValueError the workdir is another's\nUserError process 1: no data here\n[0, 0, 0, 0, 1, 1]\n",
+        "UserError the workdir is another's\nTransientError process 1: no data here\n[0, 0, 0, 0, 1, 1]\n",
         "UserError process 0: the workdir is another's\nFileNotFoundError no data here\n[0, 0, 0, 0, 1, 1]\n",
     ]
     assert [one.returncode for one in running] == [3, 4]  # and neither waited for the other
@@ -396,7 +397,25 @@ def test_the_second_signal_ends_at_once() -> None:
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    print('still here')\n"
     )
-    assert (ended.returncode, ended.stdout) == (-signal.SIGINT, "saving\n"), ended.stderr
+    assert (ended.returncode, ended.stdout) == (128 + signal.SIGINT, "saving\n"), ended.stderr
+    assert ended.stderr == (
+        "stop requested: saving after the current step or compilation; a second signal ends at once\n"
+    )
+
+
+def test_a_stop_request_is_acknowledged_while_python_is_blocked_and_a_second_one_ends() -> None:
+    """Hashing in C stands for a compilation: one long call in which Python runs no signal handlers."""
+    code = (
+        "import hashlib, os, signal, threading, time; from vit_scaling.parallel.interrupts import StopRequest\n"
+        "def twice():\n"
+        "    for _ in range(2): time.sleep(0.3); os.kill(os.getpid(), signal.SIGTERM)\n"
+        "with StopRequest():\n"
+        "    threading.Thread(target=twice).start()\n"
+        "    hashlib.pbkdf2_hmac('sha256', b'', b'', 2 * 10**8)\n"
+        "    print('not ended')\n"
+    )
+    ended = python(code)
+    assert (ended.returncode, ended.stdout) == (128 + signal.SIGTERM, ""), ended.stderr
 
 
 def test_the_watchdog_shows_where_a_process_hangs_and_ends_it() -> None:

@@ -427,7 +427,7 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 def test_a_data_set_that_is_not_here_needs_its_number_of_classes() -> None:
-    done = door("--config=configs/vit_jft.py:g/14", "--topology=v5e:4x4")
+    done = door("--config=configs/vit_jft.py:g/14", "--config.data.train.name=elsewhere", "--topology=v5e:4x4")
     assert done.returncode == 2
     assert "give --num_classes" in done.stderr
     assert "Traceback" not in done.stderr

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from vit_scaling import UserError
+from vit_scaling import TransientError, UserError
 from vit_scaling.data import config as data_config
 from vit_scaling.data.config import DataConfig
 from vit_scaling.data.images.codec import CorruptImageError
@@ -78,8 +78,8 @@ def train_batches(
     Raises:
         UserError: the batch is larger than the data set or cannot be divided, or a number is out of range. While
             reading: a record is corrupt and `data.on_corrupt` is "error"; the message names it.
-        OSError, RuntimeError: while reading: a record cannot be read or is stuck, or a worker process died; the message
-            names the records.
+        TransientError: while reading: a record cannot be read or is stuck, or a worker process died; the message names
+            the records.
     """
     data_config.validate(data)
     rows = shard.rows(data.batch_size)
@@ -187,8 +187,7 @@ class _Read:
         except UserError as error:
             raise UserError(f"{self.source.id(index)} cannot be used: {error}") from error
         except (OSError, RuntimeError) as error:
-            kind = OSError if isinstance(error, OSError) else RuntimeError
-            raise kind(f"{self.source.id(index)} cannot be read: {error}") from error
+            raise TransientError(f"{self.source.id(index)} cannot be read: {error}") from error
         finally:
             self._status.end()
 

@@ -22,6 +22,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from vit_scaling import TransientError
 from vit_scaling.data.config import DataConfig
 from vit_scaling.data.sources import Source
 from vit_scaling.data.workers import end_with_parent
@@ -142,16 +143,16 @@ class Batches:
             reading = self._status.reading()
             if reading and reading[0].seconds > self._timeout:
                 self._abandon(reading[0].pid)
-                raise RuntimeError(
+                raise TransientError(
                     f"{self._source.id(reading[0].record)} has been read for {reading[0].seconds:.0f} s, longer than "
                     f"data.timeout = {self._timeout:g} s; check that its file system responds"
                 )
             if not reading and time.monotonic() - asked > self._timeout + _START_SECONDS:
                 self._abandon()
-                raise RuntimeError(f"no batch for {time.monotonic() - asked:.0f} s, and no record is being read")
+                raise TransientError(f"no batch for {time.monotonic() - asked:.0f} s, and no record is being read")
         try:
             return self._threads.take()
-        except ValueError as error:
+        except (ValueError, TransientError) as error:
             raise type(error)(*error.args) from error  # raised here too: a worker's traceback leads nowhere
         except RuntimeError as error:
             if self._workers is None:
@@ -159,7 +160,7 @@ class Batches:
             dead = [row for row in self._status.reading() if not _alive(row.pid)]
             if not dead:
                 raise
-            raise RuntimeError(f"a worker process died while it read {self._names(dead)}: {error}") from None
+            raise TransientError(f"a worker process died while it read {self._names(dead)}: {error}") from None
         finally:
             if self._threads.ended:
                 self.close()

@@ -1,8 +1,11 @@
-"""How a run ends before its end: a request to stop that all processes heed at one step, and a watchdog."""
+"""How a run ends early: a request to stop that all processes follow at the same step, and a watchdog."""
 
 import faulthandler
+import os
 import signal
+import socket
 import sys
+import threading
 from types import FrameType
 from typing import Any
 
@@ -17,49 +20,69 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 COMPILE_SECONDS = 1800.0
 
 
-class Stopped(Exception):  # noqa: N818 (no error)
-    """The run was asked to stop while it was measuring something."""
+class Stopped(Exception):  # noqa: N818 (not an error)
+    """The run was asked to stop during an evaluation."""
 
 
 class StopRequest:
-    """Turns the first SIGTERM or SIGINT to any process into the same answer for all; the second ends at once."""
+    """Turns the first SIGTERM or SIGINT to any process into the same answer for all; the second ends at once.
+
+    Python runs signal handlers between two of its own instructions, so not while XLA compiles for minutes. A thread
+    that the signal itself wakes acknowledges the first one at once, and exits at the second.
+    """
 
     def __init__(self) -> None:
-        self.granted = False  # whether `asked` has said yes
+        self.granted = False  # whether `asked` has answered yes
         self._noticed = False  # a signal came to this process
         self._previous: dict[int, Any] = {}
         self._any_process: _AnyProcess | None = None
 
     def __enter__(self) -> "StopRequest":
+        self._reading, self._writing = socket.socketpair()
+        self._writing.setblocking(False)
+        self._previous_fd = signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="stop request", daemon=True).start()
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._noticed = True
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)  # the kernel's: it acts even where Python is waiting for a device
+
+    def _listen(self) -> None:
+        """Reads the numbers of the signals that come, in a thread of its own, until the socket is closed."""
+        came = 0
+        while number := self._reading.recv(1):
+            if number[0] not in SIGNALS:
+                continue
+            came += 1
+            self._noticed = True
+            if came > 1:
+                os._exit(128 + number[0])
+            os.write(2, b"stop requested: saving after the current step or compilation; a second signal ends at once\n")
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_fd)
+        self._writing.close()
 
     def asked(self) -> bool:
         """Returns whether to stop now.
 
-        All processes must call it at the same points of the run and get the same answer. With several, a call sends
-        this process's word over the devices and returns what all said at the call before it, so that nobody waits.
+        All processes must call it at the same points of the run and get the same answer. With several, a call
+        all-reduces the stop flag beside the step and returns the flag of the call before, so it never blocks training.
         """
         if self.granted or jax.process_count() == 1:
             self.granted = self.granted or self._noticed
             return self.granted
         self._any_process = self._any_process or _AnyProcess()
-        self.granted = self._any_process.says(self._noticed)
+        self.granted = self._any_process.reduce(self._noticed)
         return self.granted
 
 
 class _AnyProcess:
-    """One bit from each process, combined on the devices and read a call later."""
+    """The logical or of one flag for each process, all-reduced on the devices and read one call later."""
 
     def __init__(self) -> None:
         mesh = Mesh(np.asarray(jax.devices()), "all", axis_types=(jax.sharding.AxisType.Auto,))
@@ -67,28 +90,28 @@ class _AnyProcess:
         self._combine = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
         self._last: jax.Array | None = None
 
-    def says(self, word: bool) -> bool:
+    def reduce(self, flag: bool) -> bool:
         last = self._last
         with jax.transfer_guard_host_to_device("allow"):
-            words = jax.make_array_from_callback((jax.device_count(),), self._each, lambda _: np.asarray([word]))
-        self._last = self._combine(words)
+            flags = jax.make_array_from_callback((jax.device_count(),), self._each, lambda _: np.asarray([flag]))
+        self._last = self._combine(flags)
         return last is not None and bool(jax.device_get(last))
 
 
 class Watchdog:
     """Ends a process that makes no progress: stacks of all threads to stderr, exit code 1.
 
-    It is faulthandler's, in C, and works while Python waits for a device that will never answer.
+    It is faulthandler's, in C, and works while Python waits for a device that never answers.
 
     Args:
-        seconds: the longest time between two beats; 0 for no watchdog.
+        seconds: the longest time between two heartbeats; 0 for no watchdog.
     """
 
     def __init__(self, seconds: float):
         self._seconds = seconds
 
     def beat(self, *, compiles: bool = False) -> None:
-        """There was progress. `compiles`: before the next beat something may be compiled."""
+        """Notes progress. `compiles`: XLA may compile before the next heartbeat."""
         if self._seconds:
             seconds = self._seconds + (COMPILE_SECONDS if compiles else 0.0)
             faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)

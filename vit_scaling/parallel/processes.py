@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from vit_scaling import UserError
+from vit_scaling import TransientError, UserError
 
 WAIT_SECONDS = 600.0  # so far may the processes be apart before a step: they open the same data
 
@@ -162,9 +162,9 @@ def gather(value: Any) -> list[Any]:
     try:
         _client().wait_at_barrier(topic, int(WAIT_SECONDS * 1000))
     except jax.errors.JaxRuntimeError as error:
-        raise RuntimeError(
-            f"not all of the {jax.process_count()} processes got as far as this one within {WAIT_SECONDS:.0f} s; their "
-            f"logs say why: {str(error).splitlines()[0]}"
+        raise TransientError(
+            f"not all of the {jax.process_count()} processes reached this point within {WAIT_SECONDS:.0f} s of this "
+            f"one; their logs say why: {str(error).splitlines()[0]}"
         ) from error
     answers = {int(key.rpartition("/")[2]): text for key, text in _client().key_value_dir_get(topic)}
     return [json.loads(answers[process]) for process in range(jax.process_count())]
@@ -182,24 +182,27 @@ def tell(value: Any) -> Any:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Lets all processes fail where one does: each raises its own error, or names the process that had one.
+    """Makes all processes fail where one does: each raises its own error, or names the process that had one.
 
     What is done inside must not wait for other processes.
 
     Raises:
-        UserError: another process failed; the sentence is its own.
+        UserError: another process failed with one; the sentence is its own.
+        TransientError: another process failed with any other error.
     """
     failure: Exception | None = None
     try:
         yield
     except Exception as error:
         failure = error
-    sentences = gather(None if failure is None else str(failure) or type(failure).__name__)
+    own = None if failure is None else [str(failure) or type(failure).__name__, isinstance(failure, UserError)]
+    answers = gather(own)
     if failure is not None:
         raise failure
-    for process, sentence in enumerate(sentences):
-        if sentence is not None:
-            raise UserError(f"process {process}: {sentence}")
+    for process, answer in enumerate(answers):
+        if answer is not None:
+            sentence, from_user = answer
+            raise (UserError if from_user else TransientError)(f"process {process}: {sentence}")
 
 
 def first(function: Callable[[], Any]) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from vit_scaling import flops
+from vit_scaling import UserError, flops
 from vit_scaling.config import Config, resolve
 from vit_scaling.data import loader
 from vit_scaling.data.images.transforms import transform
@@ -39,7 +39,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     Raises:
         ValueError: the config cannot work, the workdir belongs to another one, or the processes differ; nothing was
             written.
-        FloatingPointError: loss or gradient stayed non-finite for log.stop_after_skipped steps in a row.
+        UserError: loss or gradient stayed non-finite for log.stop_after_skipped steps in a row.
     """
     with StopRequest() as stop, telemetry.Clock() as clock:
         return _train(config, workdir, stop, clock)
@@ -236,7 +236,7 @@ class StepLog:
                 f"step {step}: loss or gradient is not finite; the update is left out ({in_row} in a row)"
             )
         if in_row >= self._config.log.stop_after_skipped:
-            raise FloatingPointError(
+            raise UserError(
                 f"loss or gradient was not finite for {in_row} steps in a row, up to step {step}; lower optim.lr or "
                 f"optim.beta2, or look at the data; the checkpoints before it are intact"
             )

@@ -392,7 +392,7 @@ def test_the_command_prepares_and_verifies(images, tmp_path):
     assert process.returncode == 0, errors
     assert "train: 20 images in 1 shards; 0 corrupt, 0 near-duplicates left out" in output
     process = command(f"--output={tmp_path / 'set'}", "--verify")
-    assert f"{tmp_path / 'set'} is whole: train 20, val 5" in process.communicate(timeout=120)[0]
+    assert f"{tmp_path / 'set'} is complete: train 20, val 5" in process.communicate(timeout=120)[0]
 
 
 @pytest.mark.parametrize(
