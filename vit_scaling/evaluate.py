@@ -42,11 +42,12 @@ def main(argv: Sequence[str]) -> None:
     from vit_scaling.data.sources import open_source
     from vit_scaling.evaluation import figure
     from vit_scaling.evaluation import model as measure
+    from vit_scaling.interop import Target
     from vit_scaling.parallel.mesh import MeshConfig
     from vit_scaling.training import initial, workdir
 
     size = None if _IMAGE_SIZE.value is None else config_lib.image_size("--image_size", _IMAGE_SIZE.value)
-    weights = initial.read(_WEIGHTS.value, image_size=size, ema=_EMA.value)
+    weights = initial.read(_WEIGHTS.value, Target(image_size=size), ema=_EMA.value)
     found = initial.find_checkpoint(Path(_WEIGHTS.value))
     run = None if found is None else initial.record_of(found)["config"]
     source, transform = _source(run), _transform(run, weights.image_size)

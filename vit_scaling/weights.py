@@ -45,9 +45,11 @@ def main(argv: Sequence[str]) -> None:
 
     weights = initial.read(
         _INPUT.value,
-        image_size=config_lib.image_size("--image_size", _IMAGE_SIZE.value) if _IMAGE_SIZE.value else None,
-        num_classes=_NUM_CLASSES.value,
-        class_map=_class_map(_CLASSES.value),
+        interop.Target(
+            image_size=config_lib.image_size("--image_size", _IMAGE_SIZE.value) if _IMAGE_SIZE.value else None,
+            num_classes=_NUM_CLASSES.value,
+            class_map=_class_map(_CLASSES.value),
+        ),
         ignore=_IGNORE.value,
         ema=_EMA.value,
     )
@@ -91,9 +93,7 @@ def _table(weights) -> str:
     """Returns every parameter with its shape, spread and share, and what the network is."""
     import numpy as np
 
-    from vit_scaling import names
-
-    leaves = names.flatten(weights.parameters)
+    leaves = weights.leaves
     width = max(len(path) for path in leaves)
     lines = [
         f"{path:{width}s}  {leaf.shape!s:22s}  mean {np.mean(leaf):+.3f}  deviation {np.std(leaf):.3f}"

@@ -21,6 +21,7 @@ from vit_scaling.data.sources import SourceConfig, open_source
 from vit_scaling.evaluation import figure, model
 from vit_scaling.evaluation.report import report
 from vit_scaling.interop import card
+from vit_scaling.interop.weights import of_module
 from vit_scaling.models import vit
 from vit_scaling.optim import losses
 from vit_scaling.training import initial
@@ -136,7 +137,7 @@ def test_the_picture_of_many_classes_shows_the_worst(tmp_path: Path) -> None:
 
 
 def test_the_card_says_where_weights_come_from() -> None:
-    weights = interop.weights_of(make(vit.ViTConfig(16, 2, 32, 2, (14, 14)), (28, 42), 10))
+    weights = of_module(make(vit.ViTConfig(16, 2, 32, 2, (14, 14)), (28, 42), 10))
     plain = card.card(weights, layout="timm", source="x.npz", command="python -m ...")
     for text in ("28 x 42 pixels", "| classes | 10 |", "from `x.npz`", "local-dir:", "Not recorded", "python -m ..."):
         assert text in plain

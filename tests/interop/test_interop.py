@@ -339,6 +339,19 @@ def test_what_a_file_does_not_tell_is_asked_for(tmp_path: pathlib.Path) -> None:
     assert_same(interop.load(path, config), interop.load(reference_file("hf ViT", tmp_path / "told")))
 
 
+@pytest.mark.parametrize(("layout", "epsilon"), [("hf ViT with pooler, no classifier", 1e-12), ("timm ViT", 1e-6)])
+def test_the_epsilon_of_a_file_without_config(layout: str, epsilon: float, tmp_path: pathlib.Path) -> None:
+    """transformers' ViT adds 1e-12 to the variance, timm's 1e-6; width 192 has one published number of heads."""
+    shapes = {name: list(shape) for name, shape in RECORDS["timm ViT"]["tensors"].items()}
+    if layout.startswith("hf"):
+        model = make(vit.ViTConfig(192, 1, 8, 3, (8, 8), pool="token", gelu="exact", norm_eps=1e-12), (16, 16))
+        interop.save(model, tmp_path / "file", layout="huggingface")
+        (tmp_path / "file" / "config.json").unlink()
+    else:
+        write(tmp_path / "file", {name: fill.reference_leaf(name, tuple(shape)) for name, shape in shapes.items()})
+    assert interop.describe(tmp_path / "file" / "model.safetensors")[0].norm_eps == epsilon
+
+
 def test_a_config_that_contradicts_the_weights(tmp_path: pathlib.Path) -> None:
     path = reference_file("hf ViT", tmp_path / "file")
     with pytest.raises(ValueError, match=r"the weights' model.gelu is 'exact', and 'tanh' is asked for"):

@@ -8,12 +8,12 @@ import pytest
 
 from tests.golden import fill
 from tests.interop.test_interop import CASES, LOGITS, SIZE, VIT, flax_names, leaves, make, outputs, reference_file
-from vit_scaling import interop, models
+from vit_scaling import interop, models, names
 from vit_scaling.models import adapt, swin
 
 
 def parameters(model):
-    return models.split(model)[1]
+    return {path: np.asarray(leaf) for path, leaf in names.flatten(models.split(model)[1]).items()}
 
 
 @pytest.mark.parametrize("new", [(12, 12), (9, 16)])

@@ -1,7 +1,5 @@
 """Windows against slow twins that visit one token at a time, and against figures worked out elsewhere."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -209,9 +207,8 @@ def test_bicubic_resize_is_torch_s():
     np.testing.assert_allclose(shrunk.reshape(5, 5)[1], TORCH_SHRINK, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["bicubic", "geometric"])
-def test_resize_of_tables(method):
-    resize = functools.partial(windows.resize_table, method=method)
+def test_resize_of_tables():
+    resize = windows.resize_table
     table = filler((169, 2), 0.05, 0.1).astype(np.float32)
     np.testing.assert_array_equal(resize(table, 7), table)
     for window in (4, 8, 12):
@@ -237,27 +234,13 @@ def bump(window, reach):
     return np.exp(-(offsets[:, None] ** 2 + offsets[None, :] ** 2)).reshape(-1, 1)
 
 
-def test_bicubic_stretches_and_geometric_keeps_what_is_near():
-    """Growing 7 to 12, a smooth table stays smooth; one method scales its width, the other keeps its centre."""
-    table = bump(7, 6.0)
-    stretched = windows.resize_table(table, 12)
-    inside = lambda table: table.reshape(23, 23)[2:-2, 2:-2]  # beyond the last old offsets the edge is repeated  # noqa: E731
+def test_a_smooth_table_stays_smooth():
+    """Growing 7 to 12 scales the width of a bump; beyond the last old offsets the edge is repeated."""
+    stretched = windows.resize_table(bump(7, 6.0), 12)
+    inside = lambda table: table.reshape(23, 23)[2:-2, 2:-2]  # noqa: E731
     np.testing.assert_allclose(inside(stretched), inside(bump(12, 6.0 * 23 / 13)), atol=0.01)
-    kept = windows.resize_table(table, 12, "geometric").reshape(23, 23)[10:13, 10:13]
-    np.testing.assert_allclose(kept, bump(2, 6.0).reshape(3, 3), atol=0.01)
-    assert np.abs(stretched.reshape(23, 23)[10:13, 10:13] - bump(2, 6.0).reshape(3, 3)).max() > 0.02
-
-
-def test_geometric_offsets():
-    for count, reach in ((6, 11), (6, 6), (6, 4), (7, 23)):
-        offsets = windows.geometric_offsets(count, reach)
-        np.testing.assert_allclose([offsets[0], offsets[-1]], [1, reach], rtol=1e-9)
-        steps = np.diff(offsets)
-        np.testing.assert_allclose(steps[1:] / steps[:-1], steps[0], rtol=1e-6)
 
 
 def test_bad_input():
     with pytest.raises(ValueError, match=r"\(2·window - 1\)² rows, and 168 is not"):
         windows.relative_bias(jnp.zeros((168, 2)), 7)
-    with pytest.raises(ValueError, match="choose bicubic or geometric"):
-        windows.resize_table(np.zeros((9, 1)), 3, "nearest")

@@ -5,7 +5,7 @@ from typing import Any
 
 import vit_scaling
 from vit_scaling import flops
-from vit_scaling.interop import Weights
+from vit_scaling.interop.weights import Weights
 
 CARD = "README.md"
 

@@ -1,16 +1,14 @@
-"""Weight files, read without trust: safetensors, NumPy's .npz, PyTorch's .pth.
+"""Untrusted weight files: safetensors, NumPy's .npz, PyTorch's .pth.
 
 Nothing of a file is executed, and a tensor is read only when its name and shape have been checked against a model: an
 open file is a table of names, shapes and types, whose sizes must add up to no more than the file can hold.
 """
 
-import ast
 import dataclasses
 import json
 import math
 import os
 import shutil
-import struct
 import tempfile
 import zipfile
 import zlib
@@ -28,7 +26,6 @@ from vit_scaling import UserError
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
 MAX_INFLATION = 16  # weights hardly compress; an archive that claims to hold so many times its size is a bomb
-MAX_HEADER = 64 * 1024
 _SAFETENSORS_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Formats that run code when they are read.
 _PICKLES = (".pkl", ".pickle", ".npy", ".msgpack", ".ckpt", ".h5", ".joblib")
@@ -170,13 +167,13 @@ def _open_npz(path: Path) -> dict[str, Stored]:
                 if not info.filename.endswith(".npy"):
                     raise UserError(f"{path} holds {info.filename!r}, which is no array")
                 with archive.open(info) as member:
-                    shape, dtype, fortran, header = _npy_header(member, path, info.filename)
+                    shape, dtype, header = _npy_header(member, path, info.filename)
                 if header + math.prod(shape) * dtype.itemsize != info.file_size:
                     raise UserError(f"{path}: the size of {info.filename!r} is not that of an array of {shape}")
                 name = info.filename.removesuffix(".npy")
                 # NumPy has no bfloat16: it is stored as two bytes of no type.
                 kind = "bfloat16" if dtype == np.dtype("V2") else dtype.name
-                tensors[name] = Stored(shape, kind, _npz_reader(path, info.filename, header, shape, dtype, fortran))
+                tensors[name] = Stored(shape, kind, _npz_reader(path, info.filename))
             total = sum(info.file_size for info in archive.infolist())
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{path} is no whole .npz file: {error}") from None
@@ -185,44 +182,27 @@ def _open_npz(path: Path) -> dict[str, Stored]:
     return tensors
 
 
-def _npy_header(member: Any, path: Path, name: str) -> tuple[tuple[int, ...], np.dtype, bool, int]:
-    """Returns (shape, type, column-major, bytes of the header) of an array; no object may be inside."""
-    start = member.read(12)
+def _npy_header(member: Any, path: Path, name: str) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Returns (shape, type, bytes of the header) of an array; no object may be inside."""
     try:
-        if start[:6] != b"\x93NUMPY" or start[6] not in (1, 2, 3):
-            raise ValueError
-        wide = start[6] > 1
-        length = struct.unpack("<I", start[8:12])[0] if wide else struct.unpack("<H", start[8:10])[0]
-        offset = 12 if wide else 10
-        if length > MAX_HEADER:
-            raise ValueError
-        text = start[offset:] + member.read(length - (12 - offset))
-        header = ast.literal_eval(text.decode("latin1").strip())
-        shape, dtype, fortran = header["shape"], np.dtype(header["descr"]), bool(header["fortran_order"])
-        if not all(isinstance(side, int) and side >= 0 for side in shape):
-            raise ValueError
-    except (ValueError, KeyError, TypeError, SyntaxError, IndexError, struct.error, RecursionError, MemoryError):
+        version = np.lib.format.read_magic(member)
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, dtype = readers[version](member)
+    except (ValueError, KeyError, TypeError, SyntaxError, RecursionError, MemoryError):
         raise UserError(f"{path}: {name!r} is no array that can be read") from None
     if dtype.hasobject:
         raise UserError(f"{path}: {name!r} holds Python objects, which are refused: reading them can run code")
-    return tuple(shape), dtype, fortran, offset + length
+    return shape, dtype, member.tell()
 
 
-def _npz_reader(
-    path: Path, name: str, header: int, shape: tuple[int, ...], dtype: np.dtype, fortran: bool
-) -> Callable[[], np.ndarray]:
+def _npz_reader(path: Path, name: str) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
-        wanted = math.prod(shape) * dtype.itemsize
         try:
             with zipfile.ZipFile(path) as archive, archive.open(name) as member:
-                member.read(header)
-                data = member.read(wanted)
+                array = np.lib.format.read_array(member, allow_pickle=False)
         except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError) as error:
             raise UserError(f"{path}: {name!r} is damaged: {error}") from None
-        if len(data) != wanted:
-            raise UserError(f"{path}: {name!r} ends after {len(data)} of {wanted} bytes")
-        kind = np.dtype(ml_dtypes.bfloat16) if dtype == np.dtype("V2") else dtype
-        return np.frombuffer(data, kind).reshape(shape, order="F" if fortran else "C")
+        return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
 
     return read
 

@@ -1,15 +1,13 @@
 """This project's own weight folder: model.safetensors under the parameters' paths, and config.json with the model.
 
-It holds every model of the house and its statistics, and is what `weights import` writes.
+It holds every model of this project with its batch statistics, and is what `weights import` writes.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from vit_scaling import UserError, models, names
+from vit_scaling import UserError, models
 from vit_scaling.interop.layout import Json
 from vit_scaling.models import ModelConfig
 
@@ -69,7 +67,6 @@ def write_config(config: ModelConfig, image_size: tuple[int, int], num_classes: 
     }
 
 
-def tensors(parameters: Mapping[str, Any], statistics: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Returns {name: tensor} of a file."""
-    named = names.flatten(parameters) | {STATISTICS + path: leaf for path, leaf in names.flatten(statistics).items()}
-    return {name: np.asarray(leaf) for name, leaf in named.items()}
+def named(leaves: Mapping[str, Any], running: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns {name in the file: leaf} of parameters and batch statistics."""
+    return {**leaves, **{STATISTICS + path: leaf for path, leaf in running.items()}}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from vit_scaling import UserError, names
+from vit_scaling import UserError
 from vit_scaling.models import ModelConfig, layers, swin, vit
 from vit_scaling.ops import windows
 
@@ -21,13 +21,13 @@ VIT_FIELDS = (
 
 
 def adapt(
-    parameters: Mapping[str, Any],
+    leaves: Mapping[str, np.ndarray],
     config: ModelConfig,
     image_size: tuple[int, int],
     *,
     target: ModelConfig,
     target_image_size: tuple[int, int],
-) -> dict[str, Any]:
+) -> dict[str, np.ndarray]:
     """Returns the parameters of a network for another patch, window, image size or pooling; the rest as it is.
 
     ViT: positions are resampled to the new grid, square or not (bicubic); patch kernels by the pseudo-inverse of the
@@ -35,7 +35,7 @@ def adapt(
     `adapt_swin`.
 
     Args:
-        parameters: nested dict of NumPy arrays, of `config` built for `image_size`.
+        leaves: {path: array} of `config` built for `image_size`.
         config: what they belong to.
         image_size: height and width in pixels that they were trained at.
         target: the config to adapt to.
@@ -47,21 +47,21 @@ def adapt(
     if type(config) is not type(target):
         raise UserError(f"weights of a {type(config).__name__} cannot become those of a {type(target).__name__}")
     if isinstance(config, swin.SwinConfig) and isinstance(target, swin.SwinConfig):
-        return _adapt_swin(parameters, config, image_size, target, target_image_size)
+        return _adapt_swin(leaves, config, image_size, target, target_image_size)
     if isinstance(config, vit.ViTConfig) and isinstance(target, vit.ViTConfig):
-        return _adapt_vit(parameters, config, image_size, target, target_image_size)
+        return _adapt_vit(leaves, config, image_size, target, target_image_size)
     if (config, image_size) != (target, target_image_size):
         raise UserError(f"weights of a {type(config).__name__} can only be used as they were trained")
-    return dict(parameters)
+    return dict(leaves)
 
 
 def _adapt_swin(
-    parameters: Mapping[str, Any],
+    leaves: Mapping[str, np.ndarray],
     config: swin.SwinConfig,
     image_size: tuple[int, int],
     target: swin.SwinConfig,
     target_image_size: tuple[int, int],
-) -> dict[str, Any]:
+) -> dict[str, np.ndarray]:
     _same(config, target, ("shifted", "patch_norm", "gelu", "norm_eps"))
     trained = config.pretrained_windows or swin.stage_windows(config, image_size)
     used = target.pretrained_windows or swin.stage_windows(target, target_image_size)
@@ -70,57 +70,50 @@ def _adapt_swin(
             f"these weights of a Swin V2 were trained in windows of {trained}; its positions need to know: "
             f"set model.pretrained_windows to {trained}"
         )
-    return adapt_swin(parameters, config, image_size, target=target, target_image_size=target_image_size)
+    return adapt_swin(leaves, config, image_size, target=target, target_image_size=target_image_size)
 
 
 def adapt_swin(
-    parameters: Mapping[str, Any],
+    leaves: Mapping[str, np.ndarray],
     config: swin.SwinConfig,
     image_size: tuple[int, int],
     *,
     target: swin.SwinConfig,
     target_image_size: tuple[int, int],
-    method: str = "bicubic",
-) -> dict[str, Any]:
-    """Returns the parameters of a model for another window or image size: position tables resized, the rest as it is.
+) -> dict[str, np.ndarray]:
+    """Returns the parameters of a Swin for another window or image size: position tables resized, the rest as it is.
 
-    Args:
-        parameters: nested dict of the model of `config` built for `image_size`.
-        config: what the parameters belong to.
-        image_size: height and width in pixels that they were trained at.
-        target: the config to adapt to, of the same network but for its window.
-        target_image_size: height and width in pixels of the new images.
-        method: "bicubic" as the official code, or "geometric"; see `ops.windows.resize_table`.
+    Args: as `adapt`; `target` is the same network but for its window.
 
     Raises:
-        UserError: the configs differ in more than their window, or there is no such method.
+        UserError: the configs differ in more than their window.
     """
     for field in ("version", "width", "depths", "heads", "patch", "mlp_ratio", "absolute_position", "extra_norm_every"):
         ours, theirs = getattr(config, field), getattr(target, field)
         if ours != theirs:
             raise UserError(f"weights of a Swin with {field} {ours} cannot become one with {field} {theirs}")
     windows_after = swin.stage_windows(target, target_image_size)
-    leaves = names.flatten(parameters)
+    adapted = dict(leaves)
     for path, leaf in leaves.items():
         if path.endswith("/relative_position_bias_table"):
             window = windows_after[int(path.removeprefix("stage").split("/")[0]) - 1]
-            leaves[path] = np.stack([windows.resize_table(np.asarray(table), window, method) for table in leaf])
+            adapted[path] = np.stack([windows.resize_table(np.asarray(table), window) for table in leaf])
         elif path == "position_embedding":
             old, new = swin.stage_grids(config, image_size)[0], swin.stage_grids(target, target_image_size)[0]
-            leaves[path] = resize_positions(np.asarray(leaf), old, new)
-    return names.unflatten(leaves)
+            adapted[path] = resize_positions(np.asarray(leaf), old, new)
+    return adapted
 
 
 def _adapt_vit(
-    parameters: Mapping[str, Any],
+    leaves: Mapping[str, np.ndarray],
     config: vit.ViTConfig,
     image_size: tuple[int, int],
     target: vit.ViTConfig,
     target_image_size: tuple[int, int],
-) -> dict[str, Any]:
+) -> dict[str, np.ndarray]:
     numeric = config.layerscale is not None and target.layerscale is not None
     _same(config, target, [field for field in VIT_FIELDS if not (field == "layerscale" and numeric)])
-    leaves = names.flatten(parameters)
+    leaves = dict(leaves)
     if config.pool != target.pool:
         if (config.pool, target.pool) != ("token", "gap"):
             raise UserError(
@@ -136,7 +129,7 @@ def _adapt_vit(
         old, new = layers.grid_size(image_size, config.patch), layers.grid_size(target_image_size, target.patch)
         leaves["position_embedding"] = resize_positions(np.asarray(leaves["position_embedding"]), old, new)
     leaves["embedding/kernel"] = resize_patch(np.asarray(leaves["embedding/kernel"]), target.patch)
-    return names.unflatten(leaves)
+    return leaves
 
 
 def _same(config: Any, target: Any, fields: Sequence[str]) -> None:
@@ -182,28 +175,29 @@ def resize_patch(kernel: Float[np.ndarray, "R C 3 D"], patch: tuple[int, int]) -
 
 
 def classes(
-    parameters: Mapping[str, Any], num_classes: int, class_map: Sequence[int] | None = None
+    leaves: Mapping[str, np.ndarray], num_classes: int, class_map: Sequence[int] | None = None
 ) -> dict[str, np.ndarray]:
-    """Returns {"kernel", "bias"} of a classifier for other classes.
+    """Returns {"head/kernel", "head/bias"} of a classifier for other classes.
 
     Args:
-        parameters: nested dict of NumPy arrays with "head".
+        leaves: {path: array} with the old classifier.
         num_classes: of the new classifier.
         class_map: for each new class the old one that it was; None starts afresh, from zero.
 
     Raises:
         UserError: the map is of another length, or names a class that there was not.
     """
-    head = parameters["head"]
-    old = head["kernel"].shape[1]
-    if class_map is None:
-        if num_classes == old:
-            return dict(head)
-        kernel, bias = np.zeros((head["kernel"].shape[0], num_classes), np.float32), np.zeros(num_classes, np.float32)
-        return {"kernel": kernel, "bias": bias}
-    index = list(class_map)
-    if len(index) != num_classes:
-        raise UserError(f"the class map has {len(index)} entries, one for each of {num_classes} new classes are needed")
-    if wrong := [number for number in index if not 0 <= number < old]:
-        raise UserError(f"the class map names class {wrong[0]}; the weights have classes 0 to {old - 1}")
-    return {"kernel": head["kernel"][:, index], "bias": head["bias"][index]}
+    kernel, bias = leaves["head/kernel"], leaves["head/bias"]
+    width, old = kernel.shape
+    if class_map is not None:
+        index = list(class_map)
+        if len(index) != num_classes:
+            raise UserError(
+                f"the class map has {len(index)} entries, one for each of {num_classes} new classes are needed"
+            )
+        if wrong := [number for number in index if not 0 <= number < old]:
+            raise UserError(f"the class map names class {wrong[0]}; the weights have classes 0 to {old - 1}")
+        kernel, bias = kernel[:, index], bias[index]
+    elif num_classes != old:
+        kernel, bias = np.zeros((width, num_classes), np.float32), np.zeros(num_classes, np.float32)
+    return {"head/kernel": kernel, "head/bias": bias}

@@ -421,7 +421,7 @@ def transfer(config: SwinConfig, image_size: tuple[int, int], *, window: int) ->
     """Returns the config with another window for weights that were trained with this one at this image size.
 
     V2 keeps its weights as they are: its position network reads offsets of the new window on the scale of the windows
-    that it was trained with (V2 section 3.3). V1 needs its tables resized by `resize.adapt_swin`.
+    that it was trained with (V2 section 3.3). V1 needs its tables resized by `adapt.adapt_swin`.
     """
     if config.version == 1:
         return dataclasses.replace(config, window=window)

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from scipy.interpolate import RectBivariateSpline
 
 from vit_scaling import UserError
 
@@ -192,39 +191,16 @@ def cubic_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
     return weights
 
 
-def resize_table(table_RN: Float[np.ndarray, "R N"], window: int, method: str = "bicubic") -> Float[np.ndarray, "S N"]:
-    """Returns a bias table for another window.
-
-    `method`:
-        "bicubic" stretches the table over the new offsets, as the official loader does;
-        "geometric" (BEiT's) leaves near offsets almost where they were and spreads the far ones: the old table's
-        offsets are placed at distances that grow by a constant factor, and a cubic spline is read between them.
+def resize_table(table_RN: Float[np.ndarray, "R N"], window: int) -> Float[np.ndarray, "S N"]:
+    """Returns a bias table stretched over the offsets of another window, as the official loader does.
 
     Raises:
-        UserError: an unknown method, or rows that belong to no window.
+        UserError: the rows belong to no window.
     """
     old, heads = table_window(table_RN.shape[0]), table_RN.shape[1]
-    if method not in ("bicubic", "geometric"):
-        raise UserError(f"method of a table's resize is {method!r}: choose bicubic or geometric")
     if old == window:
         return table_RN
     grid = np.asarray(table_RN, np.float64).reshape(2 * old - 1, 2 * old - 1, heads)
-    if method == "bicubic" or old == 1 or window == 1:
-        weights = cubic_weights(2 * old - 1, 2 * window - 1)
-        resized = np.einsum("ay,bx,yxN->abN", weights, weights, grid)
-    else:
-        far = geometric_offsets(old - 1, window - 1)
-        source, target = np.concatenate([-far[::-1], [0.0], far]), np.arange(1.0 - window, window)
-        degree = min(3, len(source) - 1)
-        splines = [RectBivariateSpline(source, source, grid[:, :, head], kx=degree, ky=degree) for head in range(heads)]
-        resized = np.stack([spline(target, target) for spline in splines], axis=-1)
+    weights = cubic_weights(2 * old - 1, 2 * window - 1)
+    resized = np.einsum("ay,bx,yxN->abN", weights, weights, grid)
     return resized.reshape(-1, heads).astype(table_RN.dtype)
-
-
-def geometric_offsets(count: int, reach: int) -> Float[np.ndarray, " count"]:
-    """Returns `count` distances, the first 1, the last `reach`, whose steps grow by a constant factor."""
-    low, high = 0.0, float(reach)  # the sum of the steps is 1 at factor 0 and at least `reach` at the other end
-    for _ in range(100):
-        factor = (low + high) / 2
-        low, high = (low, factor) if np.sum(factor ** np.arange(count)) > reach else (factor, high)
-    return np.cumsum(low ** np.arange(count))

@@ -12,7 +12,8 @@ import numpy as np
 
 from vit_scaling import UserError, interop
 from vit_scaling.config import Config
-from vit_scaling.interop import Weights, native
+from vit_scaling.interop import Target, Weights, native
+from vit_scaling.interop.weights import of_trees
 from vit_scaling.models import ModelConfig
 from vit_scaling.training import checkpoint
 from vit_scaling.training.step import Program, TrainState
@@ -53,16 +54,7 @@ def describe(path: str | Path) -> tuple[ModelConfig, tuple[int, int], int | None
     return native.model_config(config["model"]), (height, width), None
 
 
-def read(
-    path: str | Path,
-    model_config: ModelConfig | None = None,
-    *,
-    image_size: tuple[int, int] | None = None,
-    num_classes: int | None = None,
-    class_map: Sequence[int] | None = None,
-    ignore: Sequence[str] = (),
-    ema: bool = False,
-) -> Weights:
+def read(path: str | Path, target: Target | None = None, *, ignore: Sequence[str] = (), ema: bool = False) -> Weights:
     """Reads weights, as `interop.read` does, from a file, a folder, or a checkpoint of a run.
 
     Args:
@@ -75,17 +67,14 @@ def read(
     if found is None:
         if ema:
             raise UserError(f"{path} is no checkpoint of a run, and weight files hold no average of parameters")
-        return interop.read(
-            path, model_config, image_size=image_size, num_classes=num_classes, class_map=class_map, ignore=ignore
-        )
+        return interop.read(path, target, ignore=ignore)
     config, size, _ = describe(found)
     parts = checkpoint.restore_arrays(found, ("ema" if ema else "params", "statistics"))
     parameters = parts["ema" if ema else "params"]
     if not parameters:
         raise UserError(f"the run of {found} keeps no average of its parameters; leave ema out")
-    classes = parameters["head"]["kernel"].shape[1]
-    weights = Weights(config, size, classes, parameters, parts["statistics"], "vit_scaling", False)
-    return interop.adapted(weights, model_config, image_size=image_size, num_classes=num_classes, class_map=class_map)
+    weights = of_trees(config, size, parameters, parts["statistics"])
+    return weights if target is None else weights.adapted(target)
 
 
 def start_of(config: Config, num_classes: int, workdir: Path) -> Weights | None:
@@ -101,19 +90,15 @@ def start_of(config: Config, num_classes: int, workdir: Path) -> Weights | None:
         raise UserError("init.keep_head and init.class_map exclude each other; set one of them")
     weights = read(
         init.path,
-        config.model,
-        image_size=config.data.transform.size,
-        num_classes=num_classes,
-        class_map=init.class_map or None,
+        Target(config.model, config.data.transform.size, num_classes, init.class_map or None),
         ignore=init.ignore,
         ema=init.ema,
     )
     if init.keep_head and weights.fresh_head:
         raise UserError(f"init.keep_head: {init.path} has no classifier of {num_classes} classes to keep")
     if not init.keep_head and not init.class_map:
-        kernel = weights.parameters["head"]["kernel"]
         bias = np.full(num_classes, config.loss.head_bias, np.float32)
-        weights.parameters["head"] = {"kernel": np.zeros_like(kernel), "bias": bias}
+        return weights.with_head(np.zeros_like(weights.leaves["head/kernel"]), bias)
     return weights
 
 

@@ -1,0 +1,136 @@
+"""A network's weights on the host, and what is wanted of them.
+
+Weights are flat {path: array} (`names.flatten`) until a module is made of them.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vit_scaling import UserError, models, names
+from vit_scaling.models import ModelConfig, adapt, swin
+
+Leaves = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The network that the weights are wanted for; a field that is None keeps what the weights have.
+
+    Attributes:
+        config: the model. It also settles what the file does not say (heads of an unusual ViT, GELU, norm_eps).
+        image_size: height and width in pixels.
+        num_classes: of the classifier; a number other than the file's starts it afresh, from zero.
+        class_map: for each new class the file's class that it was, instead of a fresh classifier.
+    """
+
+    config: ModelConfig | None = None
+    image_size: tuple[int, int] | None = None
+    num_classes: int | None = None
+    class_map: Sequence[int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A network's arrays on the host, and what they belong to.
+
+    Attributes:
+        config: the model.
+        image_size: height and width in pixels that its positions or windows belong to.
+        num_classes: of its classifier.
+        leaves: {path: float32 array} of the parameters.
+        running: {path: float32 array} of the batch statistics.
+        layout: of the file that they came from.
+        fresh_head: whether the classifier is new and zero.
+    """
+
+    config: ModelConfig
+    image_size: tuple[int, int]
+    num_classes: int
+    leaves: Leaves
+    running: Leaves
+    layout: str
+    fresh_head: bool
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The parameters as a nested dict."""
+        return names.unflatten(self.leaves)
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """The batch statistics as a nested dict."""
+        return names.unflatten(self.running)
+
+    def abstract(self) -> nnx.Module:
+        """Returns the model with shapes in place of arrays."""
+        return abstract(self.config, self.image_size, self.num_classes)
+
+    def module(self) -> nnx.Module:
+        """Returns the model, ready to be called."""
+        arrays = jax.tree.map(jnp.asarray, (self.parameters, self.statistics))
+        return models.merge(models.split(self.abstract())[0], *arrays)
+
+    def with_head(self, kernel: np.ndarray, bias: np.ndarray) -> "Weights":
+        """Returns the weights with another classifier of as many classes."""
+        return dataclasses.replace(self, leaves=self.leaves | {"head/kernel": kernel, "head/bias": bias})
+
+    def adapted(self, target: Target) -> "Weights":
+        """Returns the weights for another network, image size or set of classes.
+
+        Raises:
+            UserError: no resizing leads there.
+        """
+        config = target.config or self._config_for(target.image_size)
+        image_size = target.image_size or self.image_size
+        leaves = adapt.adapt(self.leaves, self.config, self.image_size, target=config, target_image_size=image_size)
+        classes = self.num_classes
+        if target.num_classes is not None or target.class_map is not None:
+            classes = len(target.class_map or ()) if target.num_classes is None else target.num_classes
+            leaves |= adapt.classes(leaves, classes, target.class_map)
+        fresh = target.class_map is None and (self.fresh_head or classes != self.num_classes)
+        return dataclasses.replace(
+            self, config=config, image_size=image_size, num_classes=classes, leaves=leaves, fresh_head=fresh
+        )
+
+    def _config_for(self, image_size: tuple[int, int] | None) -> ModelConfig:
+        """Returns the config of the same network at another image size."""
+        if isinstance(self.config, swin.SwinConfig) and image_size not in (None, self.image_size):
+            return swin.transfer(self.config, self.image_size, window=self.config.window)
+        return self.config
+
+
+def abstract(config: ModelConfig, image_size: tuple[int, int], num_classes: int) -> nnx.Module:
+    """Returns a model with shapes in place of arrays."""
+
+    def build() -> nnx.Module:
+        return models.build(config, image_size=image_size, num_classes=num_classes, key=jax.random.key(0))
+
+    return jax.eval_shape(build)
+
+
+def of_module(model: nnx.Module) -> Weights:
+    """Returns the arrays of a model, on the host.
+
+    Raises:
+        UserError: it is no model of this project.
+    """
+    config: Any = getattr(model, "config", None)
+    size: Any = getattr(model, "image_size", None)
+    if type(config) not in models.MODELS or size is None:
+        raise UserError(f"a {type(model).__name__} is no model that models.build or interop.load made")
+    return of_trees(config, size, *models.split(model)[1:])
+
+
+def of_trees(
+    config: ModelConfig, image_size: tuple[int, int], parameters: Mapping[str, Any], statistics: Mapping[str, Any]
+) -> Weights:
+    """Returns weights of this project's own nested dicts of arrays."""
+    leaves, running = ({k: np.asarray(v) for k, v in names.flatten(t).items()} for t in (parameters, statistics))
+    classes = leaves["head/kernel"].shape[1]
+    return Weights(config, image_size, classes, leaves, running, layout="vit_scaling", fresh_head=False)

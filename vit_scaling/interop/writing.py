@@ -1,0 +1,56 @@
+"""From `Weights` to a folder that this project, transformers or timm load."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vit_scaling import UserError
+from vit_scaling.interop import convert, files, huggingface, native, timm
+from vit_scaling.interop.layout import Layout
+from vit_scaling.interop.weights import Weights
+from vit_scaling.models import layers, vit
+
+LAYOUTS: dict[str, Layout | None] = {"huggingface": huggingface.LAYOUT, "timm": timm.LAYOUT, "vit_scaling": None}
+
+
+def write(weights: Weights, path: str | Path, *, layout: str, texts: Mapping[str, str] | None = None) -> None:
+    """Writes weights as `interop.save` does, with further text files beside them.
+
+    Raises:
+        UserError: as `interop.save`.
+    """
+    if layout not in LAYOUTS:
+        raise UserError(f"layout is {layout!r}; choose one of {', '.join(LAYOUTS)}")
+    foreign = LAYOUTS[layout]
+    if foreign is None:
+        config = native.write_config(weights.config, weights.image_size, weights.num_classes)
+        tensors = native.named(weights.leaves, weights.running)
+    else:
+        tensors, config = _foreign(weights, foreign)
+    beside = dict(texts or {})
+    if layout == "huggingface":
+        beside["preprocessor_config.json"] = json.dumps(huggingface.processor(weights.image_size), indent=2) + "\n"
+    files.write_folder(path, tensors, config, beside)
+
+
+def _foreign(weights: Weights, layout: Layout) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Returns (tensors, config.json) of another library's folder."""
+    assert layout.neighbour is not None
+    config = layout.neighbour(weights.config, weights.image_size, weights.num_classes)
+    leaves = dict(weights.leaves)
+    class_row = False
+    if isinstance(weights.config, vit.ViTConfig):
+        class_row = weights.config.pool == "token" and not weights.config.registers
+        if weights.config.position != "learned":
+            # Fixed positions, or none, become a table of theirs.
+            grid, width = layers.grid_size(weights.image_size, weights.config.patch), weights.config.width
+            table = layers.sincos2d(*grid, width) if weights.config.position == "sincos2d" else np.zeros((1, width))
+            leaves["position_embedding"] = np.broadcast_to(np.asarray(table, np.float32), (grid[0] * grid[1], width))
+    own = convert.unstack(leaves)
+    tensors = {entry.theirs: convert.to_theirs(entry, own) for entry in layout.entries(weights.config, class_row, True)}
+    if layout is huggingface.LAYOUT:
+        tensors = {huggingface.file_name(config["model_type"], name): tensor for name, tensor in tensors.items()}
+    return tensors, config
