@@ -24,6 +24,8 @@ from vit_scaling.data.images import codec, transforms
 from vit_scaling.data.images.transforms import TransformConfig
 from vit_scaling.data.loader import Shard
 from vit_scaling.data.sources import SourceConfig
+from vit_scaling.data.sources import mixture as mixture_module
+from vit_scaling.data.sources.mixture import MixtureSource
 
 AUGMENT = transforms.transform(TransformConfig((12, 12), flip=0.5, randaugment="timm", erase=0.3), train=True)
 PLAIN = transforms.transform(TransformConfig((12, 12), crop="resize"), train=False)
@@ -174,12 +176,12 @@ def test_repeats_follow_each_other_with_different_augmentation(source, folder):
 def test_a_mixture_keeps_its_weights_and_every_parts_epochs(monkeypatch):
     parts = {"a": Numbers(10), "b": Numbers(30)}
     opened = sources.open_source
-    monkeypatch.setattr(sources, "open_source", lambda config: parts.get(config.name) or opened(config))
+    monkeypatch.setattr(mixture_module, "open_source", lambda config: parts.get(config.name) or opened(config))
     config = SourceConfig("mixture", parts=(SourceConfig(name="a"), SourceConfig(name="b")), weights=(3.0, 1.0))
     mixture = opened(config)
     assert (len(mixture), mixture.id(9), mixture.id(10)) == (40, "number 9", "number 0")
     read = []
-    monkeypatch.setattr(sources.MixtureSource, "__getitem__", lambda self, i: read.append(i) or self.parts[0][0])
+    monkeypatch.setattr(MixtureSource, "__getitem__", lambda self, i: read.append(i) or self.parts[0][0])
     batches = train_batches(mixture, AsItIs(), batch_size=20, seed=0, threads=1, prefetch=1)
     list(itertools.islice(batches, 10))
     batches.close()

@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vit_scaling.data import order, sources
-from vit_scaling.data.sources import MixtureSource, SourceConfig
+from vit_scaling.data import order
+from vit_scaling.data.sources import SourceConfig
+from vit_scaling.data.sources import mixture as mixture_module
+from vit_scaling.data.sources.mixture import MixtureSource
 
 
 class Counted:
@@ -34,7 +36,7 @@ def mixture(monkeypatch):
 
     def make(sizes, weights):
         parts = {str(number): Counted(size) for number, size in enumerate(sizes)}
-        monkeypatch.setattr(sources, "open_source", lambda config: parts[config.name])
+        monkeypatch.setattr(mixture_module, "open_source", lambda config: parts[config.name])
         names = tuple(SourceConfig(name=name) for name in parts)
         return MixtureSource(SourceConfig("mixture", parts=names, weights=weights))
 

@@ -20,7 +20,8 @@ from tests import tiny
 from vit_scaling import config as c
 from vit_scaling.data import order
 from vit_scaling.data.images.codec import CorruptImageError
-from vit_scaling.data.sources import BuiltinSource, open_source
+from vit_scaling.data.sources import open_source
+from vit_scaling.data.sources.arrays import BuiltinSource
 from vit_scaling.parallel import mesh as mesh_lib
 from vit_scaling.training import checkpoint, loop, telemetry
 from vit_scaling.training.step import build

@@ -18,7 +18,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from grain.experimental import index_shuffle
 
-from vit_scaling.data.sources import MixtureSource, Source
+from vit_scaling.data.sources import Source
+from vit_scaling.data.sources.mixture import MixtureSource
 
 
 @runtime_checkable

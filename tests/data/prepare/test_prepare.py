@@ -347,7 +347,7 @@ def test_cut_and_compressed_archives_are_refused(tmp_path):
         run(tmp_path / "in", tmp_path / "set")
 
 
-# ---- verify and the door ---------------------------------------------------------------------------------------------
+# ---- verify and the command ------------------------------------------------------------------------------------------
 
 
 def test_verify_finds_every_kind_of_damage(images, tmp_path):
@@ -414,13 +414,12 @@ def test_mistakes_end_in_one_sentence(tmp_path, arguments, message):
     assert not os.path.exists(output)
 
 
-def test_sources_name_is_enough_to_train_from(images, tmp_path):
-    from vit_scaling.data import loader
+def test_a_prepared_set_trains_by_its_path(images, tmp_path):
+    from vit_scaling.data import config, loader
     from vit_scaling.data.images import transforms
 
     run(images, tmp_path / "set")
     source = sources.open_source(SourceConfig("array_record", str(tmp_path / "set"), "train"))
-    batches = loader.train_batches(
-        source, transforms.transform(transforms.TransformConfig((16, 16)), train=True), batch_size=20, seed=0
-    )
+    transform = transforms.transform(transforms.TransformConfig((16, 16)), train=True)
+    batches = loader.train_batches(source, transform, config.DataConfig(batch_size=20), seed=0)
     assert np.bincount(next(batches)["label"]).tolist() == [10, 10]

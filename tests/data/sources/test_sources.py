@@ -278,11 +278,12 @@ def test_tfds_gives_encoded_images_labels_and_splits(tfds_dir):
 def test_tfds_is_read_without_tensorflow(tfds_dir):
     code = (
         "import sys\n"
-        "from vit_scaling.data import loader, sources\n"
+        "from vit_scaling.data import config, loader, sources\n"
         "from vit_scaling.data.images import transforms\n"
         f"source = sources.open_source(sources.SourceConfig('tfds', 'tiny/single', 'train', {str(tfds_dir)!r}))\n"
         "t = transforms.transform(transforms.TransformConfig((8, 8)), train=True)\n"
-        "batch = next(loader.train_batches(source, t, batch_size=4, seed=0, workers=1))\n"
+        "data = config.DataConfig(batch_size=4, workers=1)\n"
+        "batch = next(loader.train_batches(source, t, data, seed=0))\n"
         "assert batch['image'].shape == (4, 8, 8, 3)\n"
         "assert 'tensorflow' not in sys.modules\n"
     )
