@@ -105,7 +105,7 @@ class Config:
 
 
 # Fields that are younger than some runs: their value there, by the last part of the name.
-BEFORE = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+BEFORE = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "alpha": "white"}
 
 # Where a run may differ from the one that began the workdir: nothing here changes what is computed. (What on_corrupt
 # lets pass as "error" is the same as "skip", so a run that stopped at a corrupt image can go on without it.)

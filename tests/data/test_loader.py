@@ -1,6 +1,7 @@
 """Batches: a pure function of (seed, step), whole on any number of hosts, and never silently wrong or stuck."""
 
 import gc
+import io
 import itertools
 import os
 import signal
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from PIL import Image
 
 from tests import children
 from vit_scaling import TransientError, UserError
@@ -73,6 +75,17 @@ class Numbers:
 
     def id(self, index):
         return f"number {index}"
+
+
+class Files(Numbers):
+    """A source of encoded files."""
+
+    def __init__(self, files):
+        super().__init__(len(files))
+        self.files = files
+
+    def __getitem__(self, index):
+        return {"image": self.files[index], "label": np.int32(0)}
 
 
 class AsItIs:
@@ -246,9 +259,27 @@ def test_a_skipped_record_is_counted_named_and_replaced_the_same_way_every_time(
         )
         for want, got in zip(good, batches, strict=False):
             assert values(got) == [replaced.get(value, value) for value in values(want)]
-        assert batches.skipped >= 3 * 4  # 7 leads to 8, which is corrupt too; what is read ahead counts as well
+        assert (
+            batches.counts["skipped"] >= 3 * 4
+        )  # 7 leads to 8, which is corrupt too; what is read ahead counts as well
         batches.close()
     assert "number 19 is corrupt: made so; skipped" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_composited_images_and_decoder_warnings_are_counted(workers, caplog):
+    """Of four images one is transparent and one lacks its end marker."""
+    white = Image.new("RGB", (32, 32), "white")
+    jpeg, clear = io.BytesIO(), io.BytesIO()
+    white.save(jpeg, "jpeg")
+    Image.new("RGBA", (32, 32)).save(clear, "png")
+    files = [jpeg.getvalue(), jpeg.getvalue()[:-2], clear.getvalue(), jpeg.getvalue()]
+    batches = eval_batches(Files(files), PLAIN, batch_size=4, workers=workers)
+    (batch,) = batches
+    assert (batch["image"] == 255).all()
+    assert batches.counts == {"skipped": 0, "alpha": 1, "warning": 1}
+    assert batches.summary == "1 transparent, 1 decoded with a warning"
+    assert workers or "number 1: the JPEG decoder warns: Premature end of JPEG file" in caplog.text
 
 
 def test_evaluation_leaves_a_skipped_record_out():

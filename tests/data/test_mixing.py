@@ -81,6 +81,25 @@ def test_cutmix_pastes_one_box_and_counts_its_pixels(batch, per):
     assert share.max() > 0
 
 
+@pytest.mark.parametrize("fields", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0, "per": "example"}])
+def test_two_keys_mix_differently_and_one_key_alike(batch, fields):
+    first, again, other = (np.asarray(run(batch, seed=seed, **fields)[0]) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_the_box_of_cutmix_moves_in_both_directions_by_its_own(batch):
+    """Row and column of the box have keys of their own: shared, all boxes would lie on the diagonal."""
+    images = jnp.broadcast_to((jnp.arange(64) % 2)[:, None, None, None], (64, 30, 30, 1)).astype(jnp.float32)
+    config = MixingConfig(cutmix=1.0, per="example")
+    mixed = np.asarray(mixing.mix(config, jax.random.key(0), images, jax.nn.one_hot(jnp.arange(64) % 2, 2))[0])[..., 0]
+    pasted = mixed != np.asarray(images)[..., 0]
+    small = [p for p in pasted if 0 < p.mean() < 0.3]
+    rows, columns = (np.array([np.flatnonzero(p.any(axis)).mean() for p in small]) for axis in (1, 0))
+    assert len(small) > 20
+    assert abs(np.corrcoef(rows, columns)[0, 1]) < 0.5
+
+
 N = 2000  # one shape for all statistics, so that the sampler is compiled once
 
 

@@ -20,6 +20,7 @@ from absl import logging
 from vit_scaling import TransientError, UserError
 from vit_scaling.data import config as data_config
 from vit_scaling.data.config import DataConfig
+from vit_scaling.data.images import codec
 from vit_scaling.data.images.codec import CorruptImageError
 from vit_scaling.data.images.transforms import Transform
 from vit_scaling.data.order import Order, endless
@@ -176,12 +177,18 @@ class _Read:
         """Returns the example of a record, or None if it is corrupt and skipped; for `out` see `Transform`."""
         self._status.begin(index)
         try:
-            return self.transform(self.source[index], rng, out)
+            codec.take_notes()
+            example = self.transform(self.source[index], rng, out)
+            for note in codec.take_notes():
+                self._status.count(note.kind)
+                if note.kind == "warning":
+                    logging.log_first_n(logging.WARNING, "%s: %s", 100, self.source.id(index), note.text)
+            return example
         except CorruptImageError as error:
             message = f"{self.source.id(index)} is corrupt: {error}"
             if not self._skip:
                 raise CorruptImageError(f"{message} (data.on_corrupt=skip continues without it)") from None
-            self._status.skip()
+            self._status.count("skipped")
             logging.warning("%s; skipped", message)
             return None
         except UserError as error:

@@ -31,7 +31,8 @@ Batch = dict[str, np.ndarray]
 
 _START_SECONDS = 120.0  # worker processes may take this long to start on a busy host
 
-PID, RECORD, SINCE, SKIPPED, COLUMNS = range(5)
+PID, RECORD, SINCE, SKIPPED, ALPHA, WARNING, COLUMNS = range(7)
+COUNTED = {"skipped": SKIPPED, "alpha": ALPHA, "warning": WARNING}  # what happened to images, beyond being read
 _worker = 0  # the number of this worker process, 0 in the training process
 
 
@@ -84,14 +85,14 @@ class ReadStatus:
         """This thread has the record, or an exception."""
         self._row()[SINCE] = 0
 
-    def skip(self) -> None:
-        """This thread met a corrupt record and takes another."""
-        self._row()[SKIPPED] += 1
+    def count(self, event: str) -> None:
+        """Counts one of `COUNTED`."""
+        self._row()[COUNTED[event]] += 1
 
     @property
-    def skipped(self) -> int:
-        """The number of corrupt records that all threads together have skipped."""
-        return int(self._table[:, SKIPPED].sum())
+    def counts(self) -> dict[str, int]:
+        """How many reads of all threads skipped an image, composited its alpha, or met a decoder's warning."""
+        return {event: int(self._table[:, column].sum()) for event, column in COUNTED.items()}
 
     def reading(self) -> list[Reading]:
         """Everything that is being read now, the longest first."""
@@ -130,9 +131,9 @@ class Batches:
         self._stop = weakref.finalize(self, _stop, self._threads, self._workers)
 
     @property
-    def skipped(self) -> int:
-        """The number of corrupt records skipped so far, those of batches read ahead included."""
-        return self._status.skipped
+    def counts(self) -> dict[str, int]:
+        """{"skipped", "alpha", "warning"}: reads of such images so far, those of batches read ahead included."""
+        return self._status.counts
 
     def __iter__(self) -> "Batches":
         return self
@@ -164,6 +165,12 @@ class Batches:
         finally:
             if self._threads.ended:
                 self.close()
+
+    @property
+    def summary(self) -> str:
+        """What `counts` says in words; "" where nothing happened."""
+        words = {"skipped": "corrupt and skipped", "alpha": "transparent", "warning": "decoded with a warning"}
+        return ", ".join(f"{count} {words[event]}" for event, count in self.counts.items() if count)
 
     def close(self) -> None:
         """Stops the prefetcher once the records that are being read are finished."""

@@ -148,6 +148,8 @@ def _train(config: Config, workdir: Path, stop: StopRequest, clock: telemetry.Cl
             if at_save or stop.granted:
                 with clock.book("checkpoint"):
                     checkpoints.save(step, state, {"seconds": clock.seconds})
+    if batches.summary:
+        processes.say(f"images read for training: {batches.summary}")
     clock.book_rest("checkpoint")  # the wait until it is written
     workdirs.note_clock(workdir, step, clock)
 

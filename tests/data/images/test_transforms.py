@@ -1,206 +1,23 @@
-"""Decoding, crops and augmentations, each against an independent reference or its definition.
+"""Crops and augmentations, each against an independent reference or its definition.
 
 The references are Pillow, NumPy written out, and figures measured with TensorFlow where the definition is its sampler.
 """
 
 import dataclasses
-import io
 import itertools
-import platform
-import struct
-import sys
-import time
-import zlib
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from vit_scaling.data.images import codec, pixels, randaugment, transforms, turbojpeg
+from tests.data.images.common import distance, encode
+from vit_scaling.data.images import codec, pixels, randaugment, transforms
 from vit_scaling.data.images.transforms import TransformConfig, transform
-
-
-@pytest.fixture(scope="module")
-def photograph() -> np.ndarray:
-    """A photograph that a wheel ships, 301 x 403."""
-    from sklearn.datasets import load_sample_images
-
-    return np.ascontiguousarray(load_sample_images().images[1][60:361, 100:503])
-
-
-def encode(image, kind="jpeg", **options) -> bytes:
-    stream = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def distance(a, b) -> tuple[int, float]:
-    """Largest and mean difference of two images."""
-    difference = np.abs(np.asarray(a, int) - np.asarray(b, int))
-    return int(difference.max()), float(difference.mean())
 
 
 def rng(seed=0):
     return np.random.default_rng(seed)
-
-
-# ---- decoding --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("subsampling", "largest", "mean"), [(0, 8, 1.5), (1, 40, 2.0), (2, 60, 2.5)])
-def test_jpeg_agrees_with_pillow(photograph, subsampling, largest, mean):
-    data = encode(photograph, quality=90, subsampling=subsampling)
-    worst, average = distance(codec.decode(data), Image.open(io.BytesIO(data)))
-    assert worst <= largest
-    assert average <= mean
-
-
-@pytest.mark.parametrize("reduce", [2, 4, 8])
-def test_reduced_jpeg_agrees_with_pillow_draft(photograph, reduce):
-    data = encode(photograph, quality=90, subsampling=0)
-    reference = Image.open(io.BytesIO(data))
-    reference.draft("RGB", (403 // reduce, 301 // reduce))
-    whole = np.asarray(reference)[: 301 // reduce, : 403 // reduce]
-    assert distance(codec.decode(data, reduce=reduce), whole) <= (8, 1.5)
-
-
-@pytest.fixture(params=["turbojpeg", "simplejpeg"])
-def library(request, monkeypatch) -> str:
-    """With a library that decodes regions, and without."""
-    if request.param == "simplejpeg":
-        monkeypatch.setattr(turbojpeg, "load", lambda: None)
-    elif turbojpeg.load() is None:
-        assert (sys.platform, platform.machine()) != ("linux", "x86_64"), "pylibjxl no longer exports TurboJPEG's API"
-        pytest.fail("install libjpeg-turbo 3: this platform has no wheel of pylibjxl")
-    return request.param
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True}, {"restart_marker_rows": 2}],
-    ids=str,
-)
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_a_box_of_a_jpeg_equals_the_box_of_all_of_it(photograph, options, mode, library):
-    data = encode(Image.fromarray(photograph).convert(mode), quality=90, **options)
-    for reduce in (1, 2, 8):
-        full = codec.decode(data, reduce=reduce)
-        assert full.shape == (301 // reduce, 403 // reduce, 3)
-        height, width = full.shape[:2]
-        boxes = [(0, 0, 1, 1), (1, 17, 16, 30), (0, 0, 400, 500), (height - 3, width - 5, 3, 5), (9, 0, 20, width)]
-        for top, left, h, w in boxes:
-            box = codec.decode(data, reduce=reduce, crop=(top, left, h, w))
-            np.testing.assert_array_equal(box, full[top : top + h, left : left + w])
-
-
-def test_what_lies_below_a_box_is_not_decoded(photograph, library):
-    data = encode(photograph, quality=90)
-    spoilt = data[: int(0.8 * len(data))] + bytes(len(data) - int(0.8 * len(data)) - 2) + data[-2:]
-    with pytest.raises(codec.CorruptImageError):
-        codec.decode(spoilt)
-    box = codec.decode(spoilt, crop=(30, 40, 100, 150))
-    np.testing.assert_array_equal(box, codec.decode(data)[30:130, 40:190])
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "LA", "RGBA", "1"])
-@pytest.mark.parametrize("kind", ["png"])
-def test_every_png_becomes_rgb_as_pillow_converts_it(photograph, mode, kind):
-    image = Image.fromarray(photograph)
-    if mode in ("LA", "RGBA"):
-        image.putalpha(Image.fromarray(photograph[..., 0]))
-    image = image.convert(mode)
-    np.testing.assert_array_equal(codec.decode(encode(image, kind)), np.asarray(image.convert("RGB")))
-
-
-def test_sixteen_bit_png_keeps_the_upper_eight_bits(photograph):
-    deep = photograph[..., 0].astype(np.uint16) * 256 + 200
-    decoded = codec.decode(encode(Image.fromarray(deep), "png"))
-    assert distance(decoded, np.repeat(photograph[..., :1], 3, 2)) <= (1, 1.0)  # Pillow rounds nothing; the codec may
-
-
-@pytest.mark.parametrize(("kind", "options"), [("webp", {"lossless": True}), ("webp", {"quality": 80}), ("bmp", {})])
-def test_webp_and_bmp_agree_with_pillow(photograph, kind, options):
-    data = encode(photograph, kind, **options)
-    assert distance(codec.decode(data), Image.open(io.BytesIO(data)).convert("RGB")) <= (2, 0.5)
-
-
-def test_cmyk_and_grey_jpeg_agree_with_pillow(photograph):
-    for mode in ("CMYK", "L"):
-        data = encode(Image.fromarray(photograph).convert(mode), quality=95)
-        worst, mean = distance(codec.decode(data), Image.open(io.BytesIO(data)).convert("RGB"))
-        assert worst <= 20, mode
-        assert mean < 1.5, mode
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_turns_the_image_upright(photograph, orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = encode(photograph, quality=95, subsampling=0, exif=exif)
-    reference = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    header = codec.read_header(data)
-    assert (header.height, header.width) == (reference.height, reference.width)
-    assert distance(codec.decode(data), reference)[1] < 1.5
-    crop = transform(TransformConfig((150, 120), crop="central", resize_to=160), train=False)
-    images = [crop({"image": image, "label": 0}, None)["image"] for image in (data, np.asarray(reference))]
-    assert distance(*images)[1] < 1.5
-
-
-def test_one_pixel_is_an_image():
-    for kind in ("png", "jpeg", "webp", "bmp"):
-        assert codec.decode(encode(np.full((1, 1, 3), 255, np.uint8), kind)).tolist() == [[[255, 255, 255]]]
-    tiny = encode(np.full((1, 1, 3), 255, np.uint8))
-    for crop in ("inception", "inception_torchvision", "random", "central", "square_central", "resize"):
-        config = TransformConfig((8, 8), crop=crop, resize_to=8)
-        train = crop in transforms.RANDOM_CROPS
-        assert transform(config, train)({"image": tiny, "label": 0}, rng())["image"].min() == 255
-
-
-def bomb(kind: str) -> bytes:
-    """A small file whose header promises 30,000 x 30,000 pixels."""
-    if kind == "png":
-        body = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
-        header = struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
-        return b"\x89PNG\r\n\x1a\n" + header + struct.pack(">I", 0) + b"IEND\xaeB`\x82"
-    data = bytearray(encode(np.zeros((16, 16, 3), np.uint8)))
-    data[(at := data.index(b"\xff\xc0")) + 5 : at + 9] = struct.pack(">HH", 30_000, 30_000)
-    return bytes(data)
-
-
-def corrupt_files(photograph) -> dict[str, tuple[bytes, str]]:
-    jpeg, png, webp = encode(photograph), encode(photograph, "png"), encode(photograph, "webp")
-    scan = jpeg.index(b"\xff\xda") + 20
-    return {
-        "empty": (b"", "empty"),
-        "text": (b"This is no image, whatever its name says.", "no JPEG"),
-        "tiff": (encode(photograph, "tiff"), "no JPEG"),
-        "jpeg header only": (jpeg[:100], "ends inside its header"),
-        "truncated jpeg": (jpeg[: len(jpeg) // 2], "no end-of-image marker"),
-        "truncated with a thumbnail's end": (jpeg[: len(jpeg) // 2].replace(b"JFIF", b"\xff\xd9IF"), "JPEG|marker"),
-        "data missing": (jpeg[:scan] + b"\xff\xd9", "premature end"),
-        "damaged data": (jpeg[:scan] + b"\xff\x00" * 4000 + jpeg[scan + 8000 :], "premature end"),
-        "truncated png": (png[:-500], "cut off"),
-        "damaged png": (png[:200] + bytes(2000) + png[2200:], "refuses|decoder"),
-        "truncated webp": (webp[:-500], "cut off"),
-        "png bomb": (bomb("png"), "30000 x 30000 pixels"),
-        "jpeg bomb": (bomb("jpeg"), "30000 x 30000 pixels"),
-    }
-
-
-def test_corrupt_files_are_refused_at_once_with_a_reason(photograph):
-    for name, (data, reason) in corrupt_files(photograph).items():
-        start = time.monotonic()
-        with pytest.raises(codec.CorruptImageError, match=reason):
-            codec.decode(data)
-        assert time.monotonic() - start < 0.5, name  # nothing of the promised size is touched
-
-
-def test_damage_above_a_box_is_seen(photograph, library):
-    data = encode(photograph)
-    at = data.index(b"\xff\xda") + 3000
-    assert codec.decode(data, crop=(150, 90, 50, 60)).shape == (50, 60, 3)
-    with pytest.raises(codec.CorruptImageError, match="premature end"):
-        codec.decode(data[:at] + b"\xff\xd3" + data[at + 2 :], crop=(150, 90, 50, 60))
 
 
 # ---- crops and resizing ----------------------------------------------------------------------------------------------
@@ -267,6 +84,35 @@ def test_a_crop_of_a_large_jpeg_is_decoded_small_and_looks_the_same(photograph, 
     assert np.mean(off) < 0.5 * np.mean(one_pixel_off)
     assert set(asked) <= {2, 4, 8}
     assert len(set(asked)) > 1
+
+
+def test_a_jpeg_is_reduced_by_the_smaller_of_both_ratios(monkeypatch):
+    """300 x 4000 to 64 x 64: 4.7 times as high, 62 times as wide; at 1/8 there would be 37 rows for 64."""
+    asked = []
+    decode = codec.decode
+    monkeypatch.setattr(codec, "decode", lambda *args, **kw: asked.append(kw["reduce"]) or decode(*args, **kw))
+    for shape, size in (
+        ((300, 4000), (64, 64)),
+        ((4000, 300), (64, 64)),
+        ((128, 128), (64, 64)),
+        ((127, 200), (64, 64)),
+    ):
+        data = encode(np.zeros((*shape, 3), np.uint8))
+        transform(TransformConfig(size, crop="resize"), train=False)({"image": data, "label": 0}, None)
+    assert asked == [4, 4, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "median"), [(transforms.inception_box, 2.0), (transforms.inception_box_torchvision, 3**0.5)]
+)
+def test_aspect_is_width_over_height_and_not_symmetric(sampler, median):
+    """TensorFlow's aspect is uniform, torchvision's log-uniform."""
+    boxes = [sampler(4000, 4000, (0.05, 0.3), (2.0, 2.0), rng(seed)) for seed in range(20)]
+    assert {round(w / h, 1) for _, _, h, w in boxes} == {2.0}
+    _, _, h, w = np.array([sampler(4000, 4000, (0.05, 0.1), (1.0, 3.0), rng(seed)) for seed in range(600)]).T
+    assert abs(np.median(w / h) - median) < 0.12
+    assert 0.99 < (w / h).min() < 1.1
+    assert 2.8 < (w / h).max() < 3.01
 
 
 # Means over 60,000 draws of tf.image.sample_distorted_bounding_box (TensorFlow 2.21, area 5 to 100%, aspect 0.75 to
@@ -433,29 +279,60 @@ def test_cutout_and_solarize_add_against_their_definitions(photograph):
     np.testing.assert_array_equal(pixels.solarize_add(photograph, 110), reference)
 
 
-# Strength at one magnitude: (set, operation, magnitude) against the same call written out.
+# Strength at one magnitude and sign: (set, operation, magnitude, sign) against the same call written out.
+FILL = pixels.IMAGENET_MEAN
+LINEAR = cv2.INTER_LINEAR
 MAGNITUDES = {
-    ("big_vision", "Rotate", 10): lambda x: pixels.rotate(x, 30, GREY),
-    ("big_vision", "Posterize", 10): lambda x: pixels.posterize(x, 4),
-    ("big_vision", "Solarize", 10): lambda x: x,
-    ("big_vision", "Solarize", 5): lambda x: pixels.solarize(x, 128),
-    ("big_vision", "Contrast", 10): lambda x: pixels.contrast(x, 1.9),
-    ("big_vision", "TranslateX", 10): lambda x: pixels.translate(x, 0, 100, GREY),
-    ("torchvision", "Identity", 9): lambda x: x,
-    ("torchvision", "Posterize", 30): lambda x: pixels.posterize(x, 4),
-    ("torchvision", "Solarize", 9): lambda x: pixels.solarize(x, 178.5),
-    ("torchvision", "Brightness", 10): lambda x: pixels.brightness(x, 1.3),
-    ("torchvision", "TranslateX", 30): lambda x: pixels.translate(x, 0, 182, pixels.BLACK),
-    ("timm", "Posterize", 9): lambda x: pixels.posterize(x, 1),
-    ("timm", "Solarize", 9): lambda x: pixels.solarize(x, 26),
-    ("timm", "Sharpness", 9): lambda x: pixels.sharpness(x, 1.81),
+    ("big_vision", "Rotate", 10, 1): lambda x: pixels.rotate(x, 30, GREY),
+    ("big_vision", "Rotate", 10, -1): lambda x: pixels.rotate(x, -30, GREY),
+    ("big_vision", "Posterize", 10, 1): lambda x: pixels.posterize(x, 4),
+    ("big_vision", "Solarize", 10, 1): lambda x: x,
+    ("big_vision", "Solarize", 5, 1): lambda x: pixels.solarize(x, 128),
+    ("big_vision", "SolarizeAdd", 10, 1): lambda x: pixels.solarize_add(x, 110),
+    ("big_vision", "Contrast", 10, -1): lambda x: pixels.contrast(x, 1.9),
+    ("big_vision", "Color", 10, -1): lambda x: pixels.color(x, 1.9),
+    ("big_vision", "Brightness", 5, -1): lambda x: pixels.brightness(x, 1.0),
+    ("big_vision", "Sharpness", 10, -1): lambda x: pixels.sharpness(x, 1.9),
+    ("big_vision", "ShearX", 10, -1): lambda x: pixels.shear_x(x, -0.3, GREY),
+    ("big_vision", "ShearY", 10, -1): lambda x: pixels.shear_y(x, -0.3, GREY),
+    ("big_vision", "TranslateX", 10, 1): lambda x: pixels.translate(x, 0, 100, GREY),
+    ("big_vision", "TranslateX", 10, -1): lambda x: pixels.translate(x, 0, -100, GREY),
+    ("big_vision", "TranslateY", 10, -1): lambda x: pixels.translate(x, -100, 0, GREY),
+    ("big_vision", "Cutout", 10, 1): lambda x: pixels.cutout(x, 40, rng(), GREY),
+    ("torchvision", "Identity", 9, 1): lambda x: x,
+    ("torchvision", "ShearX", 30, -1): lambda x: pixels.shear_x(x, -0.3, pixels.BLACK),
+    ("torchvision", "ShearY", 30, -1): lambda x: pixels.shear_y(x, -0.3, pixels.BLACK),
+    ("torchvision", "Rotate", 9, -1): lambda x: pixels.rotate(x, -9, pixels.BLACK),
+    ("torchvision", "Posterize", 30, 1): lambda x: pixels.posterize(x, 4),
+    ("torchvision", "Solarize", 9, 1): lambda x: pixels.solarize(x, 178.5),
+    ("torchvision", "Brightness", 10, 1): lambda x: pixels.brightness(x, 1.3),
+    ("torchvision", "Brightness", 10, -1): lambda x: pixels.brightness(x, 0.7),
+    ("torchvision", "Color", 10, -1): lambda x: pixels.color(x, 0.7),
+    ("torchvision", "Contrast", 10, -1): lambda x: pixels.contrast(x, 0.7),
+    ("torchvision", "Sharpness", 10, -1): lambda x: pixels.sharpness(x, 0.7),
+    ("torchvision", "TranslateX", 30, 1): lambda x: pixels.translate(x, 0, 182, pixels.BLACK),
+    ("torchvision", "TranslateX", 30, -1): lambda x: pixels.translate(x, 0, -182, pixels.BLACK),
+    ("torchvision", "TranslateY", 30, -1): lambda x: pixels.translate(x, -136, 0, pixels.BLACK),
+    ("timm", "Rotate", 9, -1): lambda x: pixels.rotate(x, -27, FILL, LINEAR),
+    ("timm", "Posterize", 9, 1): lambda x: pixels.posterize(x, 1),
+    ("timm", "Solarize", 9, 1): lambda x: pixels.solarize(x, 26),
+    ("timm", "SolarizeAdd", 9, 1): lambda x: pixels.solarize_add(x, 99),
+    ("timm", "Sharpness", 9, 1): lambda x: pixels.sharpness(x, 1.81),
+    ("timm", "Sharpness", 9, -1): lambda x: pixels.sharpness(x, 0.19),
+    ("timm", "Brightness", 10, -1): lambda x: pixels.brightness(x, 0.1),
+    ("timm", "Contrast", 9, -1): lambda x: pixels.contrast(x, 0.19),
+    ("timm", "Color", 9, -1): lambda x: pixels.color(x, 0.19),
+    ("timm", "ShearX", 9, -1): lambda x: pixels.shear_x(x, -0.27, FILL, LINEAR),
+    ("timm", "ShearY", 9, -1): lambda x: pixels.shear_y(x, -0.27, FILL, LINEAR),
+    ("timm", "TranslateX", 10, -1): lambda x: pixels.translate(x, 0, -0.45 * 403, FILL, LINEAR),
+    ("timm", "TranslateY", 10, -1): lambda x: pixels.translate(x, -0.45 * 301, 0, FILL, LINEAR),
 }
 
 
-@pytest.mark.parametrize(("kind", "operation", "magnitude"), MAGNITUDES)
-def test_magnitudes_are_the_published_ones(photograph, kind, operation, magnitude):
-    got = randaugment.SETS[kind][operation](photograph, magnitude, 1.0, rng())
-    np.testing.assert_array_equal(got, MAGNITUDES[kind, operation, magnitude](photograph))
+@pytest.mark.parametrize(("kind", "operation", "magnitude", "sign"), MAGNITUDES)
+def test_magnitudes_are_the_published_ones(photograph, kind, operation, magnitude, sign):
+    got = randaugment.SETS[kind][operation](photograph, magnitude, float(sign), rng())
+    np.testing.assert_allclose(got, MAGNITUDES[kind, operation, magnitude, sign](photograph), atol=1)
 
 
 def test_the_sets_have_their_published_size():
@@ -510,6 +387,10 @@ def test_erasing_has_its_rate_area_aspect_and_noise():
     assert max(shares) < 0.345
     assert abs(np.mean(shares) - (0.02 + 1 / 3) / 2) < 0.015
     assert abs(np.mean(aspects)) < 0.1
+    tall = [pixels.erase(black, (0.1, 0.1), (2.0, 4.0), generator).any(-1) for _ in range(200)]
+    ratios = np.array([hit.any(1).sum() / hit.any(0).sum() for hit in tall if hit.any()])  # height over width
+    assert 1.9 < ratios.min() < ratios.max() < 4.3
+    assert abs(np.median(ratios) - 8**0.5) < 0.2  # log-uniform
     whole = pixels.erase(np.zeros((400, 400, 3), np.uint8), (0.3, 0.3), (1.0, 1.0), rng())
     noise = whole[whole.any(-1)]
     np.testing.assert_allclose(noise.mean(0), pixels.IMAGENET_MEAN, atol=2)

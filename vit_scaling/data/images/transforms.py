@@ -48,6 +48,8 @@ class TransformConfig:
 
     size: tuple[int, int] = (224, 224)
     """Height and width of what comes out."""
+    alpha: str = "white"
+    """What is behind transparent pixels: white or black; drop keeps the colours that alpha hides."""
     crop: str = "inception"
     area: tuple[float, float] = (0.05, 1.0)
     """Inception crops: the share of the image's area that the crop may cover."""
@@ -153,7 +155,8 @@ def validate(config: TransformConfig, train: bool) -> None:
         if not condition:
             raise UserError(message)
 
-    for name, choices in (("crop", CROPS), ("resize", RESIZES), ("randaugment", ("none", *randaugment.SETS))):
+    choices_of = {"crop": CROPS, "resize": RESIZES, "randaugment": ("none", *randaugment.SETS), "alpha": codec.ALPHA}
+    for name, choices in choices_of.items():
         value = getattr(config, name)
         need(value in choices, f"{name} {value!r} is unknown; choose one of {', '.join(choices)}")
     need(min(config.size) >= 1, f"size {config.size} must be a height and a width of at least 1")
@@ -196,7 +199,7 @@ def crop(
     if isinstance(image, bytes):
         header = codec.read_header(image)
         h, w = header.height, header.width
-        decode = functools.partial(codec.decode, image, header)
+        decode = functools.partial(codec.decode, image, header, alpha=config.alpha)
     else:
         array = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
         h, w = array.shape[:2]

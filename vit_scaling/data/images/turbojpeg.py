@@ -1,7 +1,8 @@
 """Decoding a region of a JPEG by libjpeg-turbo 3, called through ctypes.
 
-simplejpeg decodes whole images. The TurboJPEG library of libjpeg-turbo 3 skips the inverse DCT and the colours of
-everything beside and above a region, and all work below it. It is looked for as the system's libturbojpeg, and in
+simplejpeg decodes whole images, and so does PyTurboJPEG 2.6, whose `crop` is the lossless transform. The TurboJPEG API
+of libjpeg-turbo 3 skips the inverse DCT and the colours of everything beside and above a region, and all work below
+it. The library is the system's libturbojpeg (Debian 12 has version 2, which is passed over), or the one inside
 pylibjxl's wheel, whose extension exports the same functions. Where neither is there, `load` returns None.
 """
 
@@ -18,7 +19,7 @@ from jaxtyping import UInt8
 from vit_scaling import UserError
 
 # Names and numbers of turbojpeg.h, which are stable within version 3.
-_DECOMPRESS, _RGB = 1, 0
+_DECOMPRESS, _RGB, _WARNING = 1, 0, 0
 _FAST_UPSAMPLE, _FAST_DCT = 9, 10
 
 
@@ -36,6 +37,7 @@ _SIGNATURES = {
     "tj3Destroy": (None, (_HANDLE,)),
     "tj3Set": (_INT, (_HANDLE, _INT, _INT)),
     "tj3GetErrorStr": (_BYTES, (_HANDLE,)),
+    "tj3GetErrorCode": (_INT, (_HANDLE,)),
     "tj3DecompressHeader": (_INT, (_HANDLE, _BYTES, _SIZE)),
     "tj3SetScalingFactor": (_INT, (_HANDLE, _Factor)),
     "tj3SetCroppingRegion": (_INT, (_HANDLE, _Region)),
@@ -55,24 +57,30 @@ class TurboJPEG:
 
     def decode(
         self, data: bytes, reduce: int, top: int, left: int, height: int, width: int
-    ) -> UInt8[np.ndarray, "H W 3"]:
-        """Returns a region of the image at 1/reduce of its size, with the fast DCT and plain chroma upsampling.
+    ) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
+        """Returns a region of the image at 1/reduce of its size, and the library's first warning, "" for none.
 
-        `left` is a multiple of the width of the scaled image's blocks; `codec.decode` sees to that.
+        `left` is a multiple of the width of the scaled image's blocks; `codec.decode` sees to that. The inverse DCT is
+        the fast one, and the chroma upsampling is plain.
 
         Raises:
-            UserError: the library's complaint, a mere warning included.
+            UserError: the library's error.
         """
         library, handle = self._library, self._handle()
         pixels = np.empty((height, width, 3), np.uint8)
-        if (
-            library.tj3DecompressHeader(handle, data, len(data))
-            or library.tj3SetScalingFactor(handle, _Factor(1, reduce))
-            or library.tj3SetCroppingRegion(handle, _Region(left, top, width, height))
-            or library.tj3Decompress8(handle, data, len(data), pixels.ctypes.data, 0, _RGB)
+        warning = ""
+        for call in (
+            lambda: library.tj3DecompressHeader(handle, data, len(data)),
+            lambda: library.tj3SetScalingFactor(handle, _Factor(1, reduce)),
+            lambda: library.tj3SetCroppingRegion(handle, _Region(left, top, width, height)),
+            lambda: library.tj3Decompress8(handle, data, len(data), pixels.ctypes.data, 0, _RGB),
         ):
-            raise UserError(library.tj3GetErrorStr(handle).decode(errors="replace"))
-        return pixels
+            if call():
+                message = library.tj3GetErrorStr(handle).decode(errors="replace")
+                if library.tj3GetErrorCode(handle) != _WARNING:
+                    raise UserError(message)
+                warning = warning or message
+        return pixels, warning
 
     def _handle(self) -> int:
         try:
