@@ -279,7 +279,7 @@ def test_composited_images_and_decoder_warnings_are_counted(workers, caplog):
     assert (batch["image"] == 255).all()
     assert batches.counts == {"skipped": 0, "alpha": 1, "warning": 1}
     assert batches.summary == "1 transparent, 1 decoded with a warning"
-    assert workers or "number 1: the JPEG decoder warns: Premature end of JPEG file" in caplog.text
+    assert workers or "number 1: the JPEG file has no end-of-image marker" in caplog.text
 
 
 def test_evaluation_leaves_a_skipped_record_out():

@@ -10,7 +10,8 @@ The content decides the format; the file's name plays no part.
 | or transparent                          | image of an ICO, the merged image of a PSD                                 |
 | other formats, an empty file, text      | `CorruptImageError`, which names the format where it is known              |
 | cut off, or refused by the decoder      | `CorruptImageError`                                                        |
-| JPEG that decodes with a warning        | used, with a note; `CorruptImageError` where over 5% of the rows are lost  |
+| JPEG that decodes with a warning, or    | used, with a note; `CorruptImageError` where over 5% of the rows are lost  |
+| lacks nothing but its end marker        |                                                                            |
 | bytes after the end of the image        | ignored                                                                    |
 | more than `MAX_PIXELS` by its header    | `CorruptImageError`, before memory for pixels is taken                     |
 | grey, palette, CMYK, YCCK               | converted to RGB as Pillow does; colour profiles are ignored               |
@@ -141,8 +142,12 @@ def _decode_jpeg(data: bytes, header: Header, reduce: int) -> np.ndarray:
         "min_factor": reduce,
     }
     try:
-        image = simplejpeg.decode_jpeg(data, **options)
+        image = simplejpeg.decode_jpeg(data if header.ended else data + b"\xff\xd9", **options)
+        if not header.ended:
+            _note("warning", "the JPEG file has no end-of-image marker")
     except ValueError as warning:
+        if not header.ended:
+            raise CorruptImageError(f"the JPEG file is cut off: {warning}") from None
         try:
             image = simplejpeg.decode_jpeg(_mended(data), **options, strict=False)
         except ValueError as error:

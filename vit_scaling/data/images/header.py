@@ -55,6 +55,7 @@ class Header(NamedTuple):
     width: int
     orientation: int = 1  # EXIF's, 1 to 8
     components: int = 3  # of a JPEG: 1 is grey, 3 colour, 4 CMYK or YCCK
+    ended: bool = True  # of a JPEG: has an end-of-image marker after its first scan
     regions: bool = False  # of a JPEG: upright, complete and in one scan, so that a box of it can be decoded alone
     block_columns: int = 0  # of a JPEG: columns in one of its blocks
     pillow: bool = False  # decoded by Pillow
@@ -153,9 +154,9 @@ def _jpeg_header(data: bytes) -> Header:
     height, width, components = struct.unpack_from(">HHB", data, frame)
     sampling = [data[frame + 6 + 3 * component] for component in range(components)] if components > 1 else [0x11]
     one_scan = sequential and data[position + 4] == components
-    complete = data.rfind(b"\xff\xd9") > position
-    regions = one_scan and complete and orientation == 1 and components != 4
-    return Header("jpeg", height, width, orientation, components, regions, 8 * (max(sampling) >> 4))
+    ended = data.rfind(b"\xff\xd9") > position
+    regions = one_scan and ended and orientation == 1 and components != 4
+    return Header("jpeg", height, width, orientation, components, ended, regions, 8 * (max(sampling) >> 4))
 
 
 def _exif_orientation(tiff: bytes) -> int:
