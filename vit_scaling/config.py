@@ -8,6 +8,7 @@ stands here.
 import dataclasses
 import functools
 import json
+from pathlib import Path
 from typing import Any
 
 from vit_scaling import UserError
@@ -222,7 +223,8 @@ def check(config: Config) -> None:
 
 
 def resolve(config: Config, examples_per_epoch: int) -> Config:
-    """Returns the config with every duration in whole steps.
+    """Returns the config with every duration in whole steps; the duration of a branch (schedule.cooldown_from) is what
+    its trunk's step and its cooldown make it.
 
     Raises:
         UserError: a field that `check` refuses, a batch larger than the training set, or a duration that cannot be
@@ -243,10 +245,11 @@ def resolve(config: Config, examples_per_epoch: int) -> Config:
             raise UserError(f"{name} is {duration.amount:g} {duration.unit}; it must be at least {least} step")
         return Duration(count, "steps")
 
+    settled = schedule.in_steps(config.schedule, config.data.batch_size, examples_per_epoch)
     return dataclasses.replace(
         config,
-        duration=steps("duration", config.duration, 1),
-        schedule=schedule.in_steps(config.schedule, config.data.batch_size, examples_per_epoch),
+        duration=_branch_end(settled) if settled.cooldown_from else steps("duration", config.duration, 1),
+        schedule=settled,
         evaluation=dataclasses.replace(config.evaluation, every=steps("evaluation.every", config.evaluation.every, 1)),
         checkpoint=dataclasses.replace(
             config.checkpoint,
@@ -255,6 +258,18 @@ def resolve(config: Config, examples_per_epoch: int) -> Config:
         ),
         log=dataclasses.replace(config.log, every=steps("log.every", config.log.every, 1)),
     )
+
+
+def _branch_end(branch: ScheduleConfig) -> Duration:
+    """Returns when a branch ends: with the cooldown that starts at its trunk's checkpoint."""
+    origin = str(branch.cooldown_from)
+    if not branch.cooldown.amount:
+        raise UserError("schedule.cooldown_from needs schedule.cooldown, the length of the branch; it is 0")
+    if not Path(origin).name.isdigit():
+        raise UserError(
+            f"schedule.cooldown_from is {origin!r}; name a checkpoint of a run, <workdir>/checkpoints/<step>"
+        )
+    return Duration(int(Path(origin).name) + int(branch.cooldown.amount))
 
 
 def to_dict(config: Config) -> dict[str, Any]:

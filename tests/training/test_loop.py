@@ -1,9 +1,11 @@
 """A whole run: it resumes as if it had never stopped, whatever stopped it."""
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +25,7 @@ from vit_scaling.data.images.codec import CorruptImageError
 from vit_scaling.data.sources import open_source
 from vit_scaling.data.sources.arrays import BuiltinSource
 from vit_scaling.parallel import mesh as mesh_lib
-from vit_scaling.training import checkpoint, loop, telemetry
+from vit_scaling.training import checkpoint, loop, step_log, telemetry
 from vit_scaling.training.step import build
 
 ROOT = Path(__file__).parents[2]
@@ -102,7 +104,7 @@ def test_learning_rates_of_a_run_are_the_schedules(uninterrupted: Path) -> None:
 def test_two_halves_equal_the_whole(uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped by SIGTERM after step 3, in the middle of an epoch and between checkpoints; then the same command."""
     workdir = tmp_path / "halves"
-    dispatched = loop.StepLog.dispatched
+    dispatched = step_log.StepLog.dispatched
 
     def interrupt(self: Any, step: int, metrics: Any) -> None:
         dispatched(self, step, metrics)
@@ -110,7 +112,7 @@ def test_two_halves_equal_the_whole(uninterrupted: Path, tmp_path: Path, monkeyp
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.StepLog, "dispatched", interrupt)
+        patch.setattr(step_log.StepLog, "dispatched", interrupt)
         assert loop.train(tiny.config(), workdir) == {"interrupted": 3}
     assert checkpoint.steps(workdir / "checkpoints") == [3]
     loop.train(tiny.config(), workdir)
@@ -196,7 +198,7 @@ def test_a_run_that_stopped_at_a_corrupt_image_goes_on_without_it(
     monkeypatch.setattr(BuiltinSource, "__getitem__", fail)
     stopping, skipping = tiny.config(), tiny.config()
     skipping.data.on_corrupt = "skip"
-    with pytest.raises(ValueError, match=r"is corrupt: made so \(data.on_corrupt=skip goes on without it\)"):
+    with pytest.raises(ValueError, match=r"is corrupt: made so \(data.on_corrupt=skip continues without it\)"):
         loop.train(stopping, tmp_path / "stopped")
     assert checkpoint.steps(tmp_path / "stopped" / "checkpoints") == [4]
     loop.train(skipping, tmp_path / "stopped")
@@ -320,3 +322,21 @@ def test_gradient_of_nothing_is_zero() -> None:
 
     assert float(global_norm({})) == 0.0
     assert float(global_norm({"a": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])})) == pytest.approx(5.0)
+
+
+def test_a_checkpoint_of_an_earlier_version_restores_to_the_same_bits_and_continues(tmp_path: Path) -> None:
+    """tests/files/checkpoint_before: step 3 of 6, as the version of 2026-11-25 wrote it, with the hash of each leaf."""
+    before = ROOT / "tests" / "files" / "checkpoint_before"
+    config = tiny.config(steps=6, checkpoint=c.CheckpointConfig(every=c.Duration(3)))
+    state = state_of(before, 3, config)
+    hashes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): hashlib.sha256(
+            str(leaf.shape).encode() + np.asarray(leaf).tobytes()
+        ).hexdigest()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+    assert hashes == json.loads((before / "sha256.json").read_text())
+    for name in ("checkpoints", "config.json"):
+        (shutil.copytree if name == "checkpoints" else shutil.copy)(before / name, tmp_path / name)
+    assert loop.train(config, tmp_path)["step"] == 6
+    assert [row["step"] for row in rows_of(tmp_path) if "loss" in row] == [4, 5, 6]

@@ -3,6 +3,7 @@
 Shapes: N examples, D width, M classes.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,8 @@ from vit_scaling.config import FewShotConfig
 from vit_scaling.data.config import DataConfig
 from vit_scaling.data.images.transforms import transform
 from vit_scaling.data.sources import Source, open_source
-from vit_scaling.evaluation.passes import Features, one_pass
+from vit_scaling.evaluation.network import Network
+from vit_scaling.evaluation.passes import one_pass
 
 # Appended to every feature vector: so large that the bias it makes is hardly regularised.
 BIAS_FEATURE = 100.0
@@ -142,7 +144,14 @@ class FewShot:
         return [f"{shots}shot{what}" for shots in self._config.shots for what in ("", "_std")]
 
     def evaluate(
-        self, program: Features, params: Any, statistics: Any, data: DataConfig, *, batch_size: int
+        self,
+        network: Network,
+        params: Any,
+        batch_stats: Any,
+        data: DataConfig,
+        *,
+        batch_size: int,
+        before_batch: Callable[[], None] | None = None,
     ) -> dict[str, float]:
         """Returns {"10shot": mean accuracy over the seeds, "10shot_std": their spread, ...}, as in `names`.
 
@@ -150,8 +159,8 @@ class FewShot:
         """
 
         def extract(source: Source) -> np.ndarray:
-            batches = one_pass(source, self._config.transform, data, program.mesh, batch_size)
-            parts = [jax.device_get(program.features(params, statistics, batch["image"])) for batch in batches]
+            batches = one_pass(source, self._config.transform, data, network.mesh, batch_size, before_batch)
+            parts = [jax.device_get(network.features(params, batch_stats, batch["image"])) for batch in batches]
             return np.concatenate(parts)[: len(source)]
 
         train_ND, test_ND = extract(self._train), extract(self._test)

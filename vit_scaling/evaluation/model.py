@@ -1,8 +1,7 @@
-"""Measures weights on any labelled set: what the door evaluate.py prints and writes."""
+"""Measures weights on any labelled set: what the command evaluate.py prints and writes."""
 
 import dataclasses
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,33 +10,36 @@ import numpy as np
 
 from vit_scaling import flops, models
 from vit_scaling.config import FewShotConfig
-from vit_scaling.data import mixing
 from vit_scaling.data.config import DataConfig
 from vit_scaling.data.images.transforms import TransformConfig
 from vit_scaling.data.sources import SourceConfig, open_source
 from vit_scaling.evaluation.fewshot import FewShot
+from vit_scaling.evaluation.network import Network, network
 from vit_scaling.evaluation.passes import one_pass
 from vit_scaling.evaluation.report import Report, report
 from vit_scaling.interop import Weights
+from vit_scaling.optim.losses import LossConfig
 from vit_scaling.parallel import chips, sharding
 from vit_scaling.parallel import mesh as mesh_lib
 
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """A model on the devices, to be looked at: jitted functions of (parameters, statistics, uint8 images)."""
+    """A model and its arrays, on the devices of a mesh."""
 
     params: Any
-    statistics: Any
-    logits: Callable[..., Any]
-    features: Callable[..., Any]
-    mesh: jax.sharding.Mesh
+    batch_stats: Any
+    network: Network
+
+    def logits(self, images: Any) -> jax.Array:
+        """Returns the logits [B, M] of uint8 images [B, H, W, 3]."""
+        return self.network.logits(self.params, self.batch_stats, images)
 
 
 def freeze(weights: Weights, mesh_config: mesh_lib.MeshConfig) -> Frozen:
-    """Returns the model on a mesh, parameters split by the table of rules."""
-    mesh, config = mesh_lib.create(mesh_config), weights.config
-    description = models.split(weights.abstract())[0]
+    """Returns the model on a mesh, parameters sharded by the table of rules."""
+    mesh = mesh_lib.create(mesh_config)
+    graphdef = models.split(weights.abstract())[0]
 
     def put(tree: Any) -> Any:
         on = sharding.tree_shardings(tree, mesh)
@@ -45,16 +47,8 @@ def freeze(weights: Weights, mesh_config: mesh_lib.MeshConfig) -> Frozen:
             lambda leaf, to: jax.make_array_from_callback(leaf.shape, to, lambda index: leaf[index]), tree, on
         )
 
-    def call(params: Any, statistics: Any, images: Any, method: str) -> Any:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            model = models.merge(description, params, statistics)
-            return getattr(model, method)(mixing.to_float(sharding.constrain(images), config.mean, config.std))
-
-    jitted = {
-        name: jax.jit(lambda p, s, x, name=name: call(p, s, x, name), out_shardings=sharding.replicated(mesh))
-        for name in ("__call__", "features")
-    }
-    return Frozen(put(weights.parameters), put(weights.statistics), jitted["__call__"], jitted["features"], mesh)
+    functions = network(weights.config, graphdef, num_classes=weights.num_classes, loss=LossConfig(), mesh=mesh)
+    return Frozen(put(weights.parameters), put(weights.statistics), functions)
 
 
 def on_set(
@@ -63,11 +57,11 @@ def on_set(
     """Returns the report of one pass over a set, every example once.
 
     Raises:
-        ValueError: the set's classes are not the model's, or the batch cannot be divided over the devices.
+        UserError: the set's classes are not the model's, or the batch cannot be divided over the devices.
     """
     logits, labels = [], []
-    for batch in one_pass(open_source(source), transform, data, model.mesh, batch_size):
-        rows = model.logits(model.params, model.statistics, batch["image"])
+    for batch in one_pass(open_source(source), transform, data, model.network.mesh, batch_size):
+        rows = model.logits(batch["image"])
         real = np.asarray(jax.device_get(batch["mask"]))
         logits.append(np.asarray(jax.device_get(rows))[real])
         labels.append(np.asarray(jax.device_get(batch["label"]))[real])
@@ -85,14 +79,14 @@ def few_shot(
 ) -> dict[str, float]:
     """Returns the accuracy of ridge regression on frozen features: {"10shot": ..., "10shot_std": ...}."""
     evaluation = FewShot(FewShotConfig(train=train, test=test, transform=transform, shots=shots))
-    return evaluation.evaluate(model, model.params, model.statistics, data, batch_size=batch_size)
+    return evaluation.evaluate(model.network, model.params, model.batch_stats, data, batch_size=batch_size)
 
 
 def throughput(model: Frozen, weights: Weights, batch_size: int, seconds: float) -> dict[str, float]:
     """Returns how fast the model classifies images that lie on the devices, over at least `seconds`."""
     shape = (batch_size, *weights.image_size, 3)
-    images = jax.device_put(jnp.zeros(shape, jnp.uint8), sharding.batch_sharding(model.mesh))
-    run = lambda: jax.block_until_ready(model.logits(model.params, model.statistics, images))  # noqa: E731
+    images = jax.device_put(jnp.zeros(shape, jnp.uint8), sharding.batch_sharding(model.network.mesh))
+    run = lambda: jax.block_until_ready(model.logits(images))  # noqa: E731
     run()
     times: list[float] = []
     while sum(times) < seconds or len(times) < 3:
@@ -104,5 +98,5 @@ def throughput(model: Frozen, weights: Weights, batch_size: int, seconds: float)
     found = {"images_per_second": rate, "batch_size": float(batch_size), "runs": float(len(times))}
     peak = chips.peak_flops(jax.devices()[0])
     if peak is not None:
-        found["mfu"] = rate * cost.forward_flops / peak / model.mesh.size
+        found["mfu"] = rate * cost.forward_flops / peak / model.network.mesh.size
     return found

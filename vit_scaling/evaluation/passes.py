@@ -1,8 +1,7 @@
 """One pass over a set: what every evaluator reads."""
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -13,34 +12,21 @@ from vit_scaling.data.sources import Source
 from vit_scaling.parallel import sharding
 
 
-@runtime_checkable
-class Features(Protocol):
-    """What features are read with: features(params, statistics, images) -> [B, D] in float32, jitted for `mesh`."""
-
-    @property
-    def mesh(self) -> jax.sharding.Mesh: ...
-    @property
-    def features(self) -> Any: ...
-
-
-@runtime_checkable
-class Network(Features, Protocol):
-    """What accuracy is measured with as well.
-
-    classify(params, statistics, batch) -> {"prediction", "correct", "loss", "mask"}, each [B] and whole on every device
-    """
-
-    @property
-    def classify(self) -> Any: ...
-
-
 def one_pass(
-    source: Source, transform_config: TransformConfig, data: DataConfig, mesh: jax.sharding.Mesh, batch_size: int
+    source: Source,
+    transform_config: TransformConfig,
+    data: DataConfig,
+    mesh: jax.sharding.Mesh,
+    batch_size: int,
+    before_batch: Callable[[], None] | None = None,
 ) -> Iterator[dict[str, jax.Array]]:
-    """Yields global batches on the devices; over all processes every example once, in order, "mask" telling fillers.
+    """Yields global batches on the devices: over all processes every example once, in order; padding has mask False.
+
+    Args:
+        before_batch: called before each batch; what it raises ends the pass.
 
     Raises:
-        ValueError: the batch cannot be divided over the devices.
+        UserError: the batch cannot be divided over the devices.
     """
     sharding.check_batch(batch_size, mesh, name="evaluation.batch_size")
     on = sharding.batch_sharding(mesh)
@@ -49,4 +35,7 @@ def one_pass(
         source, transform(transform_config, train=False), data, batch_size=batch_size, shard=shard
     )
     with contextlib.closing(batches):
-        yield from loader.to_device(batches, on, ahead=1)
+        for batch in loader.to_device(batches, on, ahead=1):
+            if before_batch is not None:
+                before_batch()
+            yield batch

@@ -1,6 +1,6 @@
 """All the evaluators of a run, on the parameters and on their average where there is one."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from vit_scaling.data.images.transforms import transform
 from vit_scaling.data.sources import Source, open_source
 from vit_scaling.evaluation import classification
 from vit_scaling.evaluation.fewshot import FewShot
-from vit_scaling.evaluation.passes import Network
+from vit_scaling.evaluation.network import Network
 from vit_scaling.parallel import sharding
 
 
@@ -54,32 +54,34 @@ class Suite:
         counts = {f"evaluation.{name}": len(source) for name, source in self._sources.items()}
         return counts | ({} if self._fewshot is None else {"evaluation.fewshot": self._fewshot.examples})
 
-    def measure(self, params_by_suffix: Mapping[str, Any], statistics: Any, *, final: bool) -> dict[str, float]:
+    def measure(
+        self,
+        params_by_suffix: Mapping[str, Any],
+        batch_stats: Any,
+        *,
+        final: bool,
+        before_batch: Callable[[], None] | None = None,
+    ) -> dict[str, float]:
         """Returns every number by name: "validation/accuracy", "fewshot/10shot", "validation_ema/accuracy", ...
 
         Args:
             params_by_suffix: parameters to measure, by what is appended to their names: "" and perhaps "_ema".
-            statistics: running statistics of batch normalisation; empty for other models.
+            batch_stats: running statistics of batch normalization; empty for other models.
             final: measure on the test set too.
+            before_batch: called before each batch; what it raises ends the evaluation.
         """
         values: dict[str, float] = {}
+        how: dict[str, Any] = {"batch_size": self._batch_size, "before_batch": before_batch}
         for suffix, params in params_by_suffix.items():
-            values |= self._measure(params, statistics, suffix, final)
-        return values
-
-    def _measure(self, params: Any, statistics: Any, suffix: str, final: bool) -> dict[str, float]:
-        values: dict[str, float] = {}
-        for name, source in self._sources.items():
-            if name == "validation" or final:
-                result = classification.evaluate(
-                    self._network, params, statistics, source, self._data, batch_size=self._batch_size
-                )
-                values[f"{name}{suffix}/accuracy"] = result.accuracy
-                values[f"{name}{suffix}/loss"] = result.loss
-                self._pictured = source, result.predictions
-        if self._fewshot is not None:
-            scores = self._fewshot.evaluate(self._network, params, statistics, self._data, batch_size=self._batch_size)
-            values |= {f"fewshot{suffix}/{name}": score for name, score in scores.items()}
+            for name, source in self._sources.items():
+                if name == "validation" or final:
+                    result = classification.evaluate(self._network, params, batch_stats, source, self._data, **how)
+                    values[f"{name}{suffix}/accuracy"] = result.accuracy
+                    values[f"{name}{suffix}/loss"] = result.loss
+                    self._pictured = source, result.predictions
+            if self._fewshot is not None:
+                scores = self._fewshot.evaluate(self._network, params, batch_stats, self._data, **how)
+                values |= {f"fewshot{suffix}/{name}": score for name, score in scores.items()}
         return values
 
     def examples(self, count: int) -> tuple[list[np.ndarray], list[str], list[str]]:

@@ -34,6 +34,12 @@ def _complete(checkpoint: Path) -> bool:
     return (checkpoint / "_CHECKPOINT_METADATA").exists() and (checkpoint / STATE).is_dir()
 
 
+def require(checkpoint: Path) -> None:
+    """Raises UserError unless `checkpoint` is a complete one."""
+    if not _complete(checkpoint):
+        raise UserError(f"{checkpoint} holds no complete checkpoint; name a directory <workdir>/checkpoints/<step>")
+
+
 def _handlers() -> dict[str, ocp.CheckpointHandler]:
     return {STATE: ocp.StandardCheckpointHandler(), RECORD: ocp.JsonCheckpointHandler()}
 
@@ -58,8 +64,7 @@ def restore(checkpoint: Path, state_shape: Any) -> tuple[Any, dict[str, Any]]:
         UserError: there is no complete checkpoint, or it holds another model's or optimizer's arrays; the sentence
             names some that differ.
     """
-    if not _complete(checkpoint):
-        raise UserError(f"{checkpoint} holds no complete checkpoint; name a directory <workdir>/checkpoints/<step>")
+    require(checkpoint)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**_handlers())) as checkpointer:
         path = checkpoint.absolute()
         metadata = checkpointer.metadata(path)
@@ -82,8 +87,7 @@ def restore_arrays(checkpoint: Path, names: tuple[str, ...]) -> dict[str, Any]:
     Raises:
         UserError: there is no complete checkpoint.
     """
-    if not _complete(checkpoint):
-        raise UserError(f"{checkpoint} holds no complete checkpoint; name a directory <workdir>/checkpoints/<step>")
+    require(checkpoint)
     path = checkpoint.absolute()
     handler = ocp.CompositeCheckpointHandler(**(_handlers() | {STATE: ocp.PyTreeCheckpointHandler()}))
     with ocp.Checkpointer(handler) as checkpointer:

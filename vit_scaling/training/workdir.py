@@ -9,7 +9,6 @@ result.json      the final numbers
 figure.png       curves, learning rate, predictions
 """
 
-import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -27,7 +26,6 @@ from vit_scaling.data.sources import Source
 from vit_scaling.evaluation.suite import Suite
 from vit_scaling.names import render_table
 from vit_scaling.optim import optimizer, schedule
-from vit_scaling.optim.schedule import Duration
 from vit_scaling.parallel import processes, sharding
 from vit_scaling.training import checkpoint, figure, telemetry
 from vit_scaling.training.step import Program
@@ -54,7 +52,8 @@ def trunk(config: Config) -> Path | None:
     """Returns the checkpoint from which schedule.cooldown_from branches, or None.
 
     Raises:
-        UserError: it is no checkpoint of a run whose config differs in its end alone, or the schedule cannot branch.
+        UserError: it is not a complete checkpoint of a run whose config differs only in how it ends, or the schedule
+            cannot branch.
     """
     if config.schedule.cooldown_from is None:
         return None
@@ -64,24 +63,17 @@ def trunk(config: Config) -> Path | None:
             f"schedule.cooldown_from needs a schedule that does not know its end, rsqrt or constant; "
             f"{config.schedule.kind} depends on the total number of steps"
         )
-    if not config.schedule.cooldown.amount:
-        raise UserError("schedule.cooldown_from needs schedule.cooldown, the length of the branch; it is 0")
     record = origin.parent.parent / "config.json"
-    if not origin.name.isdigit() or not record.exists():
+    if not record.exists():
         raise UserError(
             f"schedule.cooldown_from is {str(origin)!r}; name a checkpoint of a run, <workdir>/checkpoints/<step>"
         )
+    checkpoint.require(origin)
     stored = json.loads(record.read_text())["config"]
     differing = config_lib.differences(stored, config_lib.to_dict(config), BRANCH_MAY_CHANGE)
     if differing:
         raise UserError(f"a branch differs from its trunk in its cooldown alone, but {differing[0]}")
     return origin
-
-
-def branch(config: Config, trunk: Path) -> Config:
-    """Returns the config of a branch: it ends when the cooldown that starts at the trunk's checkpoint does."""
-    total = int(trunk.name) + int(config.schedule.cooldown.amount)
-    return dataclasses.replace(config, duration=Duration(total))
 
 
 def environment() -> dict[str, Any]:
