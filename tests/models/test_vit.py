@@ -1,14 +1,20 @@
-"""ViT: published sizes to the parameter, a slow twin, and every option."""
+"""ViT: published sizes to the parameter, a slow reference, and every option."""
 
 import dataclasses
+import functools
+import json
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_scaling import flops, models, names
+from tests.golden import fill
+from vit_scaling import UserError, flops, models, names
 from vit_scaling.models import layers, vit
+from vit_scaling.ops import rotary
 
 # Scaling Vision Transformers, Table 2: parameters in millions and forward GFLOPs at 224 and at 384 pixels.
 # The parameter column counts the trunk: no MAP head, no classifier.
@@ -103,7 +109,9 @@ run = jax.jit(lambda model, images, key=None: model(images, key))
 IMAGES = jax.random.uniform(jax.random.key(2), (2, 8, 12, 3), minval=-1.0)
 
 
-def reference_norm(x: np.ndarray, p: dict, eps: float = 1e-6) -> np.ndarray:
+def reference_norm(x: np.ndarray, p: dict, eps: float = 1e-6, kind: str = "layernorm") -> np.ndarray:
+    if kind == "rmsnorm":
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * p["scale"]
     y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps)
     return y * p["scale"] + p.get("bias", 0.0)
 
@@ -112,7 +120,27 @@ def reference_gelu(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-def reference_attention(q_from: np.ndarray, kv_from: np.ndarray, p: dict, qk_norm: bool = False) -> np.ndarray:
+def reference_rotate(x: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """One token, one pair of dims at a time, as complex numbers; the first tokens have no position."""
+    x, dim = x.copy(), x.shape[-1]
+    prefix = len(x) - grid[0] * grid[1]
+    for index, place in enumerate(np.ndindex(*grid)):
+        for i in range(dim // 2):
+            axis, frequency = divmod(i, dim // 4)
+            center = (place[axis] + 0.5) / grid[axis] * 2 - 1
+            angle = 2 * np.pi * center / 100 ** (4 * frequency / dim)
+            turned = (x[prefix + index, i] + 1j * x[prefix + index, i + dim // 2]) * np.exp(1j * angle)
+            x[prefix + index, i], x[prefix + index, i + dim // 2] = turned.real, turned.imag
+    return x
+
+
+def reference_attention(
+    q_from: np.ndarray,
+    kv_from: np.ndarray,
+    p: dict,
+    qk_norm: str | None = None,
+    rope: tuple[int, int] | None = None,
+) -> np.ndarray:
     out = np.zeros_like(q_from)
     for head in range(p["query"]["kernel"].shape[1]):
         q, k, v = (
@@ -120,28 +148,38 @@ def reference_attention(q_from: np.ndarray, kv_from: np.ndarray, p: dict, qk_nor
             for name, x in (("query", q_from), ("key", kv_from), ("value", kv_from))
         )
         if qk_norm:
-            q, k = reference_norm(q, p["query_norm"]), reference_norm(k, p["key_norm"])
+            q, k = (reference_norm(x, p[f"{name}_norm"], kind=qk_norm) for name, x in (("query", q), ("key", k)))
+        if rope:
+            q, k = reference_rotate(q, rope), reference_rotate(k, rope)
         logits = q @ k.T / np.sqrt(q.shape[-1])
         weights = np.exp(logits - logits.max(-1, keepdims=True))
         out += (weights / weights.sum(-1, keepdims=True)) @ v @ p["out"]["kernel"][head]
-    return out + p["out"]["bias"]
+    return out + p["out"].get("bias", 0.0)
+
+
+def reference_linear(x: np.ndarray, p: dict) -> np.ndarray:
+    return x @ p["kernel"] + p.get("bias", 0.0)
 
 
 def reference_mlp(x: np.ndarray, p: dict) -> np.ndarray:
-    return reference_gelu(x @ p["up"]["kernel"] + p["up"]["bias"]) @ p["down"]["kernel"] + p["down"]["bias"]
+    hidden = reference_linear(x, p["up"])
+    if "gate" in p:
+        gate = reference_linear(x, p["gate"])
+        return reference_linear(gate / (1 + np.exp(-gate)) * hidden, p["down"])
+    return reference_linear(reference_gelu(hidden), p["down"])
 
 
-def reference_vit(config: vit.ViTConfig, p: dict, image: np.ndarray) -> np.ndarray:
-    """One image, one head, one layer at a time, in float64."""
+def reference_tokens(config: vit.ViTConfig, p: dict, image: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+    """Returns what enters the first block, and the grid of patches."""
     h, w = config.patch
     rows, columns = image.shape[0] // h, image.shape[1] // w
     tokens = []
     for row in range(rows):
         for column in range(columns):
             patch = image[row * h : (row + 1) * h, column * w : (column + 1) * w]
-            tokens.append(np.einsum("hwc,hwcd->d", patch, p["embedding"]["kernel"]) + p["embedding"]["bias"])
+            tokens.append(np.einsum("hwc,hwcd->d", patch, p["embedding"]["kernel"]) + p["embedding"].get("bias", 0.0))
     x = np.stack(tokens)
-    if config.position == "learned":
+    if config.position.startswith("learned"):
         x = x + p["position_embedding"]
     elif config.position == "sincos2d":
         quarter = config.width // 4
@@ -152,30 +190,41 @@ def reference_vit(config: vit.ViTConfig, p: dict, image: np.ndarray) -> np.ndarr
                 x[index, quarter + f] += np.cos(column * omega)
                 x[index, 2 * quarter + f] += np.sin(row * omega)
                 x[index, 3 * quarter + f] += np.cos(row * omega)
-    if config.registers:
-        x = np.concatenate([p["registers"], x])
-    if config.pool == "token":
-        x = np.concatenate([p["class_token"], x])
+    for name in ("registers", "class_token"):
+        x = np.concatenate([p[name], x]) if name in p else x
+    return (reference_norm(x, p["pre_norm"], kind=config.norm) if config.pre_norm else x), (rows, columns)
+
+
+def reference_vit(config: vit.ViTConfig, p: dict, image: np.ndarray) -> np.ndarray:
+    """One image, one head, one layer at a time, in float64."""
+    norm = functools.partial(reference_norm, kind=config.norm)
+    x, grid = reference_tokens(config, p, image)
+    rope, qk_norm = grid if config.position.endswith("rope") else None, config.norm if config.qk_norm else None
     for layer in range(config.depth):
         b = jax.tree.map(lambda leaf: leaf[layer], p["blocks"])  # noqa: B023
         scale1, scale2 = b.get("layerscale1", 1.0), b.get("layerscale2", 1.0)
-        y = reference_norm(x, b["norm1"])
-        attended = scale1 * reference_attention(y, y, b["attention"], config.qk_norm)
+        y = norm(x, b["norm1"])
+        attended = scale1 * reference_attention(y, y, b["attention"], qk_norm, rope)
         if config.parallel:
             x = x + attended + scale2 * reference_mlp(y, b["mlp"])
         else:
             x = x + attended
-            x = x + scale2 * reference_mlp(reference_norm(x, b["norm2"]), b["mlp"])
-    x = reference_norm(x, p["norm"])
-    if config.pool == "token":
-        feature = x[0]
-    elif config.pool == "gap":
-        feature = x[config.registers :].mean(0)
-    else:
-        q = p["pool"]
-        y = reference_attention(q["probe"], x[config.registers :], q["attention"])
-        feature = (y + reference_mlp(reference_norm(y, q["norm"]), q["mlp"]))[0]
+            x = x + scale2 * reference_mlp(norm(x, b["norm2"]), b["mlp"])
+    x = x if config.pool_norm else norm(x, p["norm"])
+    feature = reference_pool(config, p, x, grid)
+    feature = norm(feature, p["norm"]) if config.pool_norm else feature
     return feature @ p["head"]["kernel"] + p["head"]["bias"]
+
+
+def reference_pool(config: vit.ViTConfig, p: dict, x: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    if config.pool == "token":
+        return x[0]
+    x = x if config.pool_prefix else x[-grid[0] * grid[1] :]
+    if config.pool == "map":
+        q = p["pool"]
+        y = reference_attention(q["probe"], x, q["attention"])
+        return (y + reference_mlp(reference_norm(y, q["norm"], kind=config.norm), q["mlp"]))[0]
+    return {"gap": x.mean(0), "max": x.max(0), "avgmax": (x.mean(0) + x.max(0)) / 2}[config.pool]
 
 
 OPTIONS = {
@@ -188,16 +237,128 @@ OPTIONS = {
     "no positions": {"position": "none"},
     "22B": {"parallel": True, "qk_norm": True, "qkv_bias": False, "norm_bias": False, "pool": "map"},
     "layerscale": {"layerscale": 0.1},
+    "layerscale per branch": {"layerscale": 0.1, "layerscale_mlp": 0.2},
     "rectangular patch": {"patch": (4, 2)},
+    "rope": {"position": "rope"},
+    "rope, class token and registers": {"position": "rope", "pool": "token", "registers": 3},
+    "learned and rope, qk_norm": {"position": "learned+rope", "qk_norm": True, "qk_norm_bias": True},
+    "swiglu": {"mlp_kind": "swiglu"},
+    "rmsnorm": {"norm": "rmsnorm", "qk_norm": True, "pool": "map"},
+    "CLIP": {"pre_norm": True, "pool": "token"},
+    "no biases": {"qkv_bias": False, "proj_bias": False, "mlp_bias": False, "mlp_kind": "swiglu"},
+    "no MLP bias": {"mlp_bias": False},
+    "no key bias": {"key_bias": False},
+    "max": {"pool": "max", "registers": 2},
+    "avgmax": {"pool": "avgmax", "class_token": True, "pool_norm": True},
+    "mean of all tokens": {"class_token": True, "registers": 2, "pool_prefix": True},
+    "map of all tokens": {"class_token": True, "pool": "map", "pool_prefix": True},
+    "norm after the mean": {"pool_norm": True},
 }
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_equals_the_slow_twin(option: str) -> None:
+def test_equals_the_slow_reference(option: str) -> None:
     model = build(**OPTIONS[option])
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), models.split(model)[1])
     expected = [reference_vit(model.config, params, np.asarray(image, np.float64)) for image in IMAGES]
     np.testing.assert_allclose(run(model, IMAGES), np.stack(expected), rtol=2e-4, atol=2e-5)
+
+
+def count(name: str, **fields: object) -> int:
+    config = dataclasses.replace(vit.variant(name), **fields)  # type: ignore[arg-type]
+    shapes = flops.parameters(config, image_size=(224, 224), num_classes=1)
+    return sum(leaf.size for path, leaf in shapes.items() if not path.startswith("head/"))
+
+
+def test_flops_and_memory_of_the_options_by_hand() -> None:
+    """196 patches, width 64, depth 2: what each option adds, in multiply-adds."""
+    config = vit.ViTConfig(width=64, depth=2, mlp=128, heads=4, pool="map", remat="none")
+
+    def added(field: str, **fields: object) -> float:
+        costs = [
+            flops.count(dataclasses.replace(config, **f), image_size=(224, 224), num_classes=10)  # type: ignore[arg-type]
+            for f in ({}, fields)
+        ]
+        return getattr(costs[1], field) - getattr(costs[0], field)
+
+    assert added("forward_flops", mlp_kind="swiglu") == 2 * 2 * 196 * 64 * 128
+    assert added("params", mlp_kind="swiglu") == 2 * (64 * 128 + 128)
+    # The gate's hidden units, float32, in each layer.
+    assert added("activation_bytes", mlp_kind="swiglu") == 2 * 4 * 196 * 128
+    assert added("forward_flops", position="rope") == 0
+    assert added("params", position="rope") == -196 * 64
+    assert added("params", norm="rmsnorm") == -64 * (2 * 2 + 1 + 1)
+    assert added("params", pre_norm=True) == 2 * 64 - 64
+    assert added("params", qkv_bias=False) == -2 * 3 * 64
+    assert added("params", key_bias=False) == added("params", proj_bias=False) == -2 * 64
+    assert added("params", mlp_bias=False) == -2 * (128 + 64)
+    # A class token in every layer; then keys, values and attention of the pool as well.
+    block = 4 * 64**2 + 2 * 64 * 128
+    token = 2 * (block + 2 * (197**2 - 196**2) * 64)
+    assert added("forward_flops", class_token=True) == 2 * token
+    assert added("forward_flops", class_token=True, pool_prefix=True) == 2 * (token + 2 * 64**2 + 2 * 64)
+
+
+DINO = {"pool": "token", "layerscale": 1.0, "registers": 4}
+DINOV3 = {**DINO, "position": "rope", "key_bias": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "parameters"),
+    [
+        # Parameters of transformers 5.24.0's DINOv3ViTModel and Dinov2WithRegistersModel at 224 pixels, less the mask
+        # token, which only pretraining uses, and for DINOv2 the class token's position.
+        ("S/16", DINOV3, 21_596_544 - 384),
+        ("H/16", {**DINOV3, "mlp_kind": "swiglu"}, 840_592_640 - 1280),
+        ("g-opt/14", {**DINO, "mlp": 4096, "mlp_kind": "swiglu"}, 1_134_777_344 - 2 * 1536),
+    ],
+)
+def test_dino_networks_to_the_parameter(name: str, fields: dict, parameters: int) -> None:
+    assert count(name, **fields) == parameters
+
+
+GOLDENS = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "vit.json").read_text())
+TINY = {"width": 16, "depth": 2, "mlp": 24, "heads": 2, "patch": (4, 4), "pool": "token"}
+TINY_DINOV3 = TINY | {"position": "rope", "registers": 3, "layerscale": 1.0, "key_bias": False, "gelu": "exact"}
+NETWORKS = {
+    "dinov3": TINY_DINOV3 | {"norm_eps": 1e-5},
+    "dinov3 gated": TINY_DINOV3 | {"norm_eps": 1e-5, "mlp_kind": "swiglu"},
+    # Dinov2SwiGLUFFN rounds two thirds of 2 x 16 up to a multiple of 8.
+    "dinov2 swiglu": TINY | {"layerscale": 1.0, "mlp_kind": "swiglu"},
+    "clip": TINY | {"pre_norm": True, "gelu": "quick", "norm_eps": 1e-5},
+}
+
+
+@pytest.mark.parametrize("case", NETWORKS)
+def test_equals_transformers(case: str) -> None:
+    """Features by transformers in float64, from the same filled weights and images; see golden/make_vit.py."""
+    batch, *size, _ = GOLDENS[case]["image"]
+    make = lambda key: models.build(  # noqa: E731
+        vit.ViTConfig(**NETWORKS[case]), image_size=tuple(size), num_classes=1, key=key
+    )
+    graphdef, params, _ = models.split(jax.eval_shape(make, jax.random.key(0)))
+    model = models.merge(graphdef, jax.tree.map(jnp.asarray, fill.tree(params)), {})
+    features = jax.jit(lambda model, x: model.features(x))(model, fill.images(case, (batch, *size, 3)))
+    np.testing.assert_allclose(features, GOLDENS[case]["features"], atol=2e-5)
+
+
+def test_rotary_positions_see_differences_only() -> None:
+    """On one grid, shifting query and key alike changes no logit; another grid spans the same (-1, 1)."""
+    angles = rotary.axial_angles(4, 4, 8)
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+    turn = lambda x, place: rotary.rotate(x, angles[place : place + 1])[0, 0, 0]  # noqa: E731
+    one, other = turn(q, 0) @ turn(k, 6), turn(q, 9) @ turn(k, 15)  # both one row down and two columns right
+    assert float(one) == pytest.approx(float(other), rel=1e-4)
+    assert float(one) != pytest.approx(float(turn(q, 0) @ turn(k, 5)), rel=1e-2)
+    np.testing.assert_allclose(rotary.axial_angles(1, 1, 8), 0.0, atol=1e-7)
+    with pytest.raises(UserError, match="multiple of 4, not 6"):
+        rotary.axial_angles(2, 2, 6)
+
+
+def test_options_that_are_off_add_no_parameter() -> None:
+    plain, off = (set(names.flatten(models.split(build(**fields))[1])) for fields in ({}, {"mlp_kind": "gelu"}))
+    assert plain == off
+    assert not any(re.search("gate|pre_norm|class_token|layerscale|registers|query_norm", path) for path in plain)
 
 
 def loss_and_gradient(model: vit.ViT, config: vit.ViTConfig) -> tuple:
@@ -357,12 +518,17 @@ def test_variants_that_do() -> None:
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"pool": "mean"}, "model.pool is 'mean'; choose one of gap, map, token"),
+        ({"pool": "mean"}, "model.pool is 'mean'; choose one of gap, max, avgmax, map, token"),
         ({"dtype": "float16"}, "model.dtype"),
         ({"heads": 3}, "model.heads 3 does not divide model.width 16"),
         ({"drop_path": 1.0}, "model.drop_path"),
         ({"depth": 0}, "model.depth is 0"),
         ({"position": "sincos2d", "width": 18}, "multiple of 4"),
+        ({"position": "rope", "width": 12}, "model.width 12 / model.heads 2 is 6"),
+        ({"mlp_kind": "glu"}, "model.mlp_kind is 'glu'; choose one of gelu, swiglu"),
+        ({"pool": "map", "pool_norm": True}, "model.pool_norm needs model.pool gap, max or avgmax, not 'map'"),
+        ({"layerscale_mlp": 0.1}, "model.layerscale is None; set both"),
+        ({"registers": -1}, "model.registers is -1"),
     ],
 )
 def test_configs_that_cannot_work(fields: dict, sentence: str) -> None:

@@ -127,6 +127,15 @@ def test_describe_lists_what_happens_to_every_parameter():
     assert rows["head/kernel"].shape == (32, 40)
 
 
+def test_layer_decay_of_what_precedes_the_blocks():
+    params = {"embedding": {"kernel": (4,)}, "pre_norm": {"scale": (4,)}, "registers": (2, 4)}
+    params |= {"blocks": {"mlp": {"gate": {"kernel": (3, 4, 4)}}}, "norm": {"scale": (4,)}}
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, "float32"), params, is_leaf=lambda x: isinstance(x, tuple))
+    rates = {path: rate.ravel().tolist() for path, rate in optimizer.layer_rates(shapes, 0.5).items()}
+    first = {path: [1 / 16] for path in ("embedding/kernel", "pre_norm/scale", "registers")}
+    assert rates == first | {"blocks/mlp/gate/kernel": [1 / 8, 1 / 4, 1 / 2], "norm/scale": [1.0]}
+
+
 def test_names_of_the_other_models_have_a_rule():
     expected = {
         "head/kernel": "head",

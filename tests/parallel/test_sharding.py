@@ -45,6 +45,8 @@ CASES = [
     ("blocks/attention/query/kernel", (12, 768, 12, 64), PartitionSpec(None, "data", "model", None)),
     ("blocks/attention/out/kernel", (12, 12, 64, 768), PartitionSpec(None, "model", None, "data")),
     ("blocks/mlp/up/kernel", (12, 768, 3072), PartitionSpec(None, "data", "model")),
+    ("blocks/mlp/gate/kernel", (12, 768, 3072), PartitionSpec(None, "data", "model")),
+    ("blocks/mlp/gate/bias", (12, 3072), PartitionSpec(None, "model")),
     ("blocks/mlp/down/kernel", (12, 3072, 768), PartitionSpec(None, "model", "data")),
     ("pool/attention/key/kernel", (768, 12, 64), PartitionSpec("data", "model", None)),
     ("head/kernel", (768, 30_000), PartitionSpec("data", "model")),

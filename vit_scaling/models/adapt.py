@@ -16,7 +16,8 @@ from vit_scaling.ops import windows
 # What must be equal, for its parameters mean something else in another network.
 VIT_FIELDS = (
     *("width", "depth", "mlp", "heads", "position", "registers", "qk_norm", "parallel"),
-    *("qkv_bias", "norm_bias", "gelu", "norm_eps", "layerscale"),
+    *("qkv_bias", "key_bias", "proj_bias", "mlp_bias", "norm_bias", "qk_norm_bias", "gelu", "norm_eps", "layerscale"),
+    *("layerscale_mlp", "mlp_kind", "norm", "pre_norm"),
 )
 
 

@@ -1,11 +1,13 @@
 """The layers that the models share: plain Flax NNX modules that hold arrays and nothing that changes.
 
 Parameters are float32; every layer computes in the dtype of its input, norms in float32 inside.
-Shapes: B batch, H W image or grid, C channels, L tokens, S context tokens, D width, N heads, K head dim, F hidden.
+Shapes: B batch, H W image or grid, C channels, L tokens, S context tokens, D width, N heads, K head dim,
+A rotary angles (K / 2).
 """
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +16,14 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vit_scaling import UserError
 from vit_scaling.ops import attention as attention_ops
+from vit_scaling.ops import rotary
 
 Initializer = Callable[[PRNGKeyArray, tuple[int, ...]], Array]
 
 GELUS = {
     "tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "exact": lambda x: jax.nn.gelu(x, approximate=False),
+    "quick": lambda x: x * jax.nn.sigmoid(1.702 * x),  # of OpenAI's CLIP weights
 }
 
 
@@ -113,10 +117,23 @@ class LayerNorm(nnx.Module):
         return y.astype(x.dtype)
 
 
+class RMSNorm(nnx.Module):
+    """Divides the last axis by its root mean square, in float32, and returns the input's dtype (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, *, eps: float):
+        self.scale = nnx.Param(jnp.ones((width,)))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (y * expand(self.scale[...], x.ndim)).astype(x.dtype)
+
+
 class Attention(nnx.Module):
     """Multi-head attention from `x` to `context` (itself by default).
 
-    With `qk_norm` each head's queries and keys pass a LayerNorm without bias first (ViT-22B, section 2).
+    `head_norm(head_dim)` makes a norm that the queries of each head pass, and one for the keys (ViT-22B, section 2).
     """
 
     def __init__(
@@ -126,42 +143,49 @@ class Attention(nnx.Module):
         *,
         key: PRNGKeyArray,
         qkv_bias: bool = True,
-        qk_norm: bool = False,
-        norm_eps: float = 1e-6,
+        key_bias: bool = True,
+        out_bias: bool = True,
+        head_norm: Callable[[int], nnx.Module] | None = None,
     ):
         if width % heads:
             raise UserError(f"width {width} cannot be split over {heads} heads; choose a number that divides it")
         head_dim = width // heads
         query_key, key_key, value_key, out_key = jax.random.split(key, 4)
         self.query = Linear(width, (heads, head_dim), key=query_key, bias=qkv_bias)
-        self.key = Linear(width, (heads, head_dim), key=key_key, bias=qkv_bias)
+        self.key = Linear(width, (heads, head_dim), key=key_key, bias=qkv_bias and key_bias)
         self.value = Linear(width, (heads, head_dim), key=value_key, bias=qkv_bias)
-        self.out = Linear((heads, head_dim), width, key=out_key)
-        self.query_norm = LayerNorm(head_dim, eps=norm_eps, bias=False) if qk_norm else None
-        self.key_norm = LayerNorm(head_dim, eps=norm_eps, bias=False) if qk_norm else None
+        self.out = Linear((heads, head_dim), width, key=out_key, bias=out_bias)
+        self.query_norm: Any = None if head_norm is None else head_norm(head_dim)
+        self.key_norm: Any = None if head_norm is None else head_norm(head_dim)
 
-    def _query_key(self, x_BLD: Array, context_BSD: Array) -> tuple[Array, Array]:
+    def _query_key(self, x_BLD: Array, context_BSD: Array, angles_LA: Array | None) -> tuple[Array, Array]:
         q_BLNK, k_BSNK = self.query(x_BLD), self.key(context_BSD)
-        if self.query_norm is not None and self.key_norm is not None:
+        if self.query_norm is not None:
             q_BLNK, k_BSNK = self.query_norm(q_BLNK), self.key_norm(k_BSNK)
+        if angles_LA is not None:
+            q_BLNK, k_BSNK = rotary.rotate(q_BLNK, angles_LA), rotary.rotate(k_BSNK, angles_LA)
         return q_BLNK, k_BSNK
 
     def __call__(
-        self, x_BLD: Float[Array, "B L D"], context_BSD: Float[Array, "B S D"] | None = None
+        self,
+        x_BLD: Float[Array, "B L D"],
+        context_BSD: Float[Array, "B S D"] | None = None,
+        angles_LA: Float[Array, "L A"] | None = None,
     ) -> Float[Array, "B L D"]:
+        """Mixes the values of the context. With angles, queries and keys are rotated first; see `ops.rotary`."""
         context_BSD = x_BLD if context_BSD is None else context_BSD
-        q_BLNK, k_BSNK = self._query_key(x_BLD, context_BSD)
+        q_BLNK, k_BSNK = self._query_key(x_BLD, context_BSD, angles_LA)
         return self.out(attention_ops.attention(q_BLNK, k_BSNK, self.value(context_BSD)))
 
     def weights(
-        self, x_BLD: Float[Array, "B L D"], context_BSD: Float[Array, "B S D"] | None = None
-    ) -> Float[Array, "B N L S"]:
-        """Returns how much each query attends to each key, in float32."""
-        return attention_ops.attention_weights(*self._query_key(x_BLD, x_BLD if context_BSD is None else context_BSD))
+        self, x_BLD: Float[Array, "B L D"], angles_LA: Float[Array, "L A"] | None = None
+    ) -> Float[Array, "B N L L"]:
+        """Returns how much each token attends to each other one, in float32."""
+        return attention_ops.attention_weights(*self._query_key(x_BLD, x_BLD, angles_LA))
 
 
 class Mlp(nnx.Module):
-    """Linear, GELU ("tanh" or "exact"), Linear. Biases start at N(0, 1e-6) unless told otherwise."""
+    """Linear, GELU ("tanh", "exact" or "quick"), Linear. Biases start at N(0, 1e-6) unless told otherwise."""
 
     def __init__(
         self,
@@ -170,16 +194,30 @@ class Mlp(nnx.Module):
         *,
         key: PRNGKeyArray,
         gelu: str,
+        bias: bool = True,
         kernel_init: Initializer = xavier_uniform,
         bias_init: Initializer = normal(1e-6),  # noqa: B008
     ):
         up_key, down_key = jax.random.split(key)
-        self.up = Linear(width, hidden, key=up_key, kernel_init=kernel_init, bias_init=bias_init)
-        self.down = Linear(hidden, width, key=down_key, kernel_init=kernel_init, bias_init=bias_init)
+        self.up = Linear(width, hidden, key=up_key, bias=bias, kernel_init=kernel_init, bias_init=bias_init)
+        self.down = Linear(hidden, width, key=down_key, bias=bias, kernel_init=kernel_init, bias_init=bias_init)
         self.gelu = gelu
 
     def __call__(self, x_D: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
         return self.down(GELUS[self.gelu](self.up(x_D)))
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate x) * up x), the gated MLP of DINOv2 ViT-g/14 and DINOv3 (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, width: int, hidden: int, *, key: PRNGKeyArray, bias: bool = True):
+        gate_key, up_key, down_key = jax.random.split(key, 3)
+        self.gate = Linear(width, hidden, key=gate_key, bias=bias)
+        self.up = Linear(width, hidden, key=up_key, bias=bias)
+        self.down = Linear(hidden, width, key=down_key, bias=bias)
+
+    def __call__(self, x_D: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
+        return self.down(jax.nn.silu(self.gate(x_D)) * self.up(x_D))
 
 
 class PatchEmbedding(Linear):
@@ -189,8 +227,8 @@ class PatchEmbedding(Linear):
     patch are left out, as that convolution without padding does (So400m/14 at 384 pixels sees 27 x 27 patches).
     """
 
-    def __init__(self, patch: tuple[int, int], channels: int, width: int, *, key: PRNGKeyArray):
-        super().__init__((*patch, channels), width, key=key, kernel_init=lecun_normal)
+    def __init__(self, patch: tuple[int, int], channels: int, width: int, *, key: PRNGKeyArray, bias: bool = True):
+        super().__init__((*patch, channels), width, key=key, bias=bias, kernel_init=lecun_normal)
         self.patch = patch
 
     def __call__(self, images_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B L D"]:

@@ -1,13 +1,13 @@
 """Vision Transformer as in Scaling Vision Transformers (Zhai et al. 2022, arXiv 2106.04560).
 
-No class token by default; a GAP or MAP head; options of ViT-22B (Dehghani et al. 2023, arXiv 2302.05442) and of the
-plain ViT (Beyer et al. 2022, arXiv 2205.01580).
-Shapes: B batch, H W image, L tokens, D width, N heads, K head dim, F hidden, Z layers.
+No class token by default; a GAP or MAP head; options of ViT-22B (Dehghani et al. 2023, arXiv 2302.05442), of the
+plain ViT (Beyer et al. 2022, arXiv 2205.01580), of CLIP (arXiv 2103.00020) and of DINOv2 and DINOv3 (arXiv 2508.10104).
+Shapes: B batch, H W image, L tokens, D width, N heads, K head dim, A angles (K / 2), Z layers, M classes.
 """
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vit_scaling import UserError
 from vit_scaling.models import layers
+from vit_scaling.ops import rotary
 from vit_scaling.parallel.sharding import constrain
 
 
@@ -47,8 +48,15 @@ SIZES = {
     "22B": Size(6144, 48, 24576, 48),
 }
 
-POOLS = ("gap", "map", "token")
-POSITIONS = ("learned", "sincos2d", "none")
+CHOICES = {
+    "pool": ("gap", "max", "avgmax", "map", "token"),
+    "position": ("learned", "sincos2d", "rope", "learned+rope", "none"),
+    "mlp_kind": ("gelu", "swiglu"),
+    "norm": ("layernorm", "rmsnorm"),
+    "gelu": tuple(layers.GELUS),
+    "dtype": ("float32", "bfloat16"),
+    "remat": tuple(layers.REMAT_POLICIES),
+}
 
 
 @dataclasses.dataclass
@@ -57,20 +65,31 @@ class ViTConfig:
 
     width: int = 768
     depth: int = 12
-    mlp: int = 3072
+    mlp: int = 3072  # hidden units; of swiglu, of each of its two halves (DINOv2's g/14: 4096 at width 1536)
     heads: int = 12
     patch: tuple[int, int] = (16, 16)  # height, width in pixels
-    pool: str = "gap"  # gap: mean of the tokens; map: attention pooling; token: a class token
-    position: str = "learned"  # learned | sincos2d | none
-    registers: int = 0  # extra learned tokens that no head reads (Darcet et al. 2024)
+    pool: str = "gap"  # gap: mean of the patches; max; avgmax: half of each; map: attention pooling; token: class token
+    class_token: bool = False  # a class token even if the pool does not read it; pool="token" always has one
+    pool_prefix: bool = False  # gap, max, avgmax and map read the class token and the registers, too
+    pool_norm: bool = False  # gap, max and avgmax: the final norm follows the pool (timm's fc_norm), not the last block
+    position: str = "learned"  # learned | sincos2d | rope (DINOv3's) | learned+rope | none
+    registers: int = 0  # extra learned tokens (Darcet et al. 2024)
     drop_path: float = 0.0  # rate of the last block; grows linearly from 0 at the first
     layerscale: float | None = None  # initial scale of each residual branch (Touvron et al. 2021)
-    qk_norm: bool = False  # LayerNorm on queries and keys (ViT-22B)
+    layerscale_mlp: float | None = None  # of the MLP's branch, where it differs from the attention's
+    mlp_kind: str = "gelu"  # gelu | swiglu (DINOv2's g/14); the MLP of the map pool is always the first
+    norm: str = "layernorm"  # layernorm | rmsnorm
+    pre_norm: bool = False  # a norm before the first block, and patches without a bias (CLIP)
+    qk_norm: bool = False  # a norm on queries and keys (ViT-22B)
+    qk_norm_bias: bool = False
     parallel: bool = False  # attention and MLP side by side on one norm (ViT-22B)
     qkv_bias: bool = True  # ViT-22B has none
-    norm_bias: bool = True  # ViT-22B has none
+    key_bias: bool = True  # DINOv3 has none; without qkv_bias there is none either
+    proj_bias: bool = True  # of the attention's output projection
+    mlp_bias: bool = True
+    norm_bias: bool = True  # of layernorm; ViT-22B has none
     pre_logits: bool = False  # tanh(Linear) before the classifier (Dosovitskiy et al. 2021), as old checkpoints have
-    gelu: str = "tanh"  # tanh | exact
+    gelu: str = "tanh"  # tanh | exact | quick
     norm_eps: float = 1e-6
     dtype: str = "float32"  # of the computation; parameters are float32, positions and norms computed in it
     scan: bool = True  # one compiled block looped over the layers; unrolled otherwise
@@ -103,23 +122,48 @@ def variant(name: str, **fields: object) -> ViTConfig:
 
 
 def check(config: ViTConfig) -> None:
-    """Raises ValueError, in one sentence, for the first field that cannot work."""
-    for field, choices in (
-        ("pool", POOLS),
-        ("position", POSITIONS),
-        ("gelu", tuple(layers.GELUS)),
-        ("dtype", ("float32", "bfloat16")),
-        ("remat", tuple(layers.REMAT_POLICIES)),
-    ):
+    """Raises UserError, in one sentence, for the first field that cannot work."""
+    for field, choices in CHOICES.items():
         if getattr(config, field) not in choices:
             raise UserError(f"model.{field} is {getattr(config, field)!r}; choose one of {', '.join(choices)}")
     for field in ("width", "depth", "mlp", "heads"):
         if getattr(config, field) < 1:
             raise UserError(f"model.{field} is {getattr(config, field)}; it must be at least 1")
+    if config.registers < 0:
+        raise UserError(f"model.registers is {config.registers}; it must be at least 0")
     if not 0 <= config.drop_path < 1:
         raise UserError(f"model.drop_path is {config.drop_path}; a rate is at least 0 and below 1")
     if config.width % config.heads:
         raise UserError(f"model.heads {config.heads} does not divide model.width {config.width}")
+    if rotary_positions(config) and config.width // config.heads % 4:
+        raise UserError(
+            f"model.position {config.position!r} needs heads of a multiple of 4 dims; model.width {config.width} / "
+            f"model.heads {config.heads} is {config.width // config.heads}"
+        )
+    if config.pool_norm and config.pool in ("map", "token"):
+        raise UserError(f"model.pool_norm needs model.pool gap, max or avgmax, not {config.pool!r}")
+    if config.layerscale_mlp is not None and config.layerscale is None:
+        raise UserError(f"model.layerscale_mlp is {config.layerscale_mlp}, but model.layerscale is None; set both")
+
+
+def prefix_tokens(config: ViTConfig) -> int:
+    """Returns how many tokens precede the patches: the class token, where there is one, and the registers."""
+    return int(config.class_token or config.pool == "token") + config.registers
+
+
+def learned_positions(config: ViTConfig) -> bool:
+    return config.position in ("learned", "learned+rope")
+
+
+def rotary_positions(config: ViTConfig) -> bool:
+    return config.position in ("rope", "learned+rope")
+
+
+def make_norm(config: ViTConfig, width: int, *, bias: bool) -> nnx.Module:
+    """Returns a norm of the config's kind; `bias` counts for layernorm only."""
+    if config.norm == "rmsnorm":
+        return layers.RMSNorm(width, eps=config.norm_eps)
+    return layers.LayerNorm(width, eps=config.norm_eps, bias=bias)
 
 
 class Block(nnx.Module):
@@ -127,22 +171,30 @@ class Block(nnx.Module):
 
     def __init__(self, config: ViTConfig, *, key: PRNGKeyArray):
         attention_key, mlp_key = jax.random.split(key)
-        norm = functools.partial(layers.LayerNorm, config.width, eps=config.norm_eps, bias=config.norm_bias)
-        self.norm1 = norm()
+        norm = functools.partial(make_norm, config, config.width, bias=config.norm_bias)
+        self.norm1: Any = norm()
         self.attention = layers.Attention(
             config.width,
             config.heads,
             key=attention_key,
             qkv_bias=config.qkv_bias,
-            qk_norm=config.qk_norm,
-            norm_eps=config.norm_eps,
+            key_bias=config.key_bias,
+            out_bias=config.proj_bias,
+            head_norm=functools.partial(make_norm, config, bias=config.qk_norm_bias) if config.qk_norm else None,
         )
-        self.norm2 = None if config.parallel else norm()
-        self.mlp = layers.Mlp(config.width, config.mlp, key=mlp_key, gelu=config.gelu)
-        scales = [None, None] if config.layerscale is None else [jnp.full(config.width, config.layerscale)] * 2
-        self.layerscale1, self.layerscale2 = (None if scale is None else nnx.Param(scale) for scale in scales)
+        self.norm2: Any = None if config.parallel else norm()
+        if config.mlp_kind == "swiglu":
+            self.mlp: Any = layers.SwiGLU(config.width, config.mlp, key=mlp_key, bias=config.mlp_bias)
+        else:
+            self.mlp = layers.Mlp(config.width, config.mlp, key=mlp_key, gelu=config.gelu, bias=config.mlp_bias)
+        scale, mlp_scale = config.layerscale, config.layerscale_mlp
+        mlp_scale = scale if mlp_scale is None else mlp_scale
+        self.layerscale1 = None if scale is None else nnx.Param(jnp.full(config.width, scale))
+        self.layerscale2 = None if mlp_scale is None else nnx.Param(jnp.full(config.width, mlp_scale))
 
-    def __call__(self, x_BLD: Float[Array, "B L D"], rate: Array, key: PRNGKeyArray | None) -> Float[Array, "B L D"]:
+    def __call__(
+        self, x_BLD: Float[Array, "B L D"], rate: Array, key: PRNGKeyArray | None, angles_LA: Array | None
+    ) -> Float[Array, "B L D"]:
         x_BLD = constrain(x_BLD)
         key1, key2 = (None, None) if key is None else jax.random.split(key)
 
@@ -152,7 +204,7 @@ class Block(nnx.Module):
             return layers.drop_path(y_BLD, rate, key)
 
         y_BLD = self.norm1(x_BLD)
-        attended_BLD = branch(self.attention(y_BLD), self.layerscale1, key1)
+        attended_BLD = branch(self.attention(y_BLD, angles_LA=angles_LA), self.layerscale1, key1)
         if self.norm2 is None:
             return x_BLD + attended_BLD + branch(self.mlp(y_BLD), self.layerscale2, key2)
         x_BLD = x_BLD + attended_BLD
@@ -168,24 +220,23 @@ class AttentionPool(nnx.Module):
     def __init__(self, config: ViTConfig, *, key: PRNGKeyArray):
         probe_key, attention_key, mlp_key = jax.random.split(key, 3)
         self.probe = nnx.Param(layers.xavier_uniform(probe_key, (1, config.width)))
-        self.attention = layers.Attention(config.width, config.heads, key=attention_key, norm_eps=config.norm_eps)
-        self.norm = layers.LayerNorm(config.width, eps=config.norm_eps)
+        self.attention = layers.Attention(config.width, config.heads, key=attention_key)
+        self.norm: Any = make_norm(config, config.width, bias=True)
         self.mlp = layers.Mlp(config.width, config.mlp, key=mlp_key, gelu=config.gelu)
-
-    def _probe(self, x_BLD: Array) -> Array:
-        return jnp.broadcast_to(self.probe[...][None], (x_BLD.shape[0], 1, x_BLD.shape[2]))
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B D"]:
         x_BLD = x_BLD.astype(jnp.float32)
-        y_B1D = self.attention(self._probe(x_BLD), x_BLD)
+        probe_B1D = jnp.broadcast_to(self.probe[...][None], (x_BLD.shape[0], 1, x_BLD.shape[2]))
+        y_B1D = self.attention(probe_B1D, x_BLD)
         return (y_B1D + self.mlp(self.norm(y_B1D)))[:, 0]
 
 
 class ViT(nnx.Module):
     """Images in [-1, 1] to logits. Parameters of the blocks are stacked: `blocks/...` has a leading axis Z.
 
-    Any height and width of at least one patch works with sine-cosine or no positions; learned positions belong to the
-    grid that the model was built for.
+    Any height and width of at least one patch works with sine-cosine, rotary or no positions; learned positions belong
+    to the grid that the model was built for. Class token and registers have no position: for learned tokens a learned
+    position would be a second name of the same parameter.
     """
 
     def __init__(self, config: ViTConfig, *, image_size: tuple[int, int], num_classes: int, key: PRNGKeyArray):
@@ -194,18 +245,17 @@ class ViT(nnx.Module):
         self.grid = layers.grid_size(image_size, config.patch)
         patch_key, position_key, register_key, blocks_key, pool_key, head_key = jax.random.split(key, 6)
         width = config.width
-        self.embedding = layers.PatchEmbedding(config.patch, 3, width, key=patch_key)
-        position_init = layers.normal(width**-0.5)
-        learned = config.position == "learned"
-        tokens = self.grid[0] * self.grid[1]
-        self.position_embedding = nnx.Param(position_init(position_key, (tokens, width))) if learned else None
-        self.class_token = nnx.Param(jnp.zeros((1, width))) if config.pool == "token" else None
-        self.registers = (
-            nnx.Param(layers.normal(0.02)(register_key, (config.registers, width))) if config.registers else None
-        )
+        self.embedding = layers.PatchEmbedding(config.patch, 3, width, key=patch_key, bias=not config.pre_norm)
+        positions = layers.normal(width**-0.5)(position_key, (self.grid[0] * self.grid[1], width))
+        self.position_embedding = nnx.Param(positions) if learned_positions(config) else None
+        has_class_token = prefix_tokens(config) > config.registers
+        self.class_token = nnx.Param(jnp.zeros((1, width))) if has_class_token else None
+        registers = layers.normal(0.02)(register_key, (config.registers, width))
+        self.registers = nnx.Param(registers) if config.registers else None
+        self.pre_norm: Any = make_norm(config, width, bias=config.norm_bias) if config.pre_norm else None
         # By a loop and not by vmap: XLA compiles vmapped random numbers several times more slowly.
         self.blocks = jax.lax.map(lambda key: Block(config, key=key), jax.random.split(blocks_key, config.depth))
-        self.norm = layers.LayerNorm(width, eps=config.norm_eps, bias=config.norm_bias)
+        self.norm: Any = make_norm(config, width, bias=config.norm_bias)
         self.pool = AttentionPool(config, key=pool_key) if config.pool == "map" else None
         self.pre_logits = (
             layers.Linear(width, width, key=jax.random.fold_in(head_key, 1)) if config.pre_logits else None
@@ -237,19 +287,30 @@ class ViT(nnx.Module):
         if extra:
             extra_LD = jnp.concatenate(extra)
             x_BLD = jnp.concatenate([jnp.broadcast_to(extra_LD, (x_BLD.shape[0], *extra_LD.shape)), x_BLD], axis=1)
-        return x_BLD
+        return x_BLD if self.pre_norm is None else self.pre_norm(x_BLD)
+
+    def _angles(self, height: int, width: int) -> Float[Array, "L A"] | None:
+        """Returns the rotary angles of all tokens, zero for the class token and the registers."""
+        if not rotary_positions(self.config):
+            return None
+        grid = layers.grid_size((height, width), self.config.patch)
+        angles_LA = rotary.axial_angles(*grid, self.config.width // self.config.heads)
+        return jnp.pad(angles_LA, ((prefix_tokens(self.config), 0), (0, 0)))
 
     def _drop_path_rates(self) -> Float[Array, "Z"]:
         return jnp.linspace(0.0, self.config.drop_path, self.config.depth)
 
     def encode(self, images_BHWC: Float[Array, "B H W 3"], key: PRNGKeyArray | None = None) -> Float[Array, "B L D"]:
-        """Returns the tokens after the final norm: [class token, registers, patches], each where there is one."""
-        x_BLD = self._tokens(images_BHWC)
+        """Returns the tokens [class token, registers, patches], each where there is one.
+
+        They come after the final norm, or with `pool_norm` before it.
+        """
+        x_BLD, angles_LA = self._tokens(images_BHWC), self._angles(*images_BHWC.shape[1:3])
         keys = None if key is None else jax.random.split(key, self.config.depth)
 
         def step(x_BLD: Array, layer: tuple[Block, Array, PRNGKeyArray | None]) -> tuple[Array, None]:
             block, rate, key = layer
-            return block(x_BLD, rate, key if self.config.drop_path else None), None
+            return block(x_BLD, rate, key if self.config.drop_path else None, angles_LA), None
 
         if self.config.remat != "none":
             # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
@@ -257,20 +318,27 @@ class ViT(nnx.Module):
             step = jax.checkpoint(step, policy=policy, prevent_cse=not self.config.scan)
         per_layer = (self.blocks, self._drop_path_rates(), keys)
         x_BLD, _ = jax.lax.scan(step, x_BLD, per_layer, unroll=1 if self.config.scan else self.config.depth)
-        return self.norm(constrain(x_BLD))
+        return constrain(x_BLD) if self.config.pool_norm else self.norm(constrain(x_BLD))
 
     def features(self, images_BHWC: Float[Array, "B H W 3"], key: PRNGKeyArray | None = None) -> Float[Array, "B D"]:
         """Returns the representation that the classifier reads, in float32."""
         pooled_BD = self._pool(self.encode(images_BHWC, key))
         return pooled_BD if self.pre_logits is None else jnp.tanh(self.pre_logits(pooled_BD))
 
-    def _pool(self, x_BLD: Array) -> Array:
-        if self.class_token is not None:
+    def _pool(self, x_BLD: Array) -> Float[Array, "B D"]:
+        if self.config.pool == "token":
             return x_BLD[:, 0].astype(jnp.float32)
-        patches_BLD = x_BLD[:, self.config.registers :]
+        x_BLD = x_BLD if self.config.pool_prefix else x_BLD[:, prefix_tokens(self.config) :]
         if self.pool is not None:
-            return self.pool(patches_BLD)
-        return jnp.mean(patches_BLD.astype(jnp.float32), axis=1)
+            return self.pool(x_BLD)
+        x_BLD = x_BLD.astype(jnp.float32)
+        if self.config.pool == "gap":
+            pooled_BD = jnp.mean(x_BLD, axis=1)
+        elif self.config.pool == "max":
+            pooled_BD = jnp.max(x_BLD, axis=1)
+        else:
+            pooled_BD = 0.5 * (jnp.mean(x_BLD, axis=1) + jnp.max(x_BLD, axis=1))
+        return self.norm(pooled_BD) if self.config.pool_norm else pooled_BD
 
     def __call__(self, images_BHWC: Float[Array, "B H W 3"], key: PRNGKeyArray | None = None) -> Float[Array, "B M"]:
         """Returns logits over the M classes, in float32. A key means training: it turns drop path on."""
@@ -279,9 +347,11 @@ class ViT(nnx.Module):
     def attention_maps(self, images_BHWC: Float[Array, "B H W 3"]) -> Float[Array, "Z B N L L"]:
         """Returns how much each token attends to each other one, by layer and head, in float32."""
 
+        angles_LA = self._angles(*images_BHWC.shape[1:3])
+
         def step(x_BLD: Array, layer: tuple[Block, Array]) -> tuple[Array, Array]:
             block, rate = layer
-            return block(x_BLD, rate, None), block.attention.weights(block.norm1(x_BLD))
+            return block(x_BLD, rate, None, angles_LA), block.attention.weights(block.norm1(x_BLD), angles_LA)
 
         _, maps = jax.lax.scan(step, self._tokens(images_BHWC), (self.blocks, self._drop_path_rates()))
         return maps

@@ -141,7 +141,7 @@ def layer_rates(params: Mapping[str, Any], decay: float) -> dict[str, np.ndarray
 
 def _rate(path: str, leaf: Any, decay: float, stacks: Mapping[str, tuple[int, int]], total: int) -> np.ndarray:
     first_room, rest = path.split("/")[0], path.partition(names.STACK + "/")[2]
-    if first_room in ("embedding", "embedding_norm", "position_embedding", "class_token", "registers"):
+    if first_room in ("embedding", "embedding_norm", "pre_norm", "position_embedding", "class_token", "registers"):
         layer: Any = 0
     elif first_room in ("norm", "pool", "pre_logits", "head"):
         layer = total + 1

@@ -26,15 +26,15 @@ STORAGE_AXES = ("data", "fold")
 MIN_SHARDED_SIZE = 2**16
 
 # "data" is storage (gathered before use), "model" is tensor parallelism (each device computes its heads or hidden
-# units). Width is an input of query, key, value and up, and an output of out and down.
+# units). Width is an input of query, key, value, up and gate, and an output of out and down.
 RULES: tuple[tuple[str, tuple[str | None, ...] | None], ...] = (
     # Relative positions in windows: an odd number of rows and few heads, small beside the kernels. They stay whole.
     (r".*/(relative_position_bias_table|cpb_mlp/.*)", None),
     (r".*/(query|key|value)/kernel", ("data", "model", None)),
     (r".*/(query|key|value)/bias", ("model", None)),
     (r".*/out/kernel", ("model", None, "data")),
-    (r".*/up/kernel", ("data", "model")),
-    (r".*/up/bias", ("model",)),
+    (r".*/(up|gate)/kernel", ("data", "model")),
+    (r".*/(up|gate)/bias", ("model",)),
     (r".*/down/kernel", ("model", "data")),
     (r"head/kernel", ("data", "model")),
     (r"head/bias", ("model",)),

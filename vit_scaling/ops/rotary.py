@@ -1,0 +1,42 @@
+"""Rotary positions on a grid of patches: axial 2-D RoPE in the form of DINOv3 (Siméoni et al. 2025, arXiv 2508.10104).
+
+Queries and keys are rotated by angles that depend on where their patch lies, so their dot product depends on the
+difference of positions only (RoFormer, Su et al. 2021, arXiv 2104.09864, section 3.2).
+
+Shapes: B batch, L tokens, N heads, K head dim, A angles of a token (K / 2).
+"""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vit_scaling import UserError
+
+
+def axial_angles(rows: int, columns: int, head_dim: int, base: float = 100.0) -> Float[Array, "L A"]:
+    """Returns the angle of each pair of dimensions for each patch, row by row, in radians.
+
+    Patch centers are scaled to (-1, 1) along each axis, whatever the size of the grid, so the longest wavelength spans
+    the image. The first half of the angles belongs to the row, the second to the column; each half is 2π times the
+    coordinate times base^(-4i / head_dim), i = 0 ... head_dim / 4 - 1.
+
+    Raises:
+        UserError: the head dim is not a multiple of 4.
+    """
+    if head_dim % 4:
+        raise UserError(f"rotary positions need a head dim that is a multiple of 4, not {head_dim}")
+    frequency = base ** (-4 * jnp.arange(head_dim // 4, dtype=jnp.float32) / head_dim)
+    y, x = ((2 * jnp.arange(side, dtype=jnp.float32) + 1) / side - 1 for side in (rows, columns))
+    y_L, x_L = (axis.reshape(-1) for axis in jnp.meshgrid(y, x, indexing="ij"))
+    return 2 * math.pi * jnp.concatenate([jnp.outer(y_L, frequency), jnp.outer(x_L, frequency)], axis=1)
+
+
+def rotate(x_BLNK: Float[Array, "B L N K"], angles_LA: Float[Array, "L A"]) -> Float[Array, "B L N K"]:
+    """Rotates dimensions (i, i + K / 2) of every head by angle i of its token, in float32; the dtype stays x's.
+
+    An angle of zero leaves a token as it is.
+    """
+    first, second = jnp.split(x_BLNK.astype(jnp.float32), 2, axis=-1)
+    cos, sin = (f(angles_LA)[None, :, None, :] for f in (jnp.cos, jnp.sin))
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLNK.dtype)
