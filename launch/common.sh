@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the launchers share: flags, quoting, and showing what would be done. Sourced, never run.
+# What the launchers share: flags, quoting, dry runs, restarts, and when a run is finished. Sourced, never run.
 
 say() { printf '==> %s\n' "$*" >&2; }
 fail() {
@@ -8,9 +8,11 @@ fail() {
 }
 
 declare -A flag=() # what was given as --name=value; a flag without a value is "yes"
-train=()           # what follows --: the flags of vit_scaling.train
+given=()           # the names of the flags, in order
+train=()           # what follows --: the flags of the trainer
 
-# read_flags "KNOWN NAMES" ARGUMENTS: fills `flag` and `train`; --help prints the comment at the head of the script.
+# read_flags "KNOWN NAMES" ARGUMENTS: fills `flag` and `train`; a known name of "*" allows any. --help prints the comment
+# at the head of the script.
 read_flags() {
   local known=" $1 dry-run help" name
   shift
@@ -24,13 +26,14 @@ read_flags() {
     --*)
       name=${1#--}
       name=${name%%=*}
-      [[ "$known " == *" $name "* ]] || fail "there is no flag --$name; the flags are${known// / --}"
+      [[ "$known " == *" $name "* || "$known " == *" * "* ]] || fail "there is no flag --$name; the flags are${known// / --}"
+      [[ -n "${flag[$name]:-}" ]] || given+=("$name")
       case $1 in
       *=*) flag[$name]+=${flag[$name]:+$'\n'}${1#*=} ;; # a flag given twice has two lines
       *) flag[$name]=yes ;;
       esac
       ;;
-    *) fail "$1 is no flag; flags look like --name=value, and those of the trainer follow --" ;;
+    *) fail "$1 is not a flag; flags look like --name=value, and those of the trainer follow --" ;;
     esac
     shift
   done
@@ -44,7 +47,7 @@ read_flags() {
 need() {
   local name
   for name in "$@"; do
-    [[ -n ${flag[$name]:-} ]] || fail "--$name=... is missing; --help tells what it is"
+    [[ -n ${flag[$name]:-} ]] || fail "--$name=... is missing; --help says what it is"
   done
 }
 
@@ -66,4 +69,25 @@ quoted() {
 # run COMMAND: runs it, or with --dry-run prints it.
 run() {
   if [ -n "${flag[dry-run]:-}" ]; then quoted "$@"; else "$@"; fi
+}
+
+# finished WORKDIR: prints a shell command that succeeds if there are a result and the checkpoint that it names.
+finished() {
+  # shellcheck disable=SC2016 # the shell that runs the command expands it
+  printf 'checkpoint=$(sed -n '\''s/^ *"checkpoint": "\\(.*\\)",\\{0,1\\}$/\\1/p'\'' %s 2>/dev/null) && test -n "$checkpoint" && test -d "$checkpoint"\n' \
+    "$(quoted "$1/result.json")"
+}
+
+# pause_after SECONDS: waits before the next attempt, given how long the last one lasted: 10 s, twice as long after each
+# attempt of under 10 minutes, and 2 minutes at most, which the hosts of one run wait for each other. Fails after 10 such
+# attempts in a row.
+short_attempts=0
+pause_after() {
+  local pause=10 count
+  if [ "$1" -ge 600 ]; then short_attempts=0; else short_attempts=$((short_attempts + 1)); fi
+  [ "$short_attempts" -lt 10 ] || return 1
+  for ((count = 1; count < short_attempts && pause < 120; count++)); do pause=$((pause * 2)); done
+  [ "$pause" -le 120 ] || pause=120
+  say "the next attempt begins in $pause s"
+  sleep "$pause"
 }

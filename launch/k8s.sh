@@ -1,17 +1,25 @@
 #!/usr/bin/env bash
 # Trains on Kubernetes, on one slice of a TPU node pool or on nodes with GPUs: prints a manifest and applies it. Pods
-# that end are started again until there is a result.
+# that end are started again, after a growing pause, until the run is finished or the trainer refuses what it was given.
 #
-#   ./run.sh k8s --name=NAME --image=IMAGE --hosts=N --chips=RESOURCE=COUNT --select=LABEL=VALUE [--select=...]
-#       --claim=CLAIM --workdir=DIR [--namespace=SPACE] [--dry-run] -- --config=FILE.py:VARIANT [flags of the trainer]
+#   ./run.sh k8s --name=NAME --image=IMAGE --hosts=N --chips=RESOURCE=COUNT
+#       --select=LABEL=VALUE [--select=...] --claim=CLAIM --workdir=DIR
+#       [--namespace=SPACE] [--dry-run]
+#       -- --config=FILE.py:VARIANT [flags of the trainer]
 #
-#   --image    holds this project, installed
-#   --hosts    hosts of the slice; --chips is what each has, such as google.com/tpu=4 or nvidia.com/gpu=8
-#   --select   labels of the nodes, such as cloud.google.com/gke-tpu-accelerator=tpu-v5-lite-podslice and
+#   --image    has this project installed
+#   --hosts    hosts of the slice; --chips is what each has, such as
+#              google.com/tpu=4 or nvidia.com/gpu=8
+#   --select   labels of the nodes, such as
+#              cloud.google.com/gke-tpu-accelerator=tpu-v5-lite-podslice and
 #              cloud.google.com/gke-tpu-topology=4x4
-#   --claim    a PersistentVolumeClaim that all pods may write; it is mounted at /run/vit_scaling
+#   --claim    a PersistentVolumeClaim that all pods may write; it is mounted
+#              at /run/vit_scaling
 #   --workdir  a folder in it, such as /run/vit_scaling/s16
 #   --dry-run  print the manifest and apply nothing
+#
+# Watch it with kubectl logs --follow job/NAME, stop it with kubectl delete job NAME; the same command continues it.
+# The nodes of the pool cost money until the pool is scaled down.
 
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -52,11 +60,22 @@ spec:
   completionMode: Indexed
   completions: ${flag[hosts]}
   parallelism: ${flag[hosts]}
-  backoffLimit: 10000
+  # Pods that fail are replaced after 10 s, 20 s, 40 s ... 6 minutes; 100 for each host end the job.
+  backoffLimit: $((100 * flag[hosts]))
+  podFailurePolicy:
+    rules:
+    - action: FailJob # the trainer refused its flags, data or workdir, and would again
+      onExitCodes:
+        containerName: train
+        operator: In
+        values: [2]
+    - action: Ignore # a preempted or drained node is no failure of the run
+      onPodConditions:
+      - type: DisruptionTarget
   template:
     spec:
       subdomain: $name
-      restartPolicy: OnFailure
+      restartPolicy: Never
       terminationGracePeriodSeconds: 180
       nodeSelector:
 $(for label in "${labels[@]}"; do echo "        ${label%%=*}: \"${label#*=}\""; done)
@@ -79,13 +98,20 @@ $(for label in "${labels[@]}"; do echo "        ${label%%=*}: \"${label#*=}\""; 
         - bash
         - -c
         - |
-          # exec would hide the exit code: a run that was stopped exits with 0, and is not finished.
+          # A run that was stopped exits with 0 and is not finished, so the exit code alone does not tell.
           trap 'kill -TERM "\$trainer"' TERM
           python -m vit_scaling.train $(quoted "--workdir=${flag[workdir]}" "${train[@]}") \\
             --coordinator=$name-0.$name:8476 --num_processes=${flag[hosts]} --process_id="\$JOB_COMPLETION_INDEX" &
           trainer=\$!
-          wait "\$trainer" || wait "\$trainer"
-          test -e $(quoted "${flag[workdir]}/result.json")
+          wait "\$trainer"
+          code=\$?
+          if [ "\$code" -gt 128 ]; then # a signal ended the wait, and the trainer saves
+            wait "\$trainer"
+            code=\$?
+          fi
+          if $(finished "${flag[workdir]}"); then exit 0; fi
+          if [ "\$code" -eq 2 ]; then exit 2; fi
+          exit 1
 TEXT
 }
 
@@ -93,4 +119,6 @@ manifest
 if [ -z "${flag[dry-run]:-}" ]; then
   command -v kubectl >/dev/null || fail "there is no kubectl here; install it, or call this with --dry-run"
   manifest | kubectl apply --filename=-
+  space=${flag[namespace]:+ --namespace=${flag[namespace]}}
+  say "watch it with kubectl logs --follow job/${flag[name]}$space; stop it with kubectl delete job ${flag[name]}$space"
 fi

@@ -1,15 +1,23 @@
 #!/usr/bin/env bash
 # Trains on a slice of Cloud TPU VMs: creates it or uses it, installs this commit on all of its hosts, starts, follows
-# the log, and starts again after a preemption, until there is a result.
+# the log, and starts again after a preemption, until the run is finished or the trainer refuses what it was given.
 #
-#   ./run.sh pod --name=SLICE --project=PROJECT --zone=ZONE --accelerator=TYPE --version=RUNTIME --workdir=DIR
-#       [--spot] [--setup=COMMAND] [--dry-run] -- --config=FILE.py:VARIANT [flags of the trainer]
+#   ./run.sh pod --name=SLICE --project=PROJECT --zone=ZONE
+#       --accelerator=TYPE --version=RUNTIME --workdir=DIR [--spot]
+#       [--setup=COMMAND] [--dry-run]
+#       -- --config=FILE.py:VARIANT [flags of the trainer]
 #
-#   --accelerator  such as v5litepod-16; --version is the runtime that it needs
+#   --accelerator  Google's name such as v5litepod-16, or that of the plan such
+#                  as v5e:4x4
+#   --version      the runtime that the accelerator needs
 #   --workdir      a folder that all hosts see: a mounted bucket or file store
-#   --setup        run on each host before installing, such as mounting that folder or installing Python 3.11
+#   --setup        run on each host before installing, such as mounting that
+#                  folder or installing Python 3.11
 #   --spot         may be preempted, and costs less
 #   --dry-run      print the commands and run none
+#
+# Ctrl-C here ends the watching and not the run; the same command watches again. The slice costs money until it is
+# deleted, also when the run is finished or has failed; the last line says how to stop the run and delete the slice.
 
 # shellcheck disable=SC2016 # what is quoted is for the shells of the hosts
 set -euo pipefail
@@ -19,21 +27,26 @@ read_flags "name project zone accelerator version workdir spot setup" "$@"
 need name project zone accelerator version workdir
 need_config
 
+case ${flag[accelerator]} in
+*:*) # a machine of the plan: NAME:SHAPE
+  [[ ${flag[accelerator]} =~ ^(v2|v3|v4|v5e|v5p|v6e):([0-9]+x[0-9]+(x[0-9]+)?)$ ]] ||
+    fail "--accelerator is ${flag[accelerator]}; write v5litepod-16, or NAME:SHAPE such as v5e:4x4 with v2, v3, v4, v5e, v5p or v6e"
+  machine=(--type="${BASH_REMATCH[1]/v5e/v5litepod}" --topology="${BASH_REMATCH[2]}")
+  ;;
+*) machine=(--accelerator-type="${flag[accelerator]}") ;;
+esac
+place=("${flag[name]}" --project="${flag[project]}" --zone="${flag[zone]}")
+
 tpu() { # tpu VERB ARGUMENTS
   local verb=$1
   shift
-  run gcloud compute tpus tpu-vm "$verb" "${flag[name]}" --project="${flag[project]}" --zone="${flag[zone]}" "$@"
+  run gcloud compute tpus tpu-vm "$verb" "${place[@]}" "$@"
 }
 on() { tpu ssh --worker="$1" --command="$2"; } # on WORKER|all COMMAND
 
-state() {
-  gcloud compute tpus tpu-vm describe "${flag[name]}" --project="${flag[project]}" --zone="${flag[zone]}" \
-    --format='value(state)' 2>/dev/null || true
-}
+state() { gcloud compute tpus tpu-vm describe "${place[@]}" --format='value(state)' 2>/dev/null || true; }
 
-create() {
-  tpu create --accelerator-type="${flag[accelerator]}" --version="${flag[version]}" ${flag[spot]:+--spot}
-}
+create() { tpu create "${machine[@]}" --version="${flag[version]}" ${flag[spot]:+--spot}; }
 
 install() {
   run git archive --prefix=vit_scaling/ --output=/tmp/vit_scaling.tar.gz HEAD
@@ -42,7 +55,7 @@ install() {
   on all "tar -xzf vit_scaling.tar.gz${flag[setup]:+ && ${flag[setup]}} && vit_scaling/run.sh install tpu"
 }
 
-# On every host; what still runs there from an earlier start is stopped by host.sh.
+# On every host; host.sh stops what an earlier start left running there.
 start() {
   local command
   command="launch/host.sh $(quoted "${flag[workdir]}" "${train[@]}")"
@@ -52,7 +65,14 @@ start() {
 # Until the run on the first host ends, or the host goes away.
 follow() { on 0 'tail --lines=+1 --follow --pid="$(cat vit_scaling/host.pid)" vit_scaling/host.log'; }
 running() { on 0 'kill -0 "$(cat vit_scaling/host.pid)"' 2>/dev/null; }
-finished() { on 0 "test -e $(quoted "${flag[workdir]}/result.json")"; }
+ended_with() { on 0 'cat vit_scaling/host.code' 2>/dev/null || true; }
+
+costs() {
+  say "the slice ${flag[name]} costs money until it is deleted; stop a run on it, and delete it, with:"
+  stop='kill -TERM -- "-$(cat vit_scaling/host.pid)"'
+  quoted gcloud compute tpus tpu-vm ssh "${place[@]}" --worker=all --command="$stop" >&2
+  quoted gcloud compute tpus tpu-vm delete "${place[@]}" >&2
+}
 
 if [ -n "${flag[dry-run]:-}" ]; then
   echo '#!/usr/bin/env bash'
@@ -63,12 +83,15 @@ if [ -n "${flag[dry-run]:-}" ]; then
   install
   start
   follow
-  echo '# Until this succeeds:'
-  finished
+  echo '# Until this says 0 (finished) or 2 (the trainer refused what it was given):'
+  ended_with
+  echo '# The slice costs money until this:'
+  tpu delete
   exit 0
 fi
 
 while true; do
+  began=$SECONDS
   case $(state) in
   READY) say "using ${flag[name]}" ;;
   "")
@@ -76,7 +99,7 @@ while true; do
     create
     ;;
   PREEMPTED | TERMINATED | STOPPED)
-    say "${flag[name]} was preempted: making it anew"
+    say "${flag[name]} was preempted: creating it again"
     tpu delete --quiet
     create
     ;;
@@ -86,11 +109,16 @@ while true; do
     continue
     ;;
   esac
+  trap costs EXIT
   if running || { install && start; }; then
     follow || true
-    if finished; then break; fi
+    case $(ended_with) in
+    0) break ;;
+    1) fail "the trainer was given up after 10 short attempts in a row; its log is above" ;;
+    2) fail "the trainer refused its flags, data or workdir, as its log says above; nothing is started again" ;;
+    esac
   fi
-  say "no result yet; going on in a minute"
-  sleep 60
+  say "the run is not finished"
+  pause_after "$((SECONDS - began))" || fail "given up after 10 attempts in a row of less than 10 minutes"
 done
 say "finished: ${flag[workdir]}"

@@ -1,4 +1,4 @@
-"""The launchers: what they would do, word for word, and that they go on until there is a result."""
+"""The launchers: what they would do, word for word, and when they start again, stop and give up."""
 
 import os
 import shlex
@@ -76,7 +76,7 @@ def test_what_launchers_write_passes_shellcheck(command: str, tmp_path: Path) ->
         scripts.append(pod["containers"][0]["command"][2])
     else:
         scripts.append(shown)
-        words = [word for line in shown.splitlines() for word in shlex.split(line, comments=True)]
+        words = [word for line in shown.replace("\\\n", " ").splitlines() for word in shlex.split(line, comments=True)]
         scripts += [word.removeprefix("--command=") for word in words if word.startswith("--command=")]
     for number, script in enumerate(scripts):
         path = tmp_path / f"{number}.sh"
@@ -93,9 +93,12 @@ def test_what_launchers_write_passes_shellcheck(command: str, tmp_path: Path) ->
     [
         ("pod", ["--nam=x"], "there is no flag --nam; the flags are --name --project"),
         ("pod", ["--name=x", *TRAIN], "--project=... is missing"),
-        ("pod", ["my-slice"], "my-slice is no flag"),
+        ("pod", ["my-slice"], "my-slice is not a flag"),
         ("pod", POD, "the trainer's flags must follow --, with --config=FILE at least"),
         ("slurm", ["--nodes=many", "--time=1", "--workdir=x", *TRAIN], "--nodes is many"),
+        ("pod", [*(a for a in POD if "acc" not in a), "--accelerator=v9:2x2", *TRAIN], "--accelerator is v9:2x2"),
+        ("slurm", ["--nodes=1", "--time=1", "--workdir=x", "--ntasks=4", *TRAIN], "--ntasks is set by this launcher"),
+        ("slurm", ["--nodes=1", "--time=1", "--workdir=x", "--gpus-per-node=a", *TRAIN], "--gpus-per-node is a"),
         ("slurm", ["--time=1", "--workdir=x", *TRAIN], "--nodes=... is missing"),
         ("k8s", [*K8S, "--claim=", "--select=a", "--dry-run", *TRAIN], "--select is a; it must be LABEL=VALUE"),
         ("k8s", [*K8S[1:], "--name=S_16", *TRAIN], "--name is S_16"),
@@ -115,10 +118,16 @@ def fake(folder: Path, name: str, text: str) -> None:
     (folder / name).chmod(0o755)
 
 
-def test_a_pod_is_made_anew_after_a_preemption_until_there_is_a_result(tmp_path: Path) -> None:
-    """A slice that is preempted once, and then trains to the end; gcloud is a stand-in that notes what it is asked."""
+def gcloud(tmp_path: Path, states: str, codes: str) -> str:
+    """Makes stand-ins for gcloud and sleep, and returns a PATH with them.
+
+    gcloud notes what it is asked in `log`. The slice has one of `states` after the other; a run on it ends with one of
+    `codes` after the other, "-" where the host is gone; a pod that is still running is not modelled.
+    """
     log, tools = tmp_path / "log", tmp_path / "bin"
-    fake(tools, "sleep", "true")
+    (tmp_path / "states").write_text(states)
+    (tmp_path / "codes").write_text("\n".join(codes.split()) + "\n")
+    fake(tools, "sleep", f"echo $1 >>{tmp_path}/slept")
     fake(
         tools,
         "gcloud",
@@ -127,21 +136,73 @@ def test_a_pod_is_made_anew_after_a_preemption_until_there_is_a_result(tmp_path:
         describe) sed -n "$(grep -c ^describe {log})p" {tmp_path}/states ;;
         ssh)
           [[ $* != *kill\\ -0* ]] || exit 1
-          [[ $* != *result.json* ]] || [ "$(grep -c result.json {log})" -ge 3 ] || exit 1
+          if [[ $* == *host.code* ]]; then
+            code=$(sed -n "$(grep -c host.code {log})p" {tmp_path}/codes)
+            [ "$code" != - ] && echo "$code"
+          fi
           ;;
         esac""",
     )
-    (tmp_path / "states").write_text("\nPREEMPTED\nREADY\n")
-    done = launch("pod", *POD, *TRAIN, path=f"{tools}:{os.environ['PATH']}")
+    return f"{tools}:{os.environ['PATH']}"
+
+
+ROUND = ["ssh", "scp", "ssh", "ssh", "ssh", "ssh"]  # does it run; install, start, follow; how did it end
+DELETE = "gcloud compute tpus tpu-vm delete my-slice --project=my-project --zone=my-zone"
+
+
+def asked(tmp_path: Path) -> list[str]:
+    return [line.split()[0] for line in (tmp_path / "log").read_text().splitlines()]
+
+
+def test_a_pod_is_created_again_after_a_preemption_until_the_run_is_finished(tmp_path: Path) -> None:
+    path = gcloud(tmp_path, "\nPREEMPTED\nREADY\n", "- 143 0")
+    done = launch("pod", *POD, *TRAIN, path=path)
     assert done.returncode == 0, done.stderr
-    asked = [line.split()[0] for line in log.read_text().splitlines()]
-    round_ = ["ssh", "scp", "ssh", "ssh", "ssh", "ssh"]  # does it run; install, start, follow; is there a result
-    assert asked == [
-        *("describe", "create", *round_),
-        *("describe", "delete", "create", *round_),
-        *("describe", *round_),
+    assert asked(tmp_path) == [
+        *("describe", "create", *ROUND),
+        *("describe", "delete", "create", *ROUND),
+        *("describe", *ROUND),
     ]
     assert "finished: /mnt/runs/s16" in done.stderr
+    assert "my-slice costs money until it is deleted" in done.stderr
+    assert done.stderr.rstrip().endswith(DELETE)
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code", "rounds", "sentence"),
+    [
+        ("2", 2, 1, "error: the trainer refused its flags, data or workdir"),
+        ("1", 2, 1, "error: the trainer was given up after 10 short attempts"),
+        (" ".join("-" * 20), 2, 10, "error: given up after 10 attempts in a row"),
+    ],
+)
+def test_a_pod_that_cannot_work_stops_and_says_what_it_costs(
+    tmp_path: Path, code: str, exit_code: int, rounds: int, sentence: str
+) -> None:
+    done = launch("pod", *POD, *TRAIN, path=gcloud(tmp_path, "READY\n" * 20, code))
+    assert done.returncode == exit_code
+    assert asked(tmp_path) == ["describe", *ROUND] * rounds
+    assert sentence in done.stderr
+    assert done.stderr.rstrip().endswith(DELETE)
+    if rounds > 1:
+        assert [int(word) for word in (tmp_path / "slept").read_text().split()] == [10, 20, 40, 80, *[120] * 5]
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "flags"),
+    [
+        ("v5e:4x4", "--type=v5litepod --topology=4x4"),
+        ("v5p:4x4x8", "--type=v5p --topology=4x4x8"),
+        ("v5litepod-16", "--accelerator-type=v5litepod-16"),
+    ],
+)
+def test_a_pod_takes_the_machines_of_the_plan(accelerator: str, flags: str) -> None:
+    given = [word for word in POD if not word.startswith("--accelerator")]
+    shown = launch("pod", *given, f"--accelerator={accelerator}", "--dry-run", *TRAIN)
+    assert f" --zone=my-zone {flags} --version=v2-alpha-tpuv5-lite --spot\n" in shown.stdout
+    from vit_scaling.parallel import chips
+
+    chips.topology(accelerator)  # and the plan takes the same name
 
 
 def test_a_host_that_is_stopped_lets_its_trainer_save(tmp_path: Path) -> None:
@@ -157,32 +218,158 @@ def test_a_host_that_is_stopped_lets_its_trainer_save(tmp_path: Path) -> None:
         time.sleep(0.05)
     (tmp_path / "previous.pid").write_text(f"{first.pid}\n")
     (tmp_path / "second").touch()
-    (tmp_path / "result.json").touch()
+    subprocess.run(["bash", "-c", result(tmp_path, tmp_path)], check=True)
     second = subprocess.Popen(command)
     assert first.wait(timeout=30) == 143
     assert second.wait(timeout=30) == 0
     assert calls.read_text().split() == ["began", "saved", "began"]
 
 
-@pytest.mark.parametrize(("codes", "left"), [("1 143 0", 0), ("2", 2)])
-def test_a_host_begins_again_unless_the_trainer_says_what_is_wrong(tmp_path: Path, codes: str, left: int) -> None:
+def result(workdir: Path, checkpoint: Path) -> str:
+    """Returns a shell command that writes a result as the trainer does."""
+    text = '{\\n  "step": 4,\\n  "checkpoint": "%s",\\n  "figure": "a"\\n}\\n'
+    return f"printf '{text}' {checkpoint} >{workdir}/result.json"
+
+
+@pytest.mark.parametrize(
+    ("codes", "left", "attempts"),
+    [
+        ("1 143 0", 0, 3),  # until it is finished, whatever ended it before
+        ("2 0", 2, 1),
+        ("1 1 2 0", 2, 3),
+        ("9 " * 20, 1, 10),  # a limit
+        ("0 " * 9 + "2", 2, 10),  # stopped and saved, so not finished
+    ],
+)
+def test_a_host_starts_again_until_it_is_finished_refused_or_given_up(
+    tmp_path: Path, codes: str, left: int, attempts: int
+) -> None:
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
-    fake(tmp_path / "bin", "sleep", "true")
+    fake(tmp_path / "bin", "sleep", f"echo $1 >>{tmp_path}/slept")
     (tmp_path / ".venv").mkdir()
+    finishes = "true" if left else f"mkdir -p {tmp_path}/checkpoints/4; {result(tmp_path, tmp_path / 'checkpoints/4')}"
     fake(
         tmp_path / ".venv" / "bin",
         "python",
         f"""echo "$*" >>{tmp_path}/calls
         set -- {codes}; shift $(($(wc -l <{tmp_path}/calls) - 1))
-        [ $# -gt 1 ] || [ "$1" -ne 0 ] || touch {tmp_path}/result.json
+        [ $1 -ne 0 ] || {{ {finishes}; }}
         exit "$1" """,
     )
     environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     command = [str(tmp_path / "launch" / "host.sh"), str(tmp_path), "--config=a"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == left, done.stderr
+    assert (tmp_path / "host.code").read_text() == f"{left}\n"
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert calls == [f"-m vit_scaling.train --workdir={tmp_path} --config=a"] * len(codes.split())
+    assert calls == [f"-m vit_scaling.train --workdir={tmp_path} --config=a"] * attempts
+    slept = (tmp_path / "slept").read_text().split() if attempts > 1 else []
+    assert slept == ["10", "20", "40", "80", *["120"] * 5][: attempts - 1]
+    assert ("refused its flags" in done.stderr) == (left == 2)
+    assert ("given up" in done.stderr) == (left == 1)
+
+
+def test_a_result_without_its_checkpoint_is_not_finished(tmp_path: Path) -> None:
+    """The condition itself, as every launcher uses it."""
+    workdir = tmp_path / "a b"
+    workdir.mkdir()
+    condition = f'source {ROOT}/launch/common.sh; eval "$(finished "$1")"'
+
+    def finished() -> bool:
+        return subprocess.run(["bash", "-uc", condition, "bash", str(workdir)], cwd=tmp_path).returncode == 0
+
+    assert not finished()
+    (workdir / "result.json").write_text('{\n  "step": 4\n}\n')
+    assert not finished()
+    subprocess.run(["bash", "-c", result(Path("a\\ b"), Path("a\\ b/checkpoints/4"))], cwd=tmp_path, check=True)
+    assert not finished()
+    (workdir / "checkpoints" / "4").mkdir(parents=True)
+    assert finished()
+    from vit_scaling.training import workdir as workdirs
+
+    workdirs.write_json(workdir / "result.json", {"checkpoint": "a b/checkpoints/5", "step": 5})
+    assert not finished()
+    (workdir / "checkpoints" / "5").mkdir()
+    assert finished()
+
+
+@pytest.mark.parametrize(
+    ("code", "seconds", "tries", "finishes", "left", "queued"),
+    [
+        (0, 0, 0, True, 0, False),
+        (2, 0, 0, False, 2, False),
+        (1, 0, 0, False, 0, True),
+        (0, 0, 8, False, 0, True),
+        (1, 0, 9, False, 1, False),
+        (1, 700, 9, False, 0, True),  # a long attempt is progress
+    ],
+)
+def test_a_slurm_job_is_queued_again_unless_finished_refused_or_given_up(
+    tmp_path: Path, code: int, seconds: int, tries: int, finishes: bool, left: int, queued: bool
+) -> None:
+    arguments = ["--nodes=1", "--time=1:00:00", f"--workdir={tmp_path / 's16'}", f"--setup=SECONDS={seconds}"]
+    shown = launch("slurm", *arguments, "--dry-run", *TRAIN).stdout.replace(str(ROOT), str(tmp_path))
+    (tmp_path / "s16").mkdir()
+    (tmp_path / "s16.tries").write_text("\n" * tries)
+    ends = result(tmp_path / "s16", tmp_path) if finishes else "true"
+    fake(tmp_path / "bin", "srun", f"echo $2 >>{tmp_path}/calls; {ends}; exit {code}")
+    fake(tmp_path / "bin", "scontrol", f"echo $* >>{tmp_path}/calls")
+    fake(tmp_path / "bin", "sleep", f"echo sleep $1 >>{tmp_path}/calls")
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    environment |= {"SLURM_CPUS_ON_NODE": "12"}
+    done = subprocess.run(["bash", "-c", shown], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == left, done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[0] == "--cpus-per-task=12"
+    pause = [] if seconds else [f"sleep {10 * (tries + 1)}"]
+    assert calls[1:] == ([*pause, "requeue 7"] if queued else [])
+
+
+def test_slurm_passes_every_option_on() -> None:
+    def options(*extra: str) -> set[str]:
+        shown = launch("slurm", "--nodes=1", "--time=1", "--workdir=x", *extra, "--dry-run", *TRAIN).stdout
+        return {line for line in shown.splitlines() if line.startswith("#SBATCH")}
+
+    plain = options()
+    assert "#SBATCH --cpus-per-task=8" in plain
+    assert options("--exclusive", "--mail-type=END,FAIL", "--output=a.log") - plain == {
+        "#SBATCH --exclusive",
+        "#SBATCH --mail-type=END,FAIL",
+        "#SBATCH --output=a.log",
+    }
+    assert "#SBATCH --cpus-per-task=32" in options("--gpus-per-node=a100:4")
+    assert "#SBATCH --cpus-per-task=6" in options("--cpus-per-task=6", "--gpus-per-node=4")
+
+
+@pytest.mark.parametrize(
+    ("code", "finishes", "signal_first", "left"),
+    [(0, True, False, 0), (0, False, False, 1), (2, False, False, 2), (9, False, False, 1), (0, False, True, 1)],
+)
+def test_a_pod_of_kubernetes_ends_with_a_code_that_the_job_understands(
+    tmp_path: Path, code: int, finishes: bool, signal_first: bool, left: int
+) -> None:
+    """2 ends the job by its podFailurePolicy; 1 starts the pod again; the trainer's signal is passed on."""
+    yaml = pytest.importorskip("yaml")
+    _, job = yaml.safe_load_all(dry_run("k8s"))
+    assert job["spec"]["backoffLimit"] == 400
+    assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"  # without which there is no podFailurePolicy
+    assert job["spec"]["podFailurePolicy"]["rules"][0] == {
+        "action": "FailJob",
+        "onExitCodes": {"containerName": "train", "operator": "In", "values": [2]},
+    }
+    script = job["spec"]["template"]["spec"]["containers"][0]["command"][2]
+    script = script.replace("/run/vit_scaling/s16", str(tmp_path))
+    ends = result(tmp_path, tmp_path) if finishes else "true"
+    waits = f"trap 'echo saved >{tmp_path}/saved; exit 0' TERM; touch {tmp_path}/began; while true; do sleep 0.05; done"
+    fake(tmp_path / "bin", "python", waits if signal_first else f"{ends}; exit {code}")
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "JOB_COMPLETION_INDEX": "0"}
+    pod = subprocess.Popen(["bash", "-c", script], env=environment)
+    if signal_first:
+        while not (tmp_path / "began").exists():
+            time.sleep(0.02)
+        pod.terminate()
+    assert pod.wait(timeout=30) == left
+    assert (tmp_path / "saved").exists() == signal_first
 
 
 @pytest.mark.parametrize(("command", "tool"), [("slurm", "sbatch"), ("k8s", "kubectl")])

@@ -24,6 +24,7 @@ import pytest
 
 from tests.parallel import host_config
 from tests.training.test_loop import SPEED
+from vit_scaling import TransientError, UserError
 from vit_scaling.parallel import mesh as mesh_lib
 from vit_scaling.parallel import processes, sharding
 from vit_scaling.training import checkpoint, loop, telemetry
@@ -296,11 +297,26 @@ SLURM = {
     "SLURM_JOB_ID": "7",
     "SLURM_STEP_NODELIST": "node[01-02]",
     "SLURM_NTASKS": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
     "SLURM_PROCID": "1",
     "SLURM_LOCALID": "0",
 }
+AT = {"num_processes": 2, "process_id": 1, "coordinator_address": "node01:61447"}  # 65536 - 4096 + 7
+OWN_NODE = {"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+SHARED = SLURM | {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
+SHARED |= {"SLURM_LOCALID": "2", "SLURM_PROCID": "6"}
+IN_SHARED = AT | {"num_processes": 8, "process_id": 6}
 MPI = {"OMPI_COMM_WORLD_SIZE": "16", "OMPI_COMM_WORLD_RANK": "9", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+MPI4 = MPI | {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"}
+MPI6 = MPI | {
+    "OMPI_MCA_orte_hnp_uri": "1314521088.0;tcp6://[fe80::b9b:ac5d:9cf0:b858,2620:10d:c083:150e::3000:2]:43370"
+}
+IN_MPI = {"num_processes": 16, "process_id": 9, "local_device_ids": [1]}
 NO_TPU = {"TPU_SKIP_MDS_QUERY": "1"}
+
+
+def gpus(visible: str, **more: str) -> dict[str, str]:
+    return {"CUDA_VISIBLE_DEVICES": visible} | more
 
 
 @pytest.mark.parametrize(
@@ -309,25 +325,120 @@ NO_TPU = {"TPU_SKIP_MDS_QUERY": "1"}
         ((None, None, None), {}, None),
         ((None, 1, None), {}, None),
         (("host:1", 2, 1), {}, {"coordinator_address": "host:1", "num_processes": 2, "process_id": 1}),
-        ((None, None, None), SLURM, {"num_processes": 2, "process_id": 1, "local_device_ids": [0]}),
-        ((None, None, None), SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
-        (  # a task that has a node of eight GPUs to itself
+        ((None, None, None), SLURM, AT | {"local_device_ids": [0]}),
+        (
             (None, None, None),
-            SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_ON_NODE": "8"},
-            {"num_processes": 2, "process_id": 1, "local_device_ids": list(range(8))},
+            SLURM | {"SLURM_STEP_NODELIST": "node7,node9"},
+            AT | {"coordinator_address": "node7:61447", "local_device_ids": [0]},
+        ),
+        # One process by hand inside an allocation of four; and a whole step where the allocation is of one.
+        ((None, None, None), SLURM | {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
+        ((None, None, None), SLURM | {"SLURM_NTASKS": "1"}, AT | {"local_device_ids": [0]}),
+        # Outside of a step: a shell of salloc, or the script of sbatch.
+        ((None, None, None), {name: SLURM[name] for name in SLURM if name != "SLURM_STEP_NODELIST"}, None),
+        # A process that has a node to itself uses what it sees, whatever Slurm says of the node's GPUs.
+        ((None, None, None), SLURM | OWN_NODE, AT),
+        ((None, None, None), SLURM | OWN_NODE | gpus("0,1", SLURM_GPUS_ON_NODE="8"), AT),
+        ((None, None, None), SLURM | OWN_NODE | {"SLURM_GPUS_ON_NODE": "gpu:8"}, AT),
+        # Several on a node: one each of all that are visible, or what the scheduler left visible to each.
+        ((None, None, None), SHARED, IN_SHARED | {"local_device_ids": [2]}),
+        ((None, None, None), SHARED | gpus("0,1,2,3", SLURM_GPUS_ON_NODE="4"), IN_SHARED | {"local_device_ids": [2]}),
+        (
+            (None, None, None),
+            SHARED | gpus("0,1,2,3", SLURM_GPUS_ON_NODE="gpu:4"),
+            IN_SHARED | {"local_device_ids": [2]},
+        ),
+        ((None, None, None), SHARED | gpus("0"), IN_SHARED),
+        ((None, None, None), SHARED | gpus("0,1", SLURM_GPUS_ON_NODE="8"), IN_SHARED),
+        ((None, None, None), SHARED | gpus("0,1,2,3", SLURM_GPUS_ON_NODE="16"), IN_SHARED),
+        (("host:1", None, None), MPI | SLURM, IN_MPI | {"coordinator_address": "host:1"}),
+        ((None, None, None), MPI4, IN_MPI | {"coordinator_address": f"10.96.0.1:{61440 + 1531576320 // 4096 % 4096}"}),
+        (
+            (None, None, None),
+            MPI6 | {"JAX_COORDINATOR_PORT": "5"},
+            IN_MPI | {"coordinator_address": "fe80::b9b:ac5d:9cf0:b858:5"},
         ),
         (
             ("host:1", None, None),
-            MPI | SLURM,
-            {"coordinator_address": "host:1", "num_processes": 16, "process_id": 9, "local_device_ids": [1]},
+            MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"},
+            {"num_processes": 16, "process_id": 9, "coordinator_address": "host:1"},
         ),
     ],
 )
 def test_who_a_process_is(given: Any, environment: dict[str, str], expected: Any) -> None:
     found = processes.arguments(*given, environment | NO_TPU)
     if found is not None:
-        assert (found.pop("cluster_detection_method", None) == "deactivate") == ("coordinator_address" in found)
+        assert found.pop("cluster_detection_method") == "deactivate"
     assert found == expected
+
+
+@pytest.mark.parametrize("environment", [SLURM, SLURM | {"SLURM_STEP_NODELIST": "a-1,b"}, MPI4, MPI6])
+def test_the_coordinator_is_where_jax_would_look_for_it(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jax._src.clusters import ompi_cluster, slurm_cluster
+
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    cluster = ompi_cluster.OmpiCluster if "OMPI_COMM_WORLD_SIZE" in environment else slurm_cluster.SlurmCluster
+    found = processes.arguments(None, None, None, environment | NO_TPU)
+    assert found is not None
+    assert found["coordinator_address"] == cluster.get_coordinator_address(None, None)
+
+
+def test_a_port_that_is_taken_is_said_before_jax_dies_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        monkeypatch.setattr(jax.distributed, "initialize", lambda **found: pytest.fail("started"))
+        with pytest.raises(TransientError, match=f"port {port} of the coordinator 127.0.0.1:{port} is taken"):
+            processes.start(f"127.0.0.1:{port}", 2, 0)
+    started = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **found: started.append(found["process_id"]))
+    processes.start(f"127.0.0.1:{port}", 2, 0)
+    processes.start(f"127.0.0.1:{port}", 2, 1)
+    assert started == [0, 1]
+
+
+def test_processes_with_unlike_devices_are_refused() -> None:
+    processes.check_devices([0, 0, 1, 1, 2, 2])
+    with pytest.raises(UserError, match="process 0 has 2 devices and process 2 has 1; all processes of a run need"):
+        processes.check_devices([0, 0, 1, 1, 2])
+
+
+def test_a_waiting_process_prints_for_whom_where_and_how_long_and_gives_up() -> None:
+    assert (processes._REPORT_SECONDS, processes.START_SECONDS) == (30, 300)
+    ended = python(
+        "import time; from vit_scaling.parallel import processes\n"
+        "processes._REPORT_SECONDS, processes.START_SECONDS = 0.25, 0.75\n"
+        "with processes._waiting({'num_processes': 4, 'process_id': 0, 'coordinator_address': 'node01:61447'}):\n"
+        "    time.sleep(0.4)\n"
+        "time.sleep(0.5)\n"
+        "with processes._waiting({'num_processes': 4, 'process_id': 2, 'coordinator_address': 'node01:61447'}):\n"
+        "    time.sleep(60)\n"
+    )
+    first, second, _, last = ended.stderr.splitlines()
+    assert ended.returncode == 1
+    others = "the other 3 of 4 processes to connect to node01:61447"
+    assert first == f"process 0 has waited 0.25 s for {others}; it gives up after 0.75 s"
+    assert second == "process 2 has waited 0.25 s for process 0 of 4 at node01:61447; it gives up after 0.75 s"
+    assert last == (
+        "error: process 2 has waited 0.75 s for process 0 of 4 at node01:61447; start all processes within 0.75 s"
+    )
+
+
+def test_a_platform_without_its_plugin_is_one_sentence() -> None:
+    code = (
+        "from vit_scaling.parallel import mesh\n"
+        "try: mesh.create(mesh.MeshConfig())\n"
+        "except Exception as error: print(type(error).__name__, error)\n"
+    )
+    command = [sys.executable, "-c", code]
+    environment = os.environ | {"JAX_PLATFORMS": "cuda"}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.stdout.startswith("UserError JAX finds no device with JAX_PLATFORMS='cuda'")
+    assert "./run.sh install cuda" in ended.stdout
 
 
 @pytest.mark.parametrize(

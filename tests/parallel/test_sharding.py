@@ -141,7 +141,7 @@ def test_optimizer_state_is_split_as_its_parameter() -> None:
 def test_the_printed_table() -> None:
     tree = {"blocks": {"mlp": {"up": {"kernel": jax.ShapeDtypeStruct((12, 768, 3072), np.float32)}}}}
     (row,) = sharding.describe(tree, mesh(replica=2, data=2, model=2))
-    assert row.bytes_a_device == 12 * 768 * 3072 * 4 // 4
+    assert row.bytes_per_device == 12 * 768 * 3072 * 4 // 4
     assert row.spec == PartitionSpec(None, "data", "model")
     assert row.split == "data 1, model 2"
 

@@ -68,7 +68,7 @@ def test_machines_by_description() -> None:
         ("gpu:h100", 1, "write gpu:NAMExNUMBER, such as gpu:h100x8"),
         ("gpu:q1x8", 1, "one of a100-40gb, a100, h100, h200, b200"),
         ("gpu:h100x8", 2, "has no slices"),
-        ("v5e:4x4", 0, "0 slices cannot be"),
+        ("v5e:4x4", 0, "the number of slices is 0"),
     ],
 )
 def test_machines_that_cannot_be(text: str, slices: int, sentence: str) -> None:

@@ -159,14 +159,14 @@ class Topology:
 
 
 def topology(text: str, slices: int = 1) -> Topology:
-    """Reads a description such as "v5e:4x4", "v5p:8x8x8" or "gpu:h100x8".
+    """Reads a description such as "v5e:4x4", "v5p:8x8x8", "gpu:h100x8", or Cloud TPU's own such as "v5litepod-16".
 
     Raises:
         UserError: there is no such chip, or it does not come in this shape; the sentence names those that there are.
     """
-    kind, _, size = text.partition(":")
+    kind, _, size = _of_accelerator_type(text).partition(":")
     if slices < 1:
-        raise UserError(f"{slices} slices cannot be; give at least 1")
+        raise UserError(f"the number of slices is {slices}; it must be at least 1")
     if kind == "gpu":
         match = re.fullmatch(r"([\w\-]+?)x(\d+)", size)
         if match is None or match[1] not in GPUS or not int(match[2]):
@@ -191,6 +191,40 @@ def topology(text: str, slices: int = 1) -> Topology:
             )
         raise UserError(f"{kind} does not come as {size!r}; {choices}")
     return Topology(chip, shape, slices)
+
+
+def _of_accelerator_type(text: str) -> str:
+    """Returns NAME:SHAPE for one of Cloud TPU's accelerator types, in its default shape; any other text as it is.
+
+    The number counts TensorCores up to v5p, of which a chip has two, and chips for v5litepod and v6e.
+
+    Raises:
+        UserError: no slice has so many chips.
+    """
+    found = re.fullmatch(r"(v2|v3|v4|v5litepod|v5p|v6e)-(\d+)", text)
+    if found is None:
+        return text
+    chip = CHIPS[found[1].replace("v5litepod", "v5e")]
+    per_chip = 1 if chip.name in ("v5e", "v6e") else 2
+    chips, rest = divmod(int(found[2]), per_chip)
+    if chip.dims == 2:
+        shapes = [tuple(map(int, shape.split("x"))) for shape in _SHAPES_2D]
+    else:
+        sides = range(4, 4 * chip.largest, 4)
+        shapes = [tuple(map(int, shape.split("x"))) for shape in _SHAPES_3D]
+        shapes += [
+            (a, b, chips // (a * b))
+            for a in sides
+            if a**3 <= chips
+            for b in range(a, math.isqrt(chips // a) + 1, 4)
+            if chips % (4 * a * b) == 0
+        ]
+    fitting = [shape for shape in shapes if not rest and math.prod(shape) == chips <= chip.largest]
+    if not fitting:
+        raise UserError(
+            f"there is no {text}: no {chip.name} slice has {int(found[2]) / per_chip:g} chips; write NAME:SHAPE"
+        )
+    return f"{chip.name}:{'x'.join(map(str, min(fitting, key=sum)))}"  # the most compact
 
 
 def _comes_in(chip: Chip, size: str, shape: tuple[int, ...]) -> bool:

@@ -1,8 +1,8 @@
 """The devices of a run, arranged as a mesh.
 
 Axes, slowest network first:
-  replica  across slices or hosts: gradients are averaged over it, parameters repeated
-  data     within a slice: shards the batch and the parameters (fully sharded data parallelism)
+  replica  across slices (DCN) or hosts: gradients are averaged over it, parameters repeated
+  data     within a slice (ICI): shards the batch and the parameters (fully sharded data parallelism)
   fold     the part of a `data` axis that is beyond what divides the widths of models, see MAX_DATA
   model    nearest neighbours: splits heads and hidden units (tensor parallelism)
 """
@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 
 from vit_scaling import UserError
+from vit_scaling.parallel import processes
 
 AXES = ("replica", "data", "fold", "model")
 
@@ -60,18 +61,18 @@ def create(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> j
     """Arranges `devices` (all of the run's by default) so that nearby axes use nearby links.
 
     Raises:
-        UserError: the sizes do not fit the devices, or `replica` does not span the slices.
+        UserError: JAX finds no devices, the sizes do not fit them, or `replica` does not span the slices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = processes.devices() if devices is None else devices
     sizes = shape(config, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if sizes[0] % slices:
         raise UserError(
-            f"mesh.replica is {sizes[0]} on {slices} slices; between slices the network is slow, so that only replica "
-            f"may cross it: give it a multiple of {slices}"
+            f"mesh.replica is {sizes[0]} on {slices} slices; only the replica axis may cross the slow network (DCN) "
+            f"between slices: give it a multiple of {slices}"
         )
     if devices[0].platform == "cpu":
-        grid = np.asarray(devices).reshape(sizes)  # host devices have no links to respect
+        grid = np.asarray(devices).reshape(sizes)  # CPU devices have no links
     elif slices > 1:
         within = (sizes[0] // slices, *sizes[1:])
         grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices, allow_split_physical_axes=True)

@@ -181,7 +181,7 @@ class Row(NamedTuple):
     path: str
     shape: tuple[int, ...]
     spec: PartitionSpec
-    bytes_a_device: int
+    bytes_per_device: int
 
     @property
     def split(self) -> str:

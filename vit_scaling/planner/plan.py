@@ -107,7 +107,9 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         values["memory"]["needed"] = plan.memory.needed
     if plan.bounds is not None:
         values["bounds"] |= {"step": plan.bounds.step, "limit": plan.bounds.limit}
-    values["table"] = [dict(zip(("path", "shape", "split", "bytes_a_device"), row, strict=True)) for row in plan.table]
+    values["table"] = [
+        dict(zip(("path", "shape", "split", "bytes_per_device"), row, strict=True)) for row in plan.table
+    ]
     return values
 
 
@@ -373,6 +375,6 @@ def _plan(
         images=batch * steps,
         steps=steps,
         chip_days=None if bounds is None else bounds.step * steps * machine.chips / 86_400,
-        table=tuple((row.path, str(row.shape), row.split, row.bytes_a_device) for row in
+        table=tuple((row.path, str(row.shape), row.split, row.bytes_per_device) for row in
                     sharding.describe(state.params, mesh)),
     )  # fmt: skip

@@ -175,7 +175,7 @@ def describe(config: Config, program: Program, source: Source) -> str:
         decay = "frozen" if rule.frozen else f"{rule.decay:g}"
         factored = "yes" if rule.factored else "-"
         rate = "-".join(f"x{value:.3g}" for value in sorted(set(rule.rates)))
-        table.append((row.path, row.shape, decay, rate, factored, row.split, f"{row.bytes_a_device / 1e6:.3f}"))
+        table.append((row.path, row.shape, decay, rate, factored, row.split, f"{row.bytes_per_device / 1e6:.3f}"))
     steps = int(config.duration.amount)
     epochs = steps * config.data.batch_size / len(source)
     axes = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if axis != "fold" or size > 1)
