@@ -118,7 +118,7 @@ def _check_port(address: str) -> None:
 @contextlib.contextmanager
 def _waiting(found: Mapping[str, Any]) -> Iterator[None]:
     """Prints every 30 s for whom this process waits, and ends it after START_SECONDS, before JAX would abort."""
-    count, number = found.get("num_processes"), found.get("process_id")
+    count, number = found.get("num_processes", 0), found.get("process_id")
     if number is None:
         whom = "the other hosts of the slice"
     elif number == 0:
