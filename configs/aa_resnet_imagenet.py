@@ -1,9 +1,9 @@
 """Attention-augmented ResNets on ImageNet-1k (Bello et al. 2019, arXiv 1904.09925).
 
-    python -m vit_scaling.train --config=configs/aa_resnet_imagenet.py:50 --workdir=runs/aa50
+    ./run.sh train --config=configs/aa_resnet_imagenet.py:50 --workdir=runs/aa50
 
 Data:     TFDS imagenet2012 in ArrayRecord (`tfds build imagenet2012 --file_format=array_record`).
-Expected: 77.7 (50), 78.7% top-1 (101), as published (Table 2); their plain twins have 76.4 and 77.9%.
+Expected: 77.7 (50), 78.7% top-1 (101), as published (Table 2); the plain ResNets have 76.4 and 77.9%.
 Recipe:   of the network, the paper's; of the training, our choice after the usual one for ResNets: we have not read
           the paper's appendix.
 Run by us: no; `smoke` only.

@@ -1,6 +1,6 @@
 """Self-attention that can be convolution, on CIFAR-10 (Cordonnier, Loukas, Jaggi 2020, arXiv 1911.03584).
 
-    python -m vit_scaling.train --config=configs/attention_cnn_cifar10.py:quadratic --workdir=runs/quadratic
+    ./run.sh train --config=configs/attention_cnn_cifar10.py:quadratic --workdir=runs/quadratic
 
 To prune: give the heads that `models.attention_cnn.prunable_heads` names as --config.model.pruned_heads=3,17 to a run
 that starts from the trained checkpoint, 100 epochs at --config.optim.lr=0.01.

@@ -1,6 +1,6 @@
 """Where the heads of a Gaussian attention network look, on handwritten digits in minutes (arXiv 1911.03584).
 
-    python -m vit_scaling.train --config=configs/attention_cnn_digits.py --workdir=runs/heads
+    ./run.sh train --config=configs/attention_cnn_digits.py --workdir=runs/heads
     python benchmarks/where_heads_look.py runs/heads/checkpoints/2400 heads.png
 
 The network of configs/attention_cnn_cifar10.py made small: 4 layers of width 32 with 9 heads on 8 x 8 tokens. Takes how

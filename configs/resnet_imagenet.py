@@ -1,6 +1,6 @@
-"""Convolutional ResNets on ImageNet-1k: the twins that sasa_imagenet.py is measured against, with its recipe.
+"""Convolutional ResNets on ImageNet-1k: the baselines of sasa_imagenet.py, with its recipe.
 
-    python -m vit_scaling.train --config=configs/resnet_imagenet.py:50 --workdir=runs/resnet50
+    ./run.sh train --config=configs/resnet_imagenet.py:50 --workdir=runs/resnet50
 
 Data:     TFDS imagenet2012 in ArrayRecord (`tfds build imagenet2012 --file_format=array_record`).
 Expected: 74.5 (26), 76.2 (38), 76.9% top-1 (50), as published (arXiv 1906.05909, Table 1); of 101 that paper says

@@ -1,7 +1,7 @@
 """ResNets of stand-alone self-attention on ImageNet-1k (Ramachandran et al. 2019, arXiv 1906.05909).
 
-    python -m vit_scaling.train --config=configs/sasa_imagenet.py:50 --workdir=runs/sasa50
-    python -m vit_scaling.train --config=configs/sasa_imagenet.py:50,stem=attention --workdir=runs/sasa50_full
+    ./run.sh train --config=configs/sasa_imagenet.py:50 --workdir=runs/sasa50
+    ./run.sh train --config=configs/sasa_imagenet.py:50,stem=attention --workdir=runs/sasa50_full
 
 The best of Table 3 has convolutions in the first groups: --config.model.groups=3,4
 

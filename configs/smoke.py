@@ -1,6 +1,6 @@
 """A small ViT on 5,000 handwritten digits, on a laptop in minutes: what ./run.sh runs.
 
-python -m vit_scaling.train --config=configs/smoke.py --workdir=runs/smoke
+./run.sh train --config=configs/smoke.py --workdir=runs/smoke
 """
 
 import functools

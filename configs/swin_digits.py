@@ -1,7 +1,7 @@
 """A small Swin on 5,000 handwritten digits, for comparison with the ViT of smoke.py: its recipe and its compute.
 
-    python -m vit_scaling.train --config=configs/swin_digits.py --workdir=runs/swin_digits
-    python -m vit_scaling.train --config=configs/swin_digits.py:v2 --workdir=runs/swin_v2_digits
+    ./run.sh train --config=configs/swin_digits.py --workdir=runs/swin_digits
+    ./run.sh train --config=configs/swin_digits.py:v2 --workdir=runs/swin_v2_digits
 
 Patches of 4 pixels make a grid of 7 x 7 tokens, padded to windows of 4: about 3.2 million multiply-adds an image, where
 the ViT has about 3.5.

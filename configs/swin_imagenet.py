@@ -1,8 +1,8 @@
 """Swin V1 (arXiv 2103.14030) and V2 (arXiv 2111.09883) on ImageNet-1k: the official recipe of 300 epochs.
 
-    python -m vit_scaling.train --config=configs/swin_imagenet.py:T --workdir=runs/swin_t
-    python -m vit_scaling.train --config=configs/swin_imagenet.py:v2-T --workdir=runs/swin_v2_t
-    python -m vit_scaling.train --config=configs/swin_imagenet.py:v2-B --config.model.window=16 --workdir=runs/swin_v2_b
+    ./run.sh train --config=configs/swin_imagenet.py:T --workdir=runs/swin_t
+    ./run.sh train --config=configs/swin_imagenet.py:v2-T --workdir=runs/swin_v2_t
+    ./run.sh train --config=configs/swin_imagenet.py:v2-B --config.model.window=16 --workdir=runs/swin_v2_b
 
 V1 sees 224 pixels in windows of 7, V2 and T-c24 256 in windows of 8.
 

@@ -1,8 +1,8 @@
 """A small ViT on Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747): 70,000 images, the larger set for one machine.
 
     apt-get install dataset-fashion-mnist     # or: tfds build fashion_mnist --file_format=array_record
-    python -m vit_scaling.prepare --input=/usr/share/datasets/fashion-mnist --output=data/fashion_mnist
-    python -m vit_scaling.train --config=configs/vit_fashion_mnist.py --workdir=runs/fashion
+    ./run.sh prepare --input=/usr/share/datasets/fashion-mnist --output=data/fashion_mnist
+    ./run.sh train --config=configs/vit_fashion_mnist.py --workdir=runs/fashion
 
 With the TFDS set instead: --config=configs/vit_fashion_mnist.py:tfds
 

@@ -1,6 +1,6 @@
 """The plain ViT on ImageNet-1k in 90 epochs ("Better plain ViT baselines", Beyer et al. 2022, arXiv 2205.01580).
 
-    python -m vit_scaling.train --config=configs/vit_imagenet.py:S/16 --workdir=runs/vit_s16
+    ./run.sh train --config=configs/vit_imagenet.py:S/16 --workdir=runs/vit_s16
 
 Data:     TFDS imagenet2012 in ArrayRecord (`tfds build imagenet2012 --file_format=array_record`).
 Expected: S/16 76.5% top-1 after 90 epochs (80% after 300: --config.duration.amount=300), as published.

@@ -1,6 +1,6 @@
 """ViT-g/14 and G/14 as Scaling Vision Transformers pretrained them (Zhai et al. 2022, sections 3 and appendix B).
 
-    python -m vit_scaling.train --config=configs/vit_jft.py:g/14 --workdir=runs/vit_g14 \\
+    ./run.sh train --config=configs/vit_jft.py:g/14 --workdir=runs/vit_g14 \\
         --config.data.train.kind=array_record --config.data.train.name=/data/jft --config.data.workers=16
 
 Data:     JFT-3B is not public; any ArrayRecord or TFDS set of that kind serves (many classes, one or several labels an

@@ -1,13 +1,15 @@
 """Every config: its smoke trains two steps by the real loop, and its whole size can be traced."""
 
 import dataclasses
-import importlib.util
+import importlib
+import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
 
+from vit_scaling import cli
 from vit_scaling import config as c
 from vit_scaling.parallel import mesh as mesh_lib
 from vit_scaling.training import loop, telemetry
@@ -37,18 +39,58 @@ WHOLE = [(name, variant) for name, variants in VARIANTS.items() for variant in v
 
 
 def load(name: str, argument: str) -> c.Config:
-    spec = importlib.util.spec_from_file_location(f"config_{name}", CONFIGS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.__doc__
-    assert "python -m vit_scaling.train" in module.__doc__
-    return module.get_config(argument)
+    return cli.load_config(f"{name}:{argument}")
 
 
 def test_every_config_is_tested() -> None:
-    assert {path.stem for path in CONFIGS.glob("*.py")} - STUDIES == set(VARIANTS)
+    assert {path.stem for path in CONFIGS.glob("[!_]*.py")} - STUDIES == set(VARIANTS)
+
+
+def test_every_config_is_importable_and_gives_its_command() -> None:
+    for name in (*VARIANTS, *STUDIES):
+        module = importlib.import_module(f"configs.{name}")
+        assert module.__doc__
+        assert "./run.sh train " in module.__doc__ or "./run.sh study " in module.__doc__, name
+        assert dataclasses.is_dataclass(module.get_config())
+
+
+# ---- golden configs: every field of every resolved config ------------------------------------------------------------
+
+GOLDEN = Path(__file__).parent / "files" / "configs"
+
+
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns {"optim.lr": 0.001, ...} of nested dicts."""
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {k: v for key, value in node.items() for k, v in flat(value, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def resolved(name: str) -> dict[str, dict[str, Any]]:
+    """Returns what tests/files/configs/NAME.json holds: the first variant's fields, and how the others differ from it.
+
+    Durations are in steps: of ImageNet's 1,281,167 images, and of 4,000 digits where the config is shrunk to `smoke`.
+    """
+    base: dict[str, Any] = {}
+    found = {}
+    for variant in VARIANTS[name]:
+        for argument, examples in ((variant, 1_281_167), (f"{variant},smoke", 4_000)):
+            fields = flat(c.to_dict(c.resolve(load(name, argument), examples)))
+            found[argument] = {key: value for key, value in fields.items() if not base or base.get(key, "") != value}
+            found[argument] |= dict.fromkeys(base.keys() - fields.keys(), "absent")
+            base = base or fields
+    return found
+
+
+def text_of(name: str) -> str:
+    ordered = {argument: dict(sorted(fields.items())) for argument, fields in resolved(name).items()}
+    return json.dumps(ordered, indent=1) + "\n"
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_resolved_configs_are_golden(name: str) -> None:
+    """No field of any experiment changes unnoticed. Meant to change? `.venv/bin/python -m tests.test_configs`."""
+    assert (GOLDEN / f"{name}.json").read_text() == text_of(name)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -137,3 +179,9 @@ def test_durations_become_steps() -> None:
     assert config.duration.unit == "steps"
     assert config.duration.amount == load("smoke", "").duration.amount * 40
     assert config.evaluation.every.unit == config.schedule.cooldown.unit == "steps"
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for each in VARIANTS:
+        (GOLDEN / f"{each}.json").write_text(text_of(each))

@@ -238,6 +238,8 @@ def _help(doc: str | None) -> str:
     shared = [flags.FLAGS[name] for name in ("config", *PROCESS_FLAGS) if name in flags.FLAGS]
     own = flags.FLAGS.get_flags_for_module(sys.modules["__main__"])
     lines = []
+    if Path(sys.argv[0]).name == PROGRAM:
+        doc = (doc or "").replace("./run.sh", PROGRAM)
     for block in (doc or "").strip().split("\n\n"):
         lines += [*(block.splitlines() if block.startswith(" ") else textwrap.wrap(block, 80)), ""]
     lines.append("flags:")
@@ -272,11 +274,11 @@ def run(main: Callable[[Sequence[str]], Any], doc: str | None, commands: Sequenc
         doc: the command's docstring, which --help prints.
         commands: the words of which the first argument must be one.
     """
-    if any(argument in ("--help", "-h", "-help") for argument in sys.argv[1:]):
-        print(_help(doc))
-        sys.exit(0)
     try:
-        main(parse(sys.argv, commands))
+        if any(argument in ("--help", "-h", "-help") for argument in sys.argv[1:]):
+            print(_help(doc), flush=True)
+        else:
+            main(parse(sys.argv, commands))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         _exit(2)
