@@ -34,6 +34,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.granted = False  # whether `asked` has answered yes
         self._noticed = False  # a signal came to this process
+        self._handled = 0
+        self._first = threading.Lock()
         self._previous: dict[int, Any] = {}
         self._any_process: _AnyProcess | None = None
 
@@ -47,18 +49,25 @@ class StopRequest:
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._noticed = True
+        """Handles a signal in Python's main thread, as soon as that runs Python."""
+        self._acknowledge()
+        self._handled += 1
+        if self._handled > 1:
+            os._exit(128 + number)
 
     def _listen(self) -> None:
-        """Reads the numbers of the signals that come, in a thread of its own, until the socket is closed."""
-        came = 0
+        """Handles the same signals in a thread, at once; ends when the socket is closed."""
+        heard = 0
         while number := self._reading.recv(1):
-            if number[0] not in SIGNALS:
-                continue
-            came += 1
-            self._noticed = True
-            if came > 1:
-                os._exit(128 + number[0])
+            if number[0] in SIGNALS:
+                self._acknowledge()
+                heard += 1
+                if heard > 1:
+                    os._exit(128 + number[0])
+
+    def _acknowledge(self) -> None:
+        self._noticed = True
+        if self._first.acquire(blocking=False):  # and never released
             os.write(2, b"stop requested: saving after the current step or compilation; a second signal ends at once\n")
 
     def __exit__(self, *error: object) -> None:
