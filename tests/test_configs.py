@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def test_every_config_is_importable_and_gives_its_command() -> None:
     for name in (*VARIANTS, *STUDIES):
         module = importlib.import_module(f"configs.{name}")
         assert module.__doc__
-        assert "./run.sh train " in module.__doc__ or "./run.sh study " in module.__doc__, name
+        assert re.search(r"(\./run\.sh |python -m vit_scaling\.)(train|study) --config=configs/", module.__doc__), name
         assert dataclasses.is_dataclass(module.get_config())
 
 
