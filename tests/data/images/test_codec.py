@@ -364,7 +364,7 @@ def corrupt_files(photograph) -> dict[str, tuple[bytes, str]]:
         "truncated jpeg": (jpeg[: len(jpeg) // 2], "cut off"),
         "truncated with a thumbnail's end": (
             jpeg[: len(jpeg) // 2].replace(b"JFIF", b"\xff\xd9IF"),
-            "the rows are missing",
+            "cut off",
         ),
         "data missing": (jpeg[:scan] + b"\xff\xd9", "premature end"),
         "damaged data": (jpeg[:scan] + b"\xff\x00" * 4000 + jpeg[scan + 8000 :], "premature end"),
