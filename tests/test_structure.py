@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training",),
     ("planner", "studies"),
     ("cli",),
-    ("train", "evaluate", "plan", "study", "costs", "prepare", "weights"),
+    ("train", "evaluate", "predict", "plan", "study", "costs", "prepare", "weights"),
 )
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 COMMANDS = set(LAYERS[-1])

@@ -82,12 +82,13 @@ def define_processes() -> Callable[[], None]:
     return start
 
 
-def parse(argv: Sequence[str], commands: Sequence[str] = ()) -> list[str]:
+def parse(argv: Sequence[str], commands: Sequence[str] = (), words: bool = False) -> list[str]:
     """Parses a command line, config and overrides included, and returns the words that are not flags.
 
     Args:
         argv: the program's name and its arguments.
-        commands: the first word must be one of these, where there are any; no other words are allowed.
+        commands: the first word must be one of these, where there are any.
+        words: allow other words that are not flags.
 
     Raises:
         UserError: a flag, the config or an override cannot be understood.
@@ -107,7 +108,7 @@ def parse(argv: Sequence[str], commands: Sequence[str] = ()) -> list[str]:
         wrong = f"{rest[1]!r} is not a command" if len(rest) > 1 else "a command is missing"
         raise UserError(f"{wrong}; choose one of {', '.join(commands)}")
     extra = rest[2 if commands else 1 :]
-    if extra:
+    if extra and not words:
         raise UserError(f"{extra[0]!r} is not a flag; flags look like --name=value")
     return rest
 
@@ -266,19 +267,22 @@ def main() -> None:
     runpy.run_module(f"vit_scaling.{command}", run_name="__main__", alter_sys=True)
 
 
-def run(main: Callable[[Sequence[str]], Any], doc: str | None, commands: Sequence[str] = ()) -> None:
+def run(
+    main: Callable[[Sequence[str]], Any], doc: str | None, commands: Sequence[str] = (), words: bool = False
+) -> None:
     """Parses the command line, calls `main` with the words that are not flags, and exits as the module says.
 
     Args:
         main: the command.
         doc: the command's docstring, which --help prints.
         commands: the words of which the first argument must be one.
+        words: the command takes other words, such as files.
     """
     try:
         if any(argument in ("--help", "-h", "-help") for argument in sys.argv[1:]):
             print(_help(doc), flush=True)
         else:
-            main(parse(sys.argv, commands))
+            main(parse(sys.argv, commands, words))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         _exit(2)

@@ -12,6 +12,7 @@ import numpy as np
 
 from vit_scaling import UserError, interop
 from vit_scaling.config import Config
+from vit_scaling.data.sources import SourceConfig, open_source
 from vit_scaling.interop import Target, Weights, native
 from vit_scaling.interop.weights import of_trees
 from vit_scaling.models import ModelConfig
@@ -38,6 +39,32 @@ def find_checkpoint(path: Path) -> Path | None:
 def record_of(found: Path) -> dict[str, Any]:
     """Returns what config.json of a checkpoint's run says."""
     return json.loads((found.parent.parent / "config.json").read_text())
+
+
+def run_of(path: str | Path) -> dict[str, Any] | None:
+    """Returns the config of the run that a path belongs to, as JSON; None for other weights."""
+    found = find_checkpoint(Path(path))
+    return None if found is None else record_of(found)["config"]
+
+
+def class_names(path: str | Path, weights: Weights) -> tuple[str, ...] | None:
+    """Returns the names of the classes of weights: as the run noted them, else its training set's; None if unknown."""
+    found = find_checkpoint(Path(path))
+    if found is None:
+        return getattr(weights, "class_names", None)
+    record = record_of(found)
+    names = record.get("classes")
+    if names is None:
+        try:
+            names = open_source(SourceConfig(**record["config"]["data"]["train"])).class_names
+        except (UserError, OSError):
+            return None  # a run of before names were noted, whose set is no longer there
+    return tuple(names) if names and len(names) == weights.num_classes else None
+
+
+def has_no_classifier(path: str | Path) -> bool:
+    """Returns whether weights are a backbone without a classifier."""
+    return find_checkpoint(Path(path)) is None and interop.describe(path)[2] is None
 
 
 def describe(path: str | Path) -> tuple[ModelConfig, tuple[int, int], int | None]:

@@ -93,7 +93,7 @@ def _train(config: Config, workdir: Path, stop: StopRequest, clock: telemetry.Cl
     # ---- Nothing is written until everything is known to work, in every process. Then the workdir is this run's.
     setup = _set_up(config, workdir)
     config, source, program, total_steps = setup.config, setup.source, setup.program, setup.total_steps
-    processes.first(lambda: workdirs.claim(workdir, config))
+    processes.first(lambda: workdirs.claim(workdir, config, source.class_names))
     past = processes.first(lambda: workdirs.past(workdir))
     if past["finished"] and past["checkpoints"] and past["checkpoints"][-1] >= total_steps:
         processes.say(f"{workdir} holds this run, finished; delete it or name another --workdir to run it again")

@@ -13,7 +13,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +107,8 @@ def agree(config: Config, examples: Mapping[str, int]) -> None:
             )
 
 
-def claim(workdir: Path, config: Config) -> None:
-    """Makes the workdir this experiment's.
+def claim(workdir: Path, config: Config, class_names: Sequence[str] | None = None) -> None:
+    """Makes the workdir this experiment's; its config.json also holds the names of the classes.
 
     Raises:
         UserError: it belongs to another one, or to something else; it is left as it was.
@@ -126,7 +126,8 @@ def claim(workdir: Path, config: Config) -> None:
         raise UserError(f"the workdir {workdir} exists and holds no run of this project; name a new one")
     workdir.mkdir(parents=True, exist_ok=True)
     counts = {"device_count": jax.device_count(), "process_count": jax.process_count()}
-    write_json(record, {"config": resolved, **environment(), **counts})
+    classes = None if class_names is None else list(class_names)
+    write_json(record, {"config": resolved, "classes": classes, **environment(), **counts})
 
 
 def keep_compilations(workdir: Path) -> None:

@@ -1,0 +1,264 @@
+"""Classifies images that have no labels: from files to the most likely classes, in order, however many there are.
+
+weights = initial.read("runs/pets")
+show = predict.eval_transform(weights, initial.run_of("runs/pets"))
+for prediction in predict.predict(model.freeze(weights, MeshConfig()), files, show, names):
+    print(prediction.file, prediction.classes)
+"""
+
+import contextlib
+import dataclasses
+import glob
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from PIL import Image, ImageDraw
+
+from vit_scaling import UserError
+from vit_scaling.data import loader
+from vit_scaling.data.config import DataConfig
+from vit_scaling.data.images import codec
+from vit_scaling.data.images.transforms import Transform, TransformConfig, transform
+from vit_scaling.evaluation.model import Frozen
+from vit_scaling.interop import Weights
+from vit_scaling.parallel import sharding
+
+_FIRST_BYTES = 32
+_PRIVATE = ("__MACOSX", "@eaDir")
+
+
+class Likely(NamedTuple):
+    """One class that an image may belong to."""
+
+    label: str
+    index: int
+    probability: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What the model says about one file.
+
+    Attributes:
+        file: as it was given, or its path below the folder that was given.
+        classes: the most likely first; empty where the image is corrupt.
+        features: float32 [D], where they were asked for.
+        error: why the file was passed over; None for an image.
+    """
+
+    file: str
+    classes: tuple[Likely, ...] = ()
+    features: np.ndarray | None = None
+    error: str | None = None
+
+
+class Found(NamedTuple):
+    """The files to classify, and how many files of the folders were left out because they are no images."""
+
+    files: list[str]
+    left_out: int
+
+
+def find(arguments: Sequence[str]) -> Found:
+    """Returns the image files that arguments name: files, folders with all that is in them, or patterns.
+
+    In a folder the content decides what an image is; hidden files and folders, and those of macOS archives and of
+    Synology, are passed over. Files of a folder come in the order of their paths.
+
+    Raises:
+        UserError: nothing has that name or matches that pattern, or there is no image at all.
+    """
+    files: list[str] = []
+    left_out = 0
+    for argument in arguments:
+        matches = [argument] if os.path.exists(argument) else sorted(glob.glob(argument, recursive=True))
+        if not matches:
+            raise UserError(f"there is no file, folder or match for {argument!r}")
+        for match in matches:
+            if not os.path.isdir(match):
+                files.append(match)
+                continue
+            for path in _walk(match):
+                if _is_image(path):
+                    files.append(path)
+                else:
+                    left_out += 1
+    if not files:
+        raise UserError(f"no images are in {', '.join(arguments)} ({left_out} other files)")
+    return Found(files, left_out)
+
+
+def _walk(folder: str) -> Iterator[str]:
+    def fail(error: OSError) -> None:
+        raise UserError(f"the folder {error.filename} cannot be read: {error.strerror}") from None
+
+    for root, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _PRIVATE)
+        yield from (os.path.join(root, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _is_image(path: str) -> bool:
+    """Whether a regular file begins as an image does; one that cannot be read counts, so that it is reported."""
+    if not os.path.isfile(path):
+        return False
+    try:
+        with open(path, "rb") as stream:
+            return codec.format_of(stream.read(_FIRST_BYTES)) is not None
+    except OSError:
+        return True
+
+
+def eval_transform(weights: Weights, run: Mapping[str, Any] | None = None, **override: Any) -> TransformConfig:
+    """Returns the transform that belongs to weights: how their own evaluation shows an image to the model.
+
+    Normalisation is not part of it: the model's config holds mean and std, and `mixing.to_float` applies them.
+
+    Args:
+        weights: as read, for the image size.
+        run: the "config" of a run's config.json, whose evaluation transform is taken, at the weights' image size; None
+            for other weights: resize the shorter side to 256/224 of the size, then the central crop.
+        override: fields of `TransformConfig`, such as crop and resize_to; those that are None are ignored.
+    """
+    size = weights.image_size
+    fields: dict[str, Any] = {"crop": "central", "resize": "area", "resize_to": max(size) * 256 // 224}
+    if run is not None:
+        own = run["data"]["eval_transform"]
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
+        if tuple(fields["size"]) != tuple(size):
+            fields |= {"resize_to": max(size) * fields["resize_to"] // max(fields["size"])}
+            fields["crop"] = "resize" if fields["crop"] == "none" else fields["crop"]
+    given = {name: value for name, value in override.items() if value is not None}
+    return TransformConfig(**fields | {"size": tuple(size)} | given)
+
+
+def predict(
+    model: Frozen,
+    files: Sequence[str],
+    transform_config: TransformConfig,
+    names: Sequence[str] | None,
+    *,
+    top: int = 5,
+    batch_size: int = 64,
+    loss: str = "softmax",
+    features: bool = False,
+) -> Iterator[Prediction]:
+    """Yields one prediction for each file, in order; a file that cannot be used has an `error` and no classes.
+
+    Args:
+        model: as `model.freeze` puts it on the devices.
+        files: paths.
+        transform_config: as `eval_transform` gives it.
+        names: of the classes; None: their numbers.
+        top: how many classes each prediction has; 0 runs no classifier.
+        batch_size: images at a time; rounded up to a multiple of the devices.
+        loss: of the training: "softmax" makes probabilities of one class, "sigmoid" of each class by itself.
+        features: also give what the classifier sees.
+    """
+    devices = model.mesh.size
+    batch_size = -(-min(batch_size, len(files)) // devices) * devices
+    on = sharding.batch_sharding(model.mesh)
+    reader = _Reader(files, transform(transform_config, train=False))
+    data = DataConfig(on_corrupt="skip")
+    batches = loader.eval_batches(
+        reader, reader, data, batch_size=batch_size, shard=loader.Shard(*sharding.batch_parts(on))
+    )
+    with contextlib.closing(batches):
+        yield from _predictions(model, loader.to_device(batches, on, ahead=1), reader, names, top, loss, features)
+
+
+def _predictions(
+    model: Frozen,
+    batches: Iterator[dict[str, jax.Array]],
+    reader: "_Reader",
+    names: Sequence[str] | None,
+    top: int,
+    loss: str,
+    features: bool,
+) -> Iterator[Prediction]:
+    position = 0
+    for batch in batches:
+        logits = jax.device_get(model.logits(model.params, model.statistics, batch["image"])) if top else None
+        seen = jax.device_get(model.features(model.params, model.statistics, batch["image"])) if features else None
+        mask = np.asarray(jax.device_get(batch["mask"]))
+        for row in range(min(len(mask), len(reader) - position)):
+            file = reader.id(position)
+            if not mask[row]:
+                yield Prediction(file, error=reader.errors.pop(position))
+            else:
+                classes = () if logits is None else _likely(np.asarray(logits[row], np.float64), names, top, loss)
+                yield Prediction(file, classes, None if seen is None else np.asarray(seen[row]))
+            position += 1
+
+
+class _Reader:
+    """Source and transform in one, so that the reason for passing a file over is kept, by index; labels are all 0."""
+
+    num_classes, multi_label = 1, False
+    class_names: tuple[str, ...] | None = None
+
+    def __init__(self, files: Sequence[str], convert: Transform):
+        self._files, self._convert, self.size = files, convert, convert.size
+        self.errors: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": index, "label": np.int32(0)}
+
+    def id(self, index: int) -> str:
+        return self._files[index]
+
+    def __call__(self, record: dict[str, Any], rng: Any, out: np.ndarray | None = None) -> dict[str, Any]:
+        index = record["image"]
+        try:
+            with open(self._files[index], "rb") as stream:
+                data = stream.read()
+            return self._convert({"image": data, "label": record["label"]}, rng, out)
+        except (OSError, UserError) as error:
+            self.errors[index] = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+            raise codec.CorruptImageError(self.errors[index]) from None
+
+
+def _likely(logits: np.ndarray, names: Sequence[str] | None, top: int, loss: str) -> tuple[Likely, ...]:
+    if loss == "sigmoid":
+        probabilities = np.exp(-np.logaddexp(0, -logits))
+    else:
+        probabilities = np.exp(logits - logits.max())
+        probabilities /= probabilities.sum()
+    order = np.argsort(-logits, kind="stable")[:top]
+    return tuple(Likely(names[i] if names else str(i), int(i), float(probabilities[i])) for i in order)
+
+
+class Sheet:
+    """A contact sheet: the first images with their most likely class."""
+
+    def __init__(self, count: int = 48, side: int = 128, columns: int = 8):
+        self._count, self._side, self._columns = count, side, columns
+        self._tiles: list[tuple[Image.Image, str]] = []
+
+    def add(self, prediction: Prediction) -> None:
+        """Adds an image while there is space."""
+        if len(self._tiles) >= self._count or prediction.error is not None:
+            return
+        image = Image.fromarray(codec.decode(Path(prediction.file).read_bytes()))
+        image.thumbnail((self._side, self._side))
+        best = prediction.classes[0] if prediction.classes else None
+        self._tiles.append((image, f"{best.label} {best.probability:.0%}" if best else ""))
+
+    def write(self, path: Path) -> None:
+        """Writes the sheet as PNG."""
+        columns = max(min(self._columns, len(self._tiles)), 1)
+        width, height = self._side + 8, self._side + 24
+        sheet = Image.new("RGB", (columns * width, max(-(-len(self._tiles) // columns), 1) * height), "white")
+        draw = ImageDraw.Draw(sheet)
+        for number, (image, text) in enumerate(self._tiles):
+            left, top = number % columns * width, number // columns * height
+            sheet.paste(image, (left + (width - image.width) // 2, top + (self._side - image.height) // 2 + 2))
+            draw.text((left + 4, top + self._side + 6), text[: self._side // 6], fill="black")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path, "PNG")
