@@ -28,6 +28,7 @@ _CROP = flags.DEFINE_string("crop", None, "central, square_central, resize or no
 _RESIZE_TO = flags.DEFINE_integer("resize_to", None, "Shorter side before the crop; default: size x 256/224.", 1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 100, "Images at a time.", 1)
 _WORKERS = flags.DEFINE_integer("workers", 0, "Worker processes that read; 0: threads.", 0)
+_ON_CORRUPT = flags.DEFINE_enum("on_corrupt", "error", ["error", "skip"], "What a corrupt image does.")
 _FEWSHOT = flags.DEFINE_string("fewshot", None, "Set to draw shots from, KIND:NAME:SPLIT; measured on --data.")
 _SHOTS = flags.DEFINE_list("shots", ["1", "5", "10", "25"], "Examples of each class.")
 _THROUGHPUT = flags.DEFINE_float("throughput", 0.0, "Measure speed for so many seconds.", 0.0)
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
     from vit_scaling import config as config_lib
     from vit_scaling.data.loader import DataConfig
     from vit_scaling.data.sources import open_source
-    from vit_scaling.evaluation import figure
+    from vit_scaling.evaluation import figure, predict
     from vit_scaling.evaluation import model as measure
     from vit_scaling.interop import Target
     from vit_scaling.parallel.mesh import MeshConfig
@@ -50,8 +51,9 @@ def main(argv: Sequence[str]) -> None:
     weights = initial.read(_WEIGHTS.value, Target(image_size=size), ema=_EMA.value)
     found = initial.find_checkpoint(Path(_WEIGHTS.value))
     run = None if found is None else initial.record_of(found)["config"]
-    source, transform = _source(run), _transform(run, weights.image_size)
-    data = DataConfig(workers=_WORKERS.value)
+    source = _source(run)
+    transform = predict.eval_transform(weights, run, crop=_CROP.value, resize_to=_RESIZE_TO.value)
+    data = DataConfig(workers=_WORKERS.value, on_corrupt=_ON_CORRUPT.value)
     loss = "softmax" if run is None else run["loss"]["kind"]
     opened = open_source(source)
     model = measure.freeze(weights, MeshConfig())
@@ -112,21 +114,6 @@ def _source(run: dict[str, Any] | None):
     if own is None:
         raise UserError("--data must be given: these weights name no set of their own")
     return SourceConfig(**own)
-
-
-def _transform(run: dict[str, Any] | None, size: tuple[int, int]):
-    """Returns how images are shown: as the run's evaluation did, at this size; else a central crop."""
-    from vit_scaling.data.images.transforms import TransformConfig
-
-    fields: dict[str, Any] = {"crop": "central", "resize": "area", "resize_to": max(size) * 256 // 224}
-    if run is not None:
-        own = run["data"]["eval_transform"]
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
-        if tuple(fields["size"]) != tuple(size):
-            fields |= {"resize_to": max(size) * fields["resize_to"] // max(fields["size"])}
-            fields["crop"] = "resize" if fields["crop"] == "none" else fields["crop"]
-    given = {"crop": _CROP.value, "resize_to": _RESIZE_TO.value}
-    return TransformConfig(**fields | {"size": tuple(size)} | {k: v for k, v in given.items() if v is not None})
 
 
 if __name__ == "__main__":

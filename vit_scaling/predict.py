@@ -15,6 +15,7 @@ or cannot be read is named on stderr and passed over; the exit code is then 1.
 """
 
 import csv
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -115,7 +116,10 @@ class _Writer:
 
     def __call__(self, prediction: Any) -> None:
         if self._format == "json":
-            row = {"file": prediction.file, "predictions": [likely._asdict() for likely in prediction.classes]}
+            row = {
+                "file": prediction.file,
+                "predictions": [dataclasses.asdict(likely) for likely in prediction.classes],
+            }
             self._output.write(json.dumps(row) + "\n")
         elif self._format == "csv":
             for rank, likely in enumerate(prediction.classes, 1):

@@ -244,7 +244,7 @@ def test_multi_hot_labels_are_float32_batches():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_corrupt_record_stops_the_run_with_its_name(workers):
-    with pytest.raises(codec.CorruptImageError, match=r"^number 7 is corrupt: made so \(data.on_corrupt=skip"):
+    with pytest.raises(codec.CorruptImageError, match=r"^number 7 is corrupt: made so \(on_corrupt=skip"):
         take(3, Numbers(20, corrupt=[7]), AsItIs(), batch_size=20, workers=workers)
     with pytest.raises(codec.CorruptImageError, match="number 7"):
         list(eval_batches(Numbers(20, corrupt=[7]), AsItIs(), batch_size=20))

@@ -198,7 +198,7 @@ def test_a_run_that_stopped_at_a_corrupt_image_goes_on_without_it(
     monkeypatch.setattr(BuiltinSource, "__getitem__", fail)
     stopping, skipping = tiny.config(), tiny.config()
     skipping.data.on_corrupt = "skip"
-    with pytest.raises(ValueError, match=r"is corrupt: made so \(data.on_corrupt=skip continues without it\)"):
+    with pytest.raises(ValueError, match=r"is corrupt: made so \(on_corrupt=skip continues without it\)"):
         loop.train(stopping, tmp_path / "stopped")
     assert checkpoint.steps(tmp_path / "stopped" / "checkpoints") == [4]
     loop.train(skipping, tmp_path / "stopped")

@@ -187,7 +187,7 @@ class _Read:
         except CorruptImageError as error:
             message = f"{self.source.id(index)} is corrupt: {error}"
             if not self._skip:
-                raise CorruptImageError(f"{message} (data.on_corrupt=skip continues without it)") from None
+                raise CorruptImageError(f"{message} (on_corrupt=skip continues without it)") from None
             self._status.count("skipped")
             logging.warning("%s; skipped", message)
             return None

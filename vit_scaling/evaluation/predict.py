@@ -31,7 +31,8 @@ _FIRST_BYTES = 32
 _PRIVATE = ("__MACOSX", "@eaDir")
 
 
-class Likely(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Likely:
     """One class that an image may belong to."""
 
     label: str
@@ -158,9 +159,9 @@ def predict(
         loss: of the training: "softmax" makes probabilities of one class, "sigmoid" of each class by itself.
         features: also give what the classifier sees.
     """
-    devices = model.mesh.size
+    devices = model.network.mesh.size
     batch_size = -(-min(batch_size, len(files)) // devices) * devices
-    on = sharding.batch_sharding(model.mesh)
+    on = sharding.batch_sharding(model.network.mesh)
     reader = _Reader(files, transform(transform_config, train=False))
     data = DataConfig(on_corrupt="skip")
     batches = loader.eval_batches(
@@ -181,8 +182,12 @@ def _predictions(
 ) -> Iterator[Prediction]:
     position = 0
     for batch in batches:
-        logits = jax.device_get(model.logits(model.params, model.statistics, batch["image"])) if top else None
-        seen = jax.device_get(model.features(model.params, model.statistics, batch["image"])) if features else None
+        logits = jax.device_get(model.logits(batch["image"])) if top else None
+        seen = (
+            jax.device_get(model.network.features(model.params, model.batch_stats, batch["image"]))
+            if features
+            else None
+        )
         mask = np.asarray(jax.device_get(batch["mask"]))
         for row in range(min(len(mask), len(reader) - position)):
             file = reader.id(position)
