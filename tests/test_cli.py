@@ -334,3 +334,46 @@ def test_configs_are_found_by_path_and_by_name(tmp_path: Path, monkeypatch: pyte
     shutil.copy(ROOT / "configs" / "smoke.py", tmp_path / "configs" / "swin_digits.py")
     assert cli.load_config("configs/swin_digits.py") != by_path  # the file that is there comes first
     assert importlib.util.find_spec("configs") is not None
+
+
+# ---- exit codes of a study -------------------------------------------------------------------------------------------
+
+
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcome, *arguments: str) -> int | str | None:
+    """Runs the smoke study with `runner.run_all` replaced by `outcome`, and returns its exit code."""
+    from vit_scaling.studies import runner
+
+    monkeypatch.setattr(runner, "run_all", outcome)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with commands.loaded("study", "--config=study:smoke", f"--workdir={tmp_path}", *arguments) as module:
+        try:
+            module.main(cli.parse(sys.argv))
+        except SystemExit as left:
+            return left.code
+    return 0
+
+
+def test_a_study_with_failed_runs_exits_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    assert study(tmp_path, monkeypatch, lambda *args, **how: {}) == 0
+    assert study(tmp_path, monkeypatch, lambda *args, **how: {"1-1": "exit code 1"}) == 1
+    assert "1 of 7 runs failed" in capsys.readouterr().out
+
+
+def test_an_interrupted_study_exits_with_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def interrupted(*args, **how):
+        raise KeyboardInterrupt
+
+    assert study(tmp_path, monkeypatch, interrupted) == 130
+    assert capsys.readouterr().err == "stopped; the same command continues from there\n"
+
+
+def test_an_interrupted_run_of_a_study_exits_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vit_scaling.studies import scaling
+    from vit_scaling.training import loop
+
+    name = scaling.plan(cli.load_config("study:smoke"), tmp_path)[0].name
+    for result, code in (({"interrupted": 3}, 1), ({"accuracy": 1.0}, 0)):
+        monkeypatch.setattr(loop, "train", lambda config, workdir, result=result: result)
+        assert study(tmp_path, monkeypatch, None, f"--only={name}") == code
+    with pytest.raises(UserError, match="--only=none is not a run of the study; the first is"):
+        study(tmp_path, monkeypatch, None, "--only=none")

@@ -89,6 +89,7 @@ def test_branched_cooldown_follows_the_trunk():
 def test_durations():
     assert Duration(3.0, "steps").to_steps(128, 4_000) == 3
     assert Duration(2.0, "epochs").to_steps(128, 4_000) == 62  # 62.5, to even
+    assert Duration(3.0, "epochs").to_steps(128, 4_000) == 94  # 93.75
     assert Duration(1e6, "examples").to_steps(4_096, 10) == 244
     assert Duration(0.0, "epochs").to_steps(128, 4_000) == 0
     c = ScheduleConfig("rsqrt", Duration(1.0, "epochs"), Duration(1_000.0, "examples"), Duration(7.0))
