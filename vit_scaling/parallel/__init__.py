@@ -1,4 +1,4 @@
-"""Where do arrays live: meshes, the one table of sharding rules, processes and their signals?
+"""Where do arrays lie, and how do the processes of a run work together?
 
 Start reading in sharding.py, whose table maps parameter paths to mesh axes.
 """

@@ -1,9 +1,9 @@
-"""Accelerators by name: what each can do at best, which shapes it comes in, and devices of a machine that is not here.
+"""Accelerators by name: their peaks, the shapes they come in, and devices of a machine that is not here.
 
 Peaks are the vendors' published ones: Google Cloud's pages of each TPU version, Jouppi et al. 2020 (v2 and v3) and
-NVIDIA's data sheets, for dense bfloat16. Memory of a TPU is what its compiler will fill, by its own error message.
-Network speeds count one direction: what a device can receive; between slices and nodes its share of the host's network
-card as the larger clouds offer it.
+NVIDIA's data sheets, for dense bfloat16. Memory of a TPU is what its compiler will fill, from its own error message.
+Network speeds count one direction, what a device can receive; between slices and nodes it is the device's share of the
+host's network card as the larger clouds offer it.
 """
 
 import dataclasses
@@ -23,16 +23,16 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One kind of accelerator; rates and memory are those of one JAX device, of which a chip may have two."""
+    """One kind of accelerator; rates and memory are per JAX device, of which a chip may have two."""
 
     name: str
     device_kind: str  # jax.Device.device_kind
-    devices: int  # JAX devices a chip
+    devices: int  # JAX devices per chip
     flops: float  # FLOP/s, dense bfloat16
-    memory: float  # bytes that a program can use
+    memory: float  # bytes that a program can use, per device
     bandwidth: float  # bytes/s, device memory
-    fast: float  # bytes/s received over all links within a slice (TPU) or a node (GPU)
-    slow: float  # bytes/s received between slices or nodes
+    fast: float  # bytes/s received over all links within a slice (ICI) or a node (NVLink)
+    slow: float  # bytes/s received between slices (DCN) or nodes
     dims: int = 0  # axes of a TPU slice; 0 for GPUs
     largest: int = 8  # chips of the largest slice, or GPUs of a node
     sms: int = 0  # of a GPU: streaming multiprocessors,
@@ -115,8 +115,8 @@ CHIPS = {
 TPUS = tuple(chip.name for chip in CHIPS.values() if chip.dims)
 GPUS = tuple(chip.name for chip in CHIPS.values() if not chip.dims)
 
-# What libtpu is told where there is no TPU: several processes may compile at once, no cloud's metadata server is asked,
-# and no questions about this host are open; none of it says for what is compiled.
+# Settings of libtpu where there is no TPU: several processes may compile at once, and neither the metadata server
+# of the cloud nor this host is asked what it is. They do not say which machine is compiled for.
 _LIBTPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -137,7 +137,7 @@ def peak_flops(device: jax.Device, given: float | None = None) -> float | None:
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A machine by description: `slices` slices of `shape`, or a number of GPUs in nodes of eight."""
+    """A machine: `slices` slices of `shape`, or a number of GPUs in nodes of eight."""
 
     chip: Chip
     shape: tuple[int, ...]
@@ -174,7 +174,9 @@ def topology(text: str, slices: int = 1) -> Topology:
                 f"there are no GPUs {size!r}; write gpu:NAMExNUMBER, such as gpu:h100x8, with one of {', '.join(GPUS)}"
             )
         if slices > 1:
-            raise UserError(f"{text} has no slices; nodes of {CHIPS[match[1]].largest} GPUs are the slow boundary")
+            raise UserError(
+                f"{text} has no slices; the network between nodes of {CHIPS[match[1]].largest} GPUs is the slow one"
+            )
         return Topology(CHIPS[match[1]], (int(match[2]),))
     if kind not in TPUS:
         raise UserError(f"there is no chip {kind!r}; write NAME:SHAPE with one of {', '.join(TPUS)}, or gpu:h100x8")
@@ -269,7 +271,7 @@ def _tpus(machine: Topology) -> tuple[str, str, dict[str, Any]]:
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {}
     if machine.chip.name == "v4":
-        options["chip_config_name"] = "megacore"  # both cores of a chip as one device, as jobs see it
+        options["chip_config_name"] = "megacore"  # both cores of a chip are one device, as in real jobs
     if machine.shape == (1, 1):
         options["chips_per_host_bounds"] = (1, 1, 1)
     if machine.slices > 1:
@@ -278,7 +280,7 @@ def _tpus(machine: Topology) -> tuple[str, str, dict[str, Any]]:
 
 
 def _gpus(machine: Topology) -> tuple[str, str, dict[str, Any]]:
-    """Returns the same for XLA's CUDA compiler, which wants to be told what a GPU is like."""
+    """Returns the same for XLA's CUDA compiler, which needs a description of the GPU."""
     chip = machine.chip
     nodes, rest = divmod(machine.devices, chip.largest)
     hosts = f"1x{nodes}x{chip.largest}" if nodes and not rest else f"1x1x{machine.devices}"

@@ -21,14 +21,14 @@ from vit_scaling.parallel import processes
 AXES = ("replica", "data", "fold", "model")
 
 # The widths of vision transformers are multiples of 128 and rarely of more: 1152, 1408 and 1664 are 9, 11 and 13 times
-# 128. Where a config asks for more devices on `data`, the mesh has the rest as `fold`, and what `data` and `fold`
-# together do not divide is split by each on an axis of its own (parallel/sharding.py).
+# 128. Where a config asks for more devices on `data`, the rest becomes `fold`, and a parameter that `data` and `fold`
+# together do not divide is split by each along a dimension of its own (parallel/sharding.py).
 MAX_DATA = 128
 
 
 @dataclasses.dataclass
 class MeshConfig:
-    """How many devices each axis gets; at most one may be -1, "all that are left"."""
+    """How many devices each axis gets; at most one may be -1, for all the remaining devices."""
 
     replica: int = 1
     data: int = -1
@@ -45,9 +45,11 @@ def shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int]:
     names = [field.name for field in dataclasses.fields(config)]
     for axis, size in zip(names, sizes, strict=True):
         if size < 1 and size != -1:
-            raise UserError(f"mesh.{axis} is {size}; it must be a positive number of devices, or -1 for all the rest")
+            raise UserError(
+                f"mesh.{axis} is {size}; it must be a positive number of devices, or -1 for all that remain"
+            )
     if sizes.count(-1) > 1:
-        raise UserError(f"mesh has {sizes.count(-1)} axes of -1; only one axis can take all the devices that are left")
+        raise UserError(f"mesh has {sizes.count(-1)} axes of -1; only one axis can take all the remaining devices")
     known = math.prod(size for size in sizes if size != -1)
     if num_devices % known or (-1 not in sizes and known != num_devices):
         axes = ", ".join(f"{axis}={size}" for axis, size in zip(names, sizes, strict=True))
@@ -82,12 +84,12 @@ def create(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> j
 
 
 def compiler_options(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> dict[str, str] | None:
-    """Returns what XLA is told for every program on this mesh.
+    """Returns the XLA options of every program on this mesh.
 
-    A kernel that is split for storage could also be used piece by piece while the next piece is on its way. XLA for
-    TPU prefers that for large batches; the sum over the pieces is then kept in the device's memory, in the dtype of the
-    computation. Gathered whole first, a ViT-B/16 step on 16 v5e chips moves 55 instead of 142 GB through each chip's
-    memory, and no sum is rounded to bfloat16 sixteen times.
+    XLA for TPU can multiply with a sharded kernel shard by shard while the next shard is in transfer, and prefers that
+    for large batches. The partial sums then lie in the device's memory, in the dtype of the computation. With kernels
+    gathered first, a ViT-B/16 step on 16 v5e chips moves 55 instead of 142 GB through each chip's memory, and no sum is
+    rounded to bfloat16 sixteen times.
     """
     if isinstance(mesh, jax.sharding.AbstractMesh) or mesh.devices.flat[0].platform != "tpu":
         return None

@@ -1,4 +1,4 @@
-"""What is sharded how: one table for parameters, one constraint for activations.
+"""How arrays are sharded: one table for parameters, one constraint for activations.
 
 Parameters are known by their paths (see vit_scaling.names). The table names, for the last axes of a parameter, the
 mesh axis that splits each. Leading axes that the table does not name, the stacked layers, are never split.
@@ -16,13 +16,13 @@ from jax.sharding import Mesh as DeviceMesh
 
 from vit_scaling import UserError, names
 
-# Of devices, or of their numbers alone, which is enough to plan.
+# A mesh of devices, or an abstract one, which is enough to plan.
 Mesh = DeviceMesh | AbstractMesh
 
 BATCH_AXES = ("replica", "data", "fold")
 STORAGE_AXES = ("data", "fold")
 
-# A leaf of fewer elements than this stays whole on every device: splitting it saves nothing and costs a gather.
+# A leaf of fewer elements is replicated: sharding it saves little and costs a gather.
 MIN_SHARDED_SIZE = 2**16
 
 # "data" is storage (gathered before use), "model" is tensor parallelism (each device computes its heads or hidden
@@ -40,7 +40,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...] | None], ...] = (
     (r"head/bias", ("model",)),
 )
 
-# Classes are as many as there are: where `model` does not divide them, the classifier is not split over it.
+# The number of classes is given by the data: where `model` does not divide it, the classifier is not split over it.
 CLASSES = ("head/kernel", "head/bias")
 
 
@@ -86,7 +86,7 @@ def put_batch(local: dict[str, np.ndarray], on: Sharding) -> dict[str, jax.Array
         def rows_at(index: Any) -> np.ndarray:
             return rows[index[0].start or 0]
 
-        with jax.transfer_guard_host_to_device("allow"):  # the one transfer that is meant
+        with jax.transfer_guard_host_to_device("allow"):  # the one transfer that is intended
             return jax.make_array_from_callback((count * size, *value.shape[1:]), on, rows_at)
 
     return {name: put(value) for name, value in local.items()}
