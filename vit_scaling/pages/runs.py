@@ -1,0 +1,173 @@
+"""What the files of a workdir say about a run, for the report and for comparisons."""
+
+import dataclasses
+import json
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vit_scaling import UserError
+from vit_scaling.training import telemetry
+
+RECORD = "report.json"  # what the report shows and no other file of the workdir holds
+MOST_POINTS = 2000  # of a curve; longer ones are thinned, and the page says so
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run as a page shows it: JSON, and curves as arrays whose names begin with a prefix."""
+
+    data: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+
+
+def read(workdir: Path, prefix: str = "") -> Run:
+    """Reads a workdir; whatever is not there yet is left out and named.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    if not (workdir / "config.json").exists():
+        raise UserError(f"{workdir} holds no run of this project: it has no config.json")
+    config_record = _json(workdir / "config.json", {})
+    config = config_record.get("config", {})
+    record = _json(workdir / RECORD, {})
+    result = _json(workdir / "result.json", None)
+    clock = _json(workdir / "clock.json", {"step": 0, "seconds": {}})
+    rows = telemetry.read_jsonl(workdir / "metrics.jsonl")
+    arrays, curves, thinned = curves_of(rows, prefix)
+    total = int(config.get("duration", {}).get("amount", 0))
+    step = max([int(clock["step"]), *(int(row["step"]) for row in rows)], default=0)
+    command = record.get("command")
+    flat = flatten(config)
+    data = {
+        "name": workdir.name,
+        "workdir": str(workdir),
+        "finished": result is not None,
+        "step": step,
+        "total_steps": total,
+        "batch_size": config.get("data", {}).get("batch_size"),
+        "headline": headline(rows, record.get("examples", {})),
+        "seconds": clock["seconds"],
+        "command": None if command is None else shlex.join(command),
+        "notes": notes(rows, result is not None, step, total, record),
+        "curves": curves,
+        "thinned": thinned,
+        "starts": record.get("starts", []),
+        "environment": {name: value for name, value in config_record.items() if name != "config"},
+        "config": [[name, json.dumps(value)] for name, value in flat.items()],
+        "overridden": sorted(overridden(command or []) & set(flat)),
+        "parameters": record.get("parameters"),
+        "evaluation": record.get("evaluation"),
+    }
+    return Run(data, arrays)
+
+
+def curves_of(
+    rows: Sequence[Mapping[str, Any]], prefix: str = ""
+) -> tuple[dict[str, np.ndarray], list[dict[str, Any]], int]:
+    """Returns (arrays, curves, how many curves were thinned) of the rows of metrics.jsonl.
+
+    Each curve is {"name", "steps", "values"}, the latter two names of arrays; seconds of training by step are one more
+    pair. A value that was not finite is NaN.
+    """
+    names = sorted({name for row in rows for name in row if name != "step"})
+    arrays: dict[str, np.ndarray] = {}
+    curves, thinned = [], 0
+    for number, name in enumerate(names):
+        points = [(row["step"], math.nan if row[name] is None else row[name]) for row in rows if name in row]
+        steps = np.array([step for step, _ in points], np.int32)
+        values = np.array([value for _, value in points], np.float32)
+        kept = thin(values, MOST_POINTS)
+        thinned += len(kept) < len(values)
+        keys = f"{prefix}{number}.steps", f"{prefix}{number}.values"
+        arrays |= {keys[0]: steps[kept], keys[1]: values[kept]}
+        curves.append({"name": name, "steps": keys[0], "values": keys[1]})
+    timed = [(row["step"], row["step_seconds"]) for row in rows if row.get("step_seconds") is not None]
+    steps = np.array([0, *(step for step, _ in timed)], np.float64)
+    seconds = np.concatenate([[0.0], np.cumsum(np.diff(steps) * [each for _, each in timed])])
+    kept = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MOST_POINTS)).astype(int))
+    arrays |= {f"{prefix}clock.steps": steps[kept].astype(np.int32), f"{prefix}clock.seconds": seconds[kept].astype(np.float32)}
+    return arrays, curves, thinned
+
+
+def thin(values: np.ndarray, most: int) -> np.ndarray:
+    """Returns the indices of at most `most` values: of each stretch the lowest and the highest, so that spikes stay."""
+    if len(values) <= most:
+        return np.arange(len(values))
+    kept = {0, len(values) - 1}
+    for stretch in np.array_split(np.arange(len(values)), (most - 2) // 2):
+        part = values[stretch]
+        if np.isfinite(part).any():
+            kept |= {int(stretch[np.nanargmin(part)]), int(stretch[np.nanargmax(part)])}
+        else:
+            kept.add(int(stretch[0]))
+    return np.array(sorted(kept))
+
+
+def headline(rows: Sequence[Mapping[str, Any]], examples: Mapping[str, int]) -> dict[str, Any] | None:
+    """Returns the accuracy that says how good the run is: on the test set, else the newest on the validation set."""
+    for name in ("test/accuracy", "validation/accuracy", "test_ema/accuracy", "validation_ema/accuracy"):
+        found = [row for row in rows if row.get(name) is not None]
+        if found:
+            accuracy, count = found[-1][name], examples.get("evaluation." + name.split("/")[0].removesuffix("_ema"))
+            interval = None if count is None else wilson(accuracy, count)
+            return {"name": name, "value": accuracy, "step": found[-1]["step"], "examples": count, "interval": interval}
+    return None
+
+
+def wilson(share: float, count: int, z: float = 1.959964) -> list[float]:
+    """Returns the 95% score interval of a share of `count` independent examples (Wilson 1927)."""
+    center = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return [max(0.0, center - half), min(1.0, center + half)]
+
+
+def notes(
+    rows: Sequence[Mapping[str, Any]], finished: bool, step: int, total: int, record: Mapping[str, Any]
+) -> list[str]:
+    """Returns one sentence for everything that is not as it should be, or not finished."""
+    said = []
+    if not finished:
+        said.append(
+            f"Not finished: step {step:,} of {total:,}. The same command continues from the newest checkpoint."
+        )
+    skipped = max((row["skipped"] for row in rows if row.get("skipped") is not None), default=0)
+    if skipped:
+        said.append(f"{int(skipped):,} updates were left out, because loss or gradient was not finite.")
+    for name, words in (("corrupt", "corrupt images were replaced"), ("corrupt_images", "corrupt images were replaced")):
+        if count := max((row[name] for row in rows if row.get(name) is not None), default=0):
+            said.append(f"{int(count):,} {words}.")
+    lost = sum(value is None for row in rows for value in row.values())
+    if lost:
+        said.append(f"{lost:,} logged values were not finite and are missing from the curves.")
+    return [*said, *record.get("notes", [])]
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns {"optim.lr": 0.001, ...} of a nested config; lists are values."""
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    return {
+        path: value
+        for name, child in tree.items()
+        for path, value in flatten(child, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
+
+
+def overridden(command: Sequence[str]) -> set[str]:
+    """Returns the fields of the config that a command line sets by --config.FIELD=VALUE."""
+    return {
+        word.lstrip("-").removeprefix("config.").partition("=")[0] for word in command if word.lstrip("-").startswith("config.")
+    }
+
+
+def _json(path: Path, default: Any) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):  # not written yet, or cut off by a crash
+        return default
