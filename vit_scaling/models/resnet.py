@@ -239,19 +239,24 @@ class ResNet(nnx.Module):
         Raises:
             UserError: the network is all convolution.
         """
-        x_BHWC, maps = self._stemmed(images_BHWC, False), {}
+        maps = {name: layer.weights(x_BHWC) for name, (layer, x_BHWC) in self.attention_layers(images_BHWC).items()}
+        if not maps:
+            raise UserError("this network has convolutions only (spatial='convolution'): there is no attention to show")
+        return maps
+
+    def attention_layers(self, images_BHWC: Float[Array, "B H W 3"]) -> dict[str, tuple[Any, Array]]:
+        """Returns {"group/layer": (module, its input)} of every attention layer, named as in `attention_maps`."""
+        x_BHWC, found = self._stemmed(images_BHWC, False), {}
         for number, group in enumerate(self.groups, start=1):
             blocks = [jax.tree.map(lambda leaf, i=i: leaf[i], group.blocks) for i in range(group.depth)]
             for layer, block in enumerate([group.entry, *blocks], start=1):
                 if spatial_kind(self.config, number) != "convolution":
-                    maps[f"{number}/{layer}"] = block.spatial.weights(block.spatial_input(x_BHWC))
+                    found[f"{number}/{layer}"] = block.spatial, block.spatial_input(x_BHWC)
                 x_BHWC = block(x_BHWC, False)
             if group.non_local is not None:
-                maps[f"{number}/nonlocal"] = group.non_local.weights(x_BHWC)
+                found[f"{number}/nonlocal"] = group.non_local, x_BHWC
                 x_BHWC = group.non_local(x_BHWC, False)
-        if not maps:
-            raise UserError("this network has convolutions only (spatial='convolution'): there is no attention to show")
-        return maps
+        return found
 
 
 def _stem(config: ResNetConfig, key: PRNGKeyArray) -> nnx.Module:

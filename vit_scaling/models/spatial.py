@@ -6,6 +6,7 @@ augmented convolution (Bello et al. 2019, arXiv 1904.09925); the non-local block
 Shapes: B batch, H W map (I J of keys), C channels in, E channels out, N heads, K head dim, k kernel size, M mixtures.
 """
 
+import functools
 import math
 
 import jax
@@ -133,6 +134,28 @@ class LocalAttention(nnx.Module):
     def weights(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H W N k k"]:
         tables, size = (self.rel_row[...], self.rel_col[...]), self.rel_row.shape[0]
         return local.local_weights(self.query(x_BHWC), self.key(x_BHWC), *tables, kernel_size=size)
+
+    def terms(
+        self, x_BHWC: Float[Array, "B H W C"]
+    ) -> tuple[Float[Array, "B H W N k k"], Float[Array, "B H W N k"], Float[Array, "B H W N k"]]:
+        """Returns the logits of content, of the row offset and of the column offset, in float32.
+
+        Where a neighbour lies in the image, the softmax of content[a, c] + row[a] + column[c] is `weights`.
+        """
+        q_BHWNK, k_BHWNK = self.query(x_BHWC), self.key(x_BHWC)
+        _, H, W, _, K = q_BHWNK.shape
+        size = self.rel_row.shape[0]
+        h = size // 2
+        k_BHWNK = jnp.pad(k_BHWNK, ((0, 0), (h, h), (h, h), (0, 0), (0, 0)))
+        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        content = [
+            product("BHWNK,BHWNK->BHWN", q_BHWNK, k_BHWNK[:, a : a + H, c : c + W])
+            for a in range(size)
+            for c in range(size)
+        ]
+        row = product("BHWNK,kNK->BHWNk", q_BHWNK[..., : K // 2], self.rel_row[...].astype(q_BHWNK.dtype))
+        column = product("BHWNK,kNK->BHWNk", q_BHWNK[..., K // 2 :], self.rel_col[...].astype(q_BHWNK.dtype))
+        return jnp.stack(content, axis=-1).reshape(*content[0].shape, size, size), row, column
 
 
 def head_dim(channels: int, heads: int) -> int:

@@ -48,7 +48,7 @@ function nearest(sorted, target) {
   return Math.abs(sorted[low] - target) <= Math.abs(sorted[high] - target) ? low : high;
 }
 
-// options: { xLabel, yLabel, xLog, yLog, percent, series: [{ name, x, y, points, band: [[low], [high]], colour }],
+// options: { xLabel, yLabel, xLog, yLog, xWhole (ticks at whole numbers), percent, series: [{ name, x, y, points, band: [[low], [high]], colour }],
 // marks: [{ x, label }] }. Returns an element with .set(options), .redraw() and .numbers().
 function chart(options) {
   const state = { zoom: null, cursor: null };
@@ -112,6 +112,7 @@ function chart(options) {
         svg("text", { x: MARGIN.left - 6, y: py(value) + 4, "text-anchor": "end" }, options.percent ? `${Number((100 * value).toPrecision(5))}%` : number(value, 3)));
     }
     for (const value of ticks(range.x0, range.x1, options.xLog, Math.max(2, width / 110))) {
+      if (options.xWhole && !Number.isInteger(value)) continue;
       drawing.append(svg("text", { x: px(value), y: height - MARGIN.bottom + 15, "text-anchor": "middle" }, value >= 1e5 ? value.toExponential().replace("e+", "e") : number(value, 4)));
     }
     drawing.append(svg("text", { x: width - MARGIN.right, y: height - 2, "text-anchor": "end" }, options.xLabel ?? ""));

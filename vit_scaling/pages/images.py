@@ -1,0 +1,109 @@
+"""Which images a page shows, as the model sees them, and what is known of each."""
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vit_scaling import UserError
+from vit_scaling.data.images.transforms import TransformConfig, transform
+from vit_scaling.data.sources import SourceConfig, open_source
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jxl")
+
+
+@dataclasses.dataclass
+class Images:
+    """Images for a model: pixels [B, H, W, 3] uint8, a caption for each, and their labels where they are known."""
+
+    pixels: np.ndarray
+    captions: list[str]
+    labels: list[int | None]
+    class_names: tuple[str, ...] | None
+    left_out: int  # images of the set or the folder that are not shown
+
+
+def read(choice: str | None, count: int, size: tuple[int, int], run: dict[str, Any] | None) -> Images:
+    """Reads the images that --images names.
+
+    Args:
+        choice: "builtin", a folder of image files, or KIND:NAME:SPLIT; None: the set that the run was measured on, or
+            builtin.
+        count: how many, the first ones.
+        size: height and width that the model takes.
+        run: the config of the weights' run as a dict, where they are of one.
+
+    Raises:
+        UserError: there is no such folder or set, or it holds no image.
+    """
+    prepare = transform(_transform(run, size), train=False)
+    class_names = _class_names(run)
+    if choice is not None and choice != "builtin" and ":" not in choice:
+        files = _files(Path(choice))
+        chosen = files[:count]
+        pixels = []
+        for file in chosen:
+            try:
+                pixels.append(prepare({"image": file.read_bytes(), "label": np.int32(0)}, None)["image"])
+            except (ValueError, OSError) as error:
+                raise UserError(f"{file} cannot be read as an image: {error}") from None
+        captions = [str(file.relative_to(choice)) if Path(choice).is_dir() else file.name for file in chosen]
+        return Images(np.stack(pixels), captions, [None] * len(chosen), class_names, len(files) - len(chosen))
+    source = open_source(_source(choice, run))
+    examples = [prepare(source[index], None) for index in range(min(count, len(source)))]
+    labels = [None if source.multi_label else int(example["label"]) for example in examples]
+    captions = [source.id(index) for index in range(len(examples))]
+    names = source.class_names if source.class_names is not None else class_names
+    return Images(np.stack([example["image"] for example in examples]), captions, labels, names, len(source) - len(examples))
+
+
+def _files(folder: Path) -> list[Path]:
+    if folder.is_file():
+        return [folder]
+    if not folder.is_dir():
+        raise UserError(f"--images is {str(folder)!r}; name a folder of images, builtin, or KIND:NAME:SPLIT")
+    found = sorted(
+        Path(parent) / name
+        for parent, _, names in os.walk(folder)
+        for name in names
+        if name.lower().endswith(ENDINGS) and not name.startswith(".")
+    )
+    if not found:
+        raise UserError(f"--images={folder} holds no image file ({', '.join(ENDINGS)})")
+    return found
+
+
+def _source(choice: str | None, run: dict[str, Any] | None) -> SourceConfig:
+    if choice is None and run is not None:
+        own = run["evaluation"]["test"] or run["evaluation"]["validation"]
+        if own is not None:
+            return SourceConfig(**own)
+    if choice in (None, "builtin"):
+        return SourceConfig("builtin", "mnist", "test")
+    found = re.fullmatch(r"([^:]+):(.+?):((?:[^:\[\]]|\[[^\]]*\])+)", str(choice))
+    if not found:
+        raise UserError(f"--images is {choice!r}; name a folder of images, builtin, or KIND:NAME:SPLIT")
+    return SourceConfig(*found.groups())
+
+
+def _class_names(run: dict[str, Any] | None) -> tuple[str, ...] | None:
+    """Returns the names of a run's classes, where its training set is at hand."""
+    try:
+        return None if run is None else open_source(SourceConfig(**run["data"]["train"])).class_names
+    except (UserError, ImportError, OSError, TypeError):
+        return None
+
+
+def _transform(run: dict[str, Any] | None, size: tuple[int, int]) -> TransformConfig:
+    """Returns how images are shown: as the run's evaluation did, at this size; else a central crop."""
+    fields: dict[str, Any] = {"crop": "central", "resize": "area", "resize_to": max(size) * 256 // 224}
+    if run is not None:
+        own = run["data"]["eval_transform"]
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
+        if tuple(fields["size"]) != tuple(size):
+            fields["resize_to"] = max(size) * fields["resize_to"] // max(fields["size"])
+        fields["crop"] = "resize" if fields["crop"] == "none" else fields["crop"]
+    return TransformConfig(**fields | {"size": tuple(size)})
