@@ -53,6 +53,21 @@ find_python() {
   fail "no Python from 3.11 to 3.14 that runs (with venv and pip) was found on PATH; install one, then call this again"
 }
 
+# browser: some tests open pages in Chromium. Installs Debian's where this user may; the tests say if there is none.
+browser() {
+  local name
+  for name in "${CHROMIUM:-}" chromium chromium-browser google-chrome google-chrome-stable; do
+    if command -v "$name" >/dev/null 2>&1; then
+      return
+    fi
+  done
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
+    say "installing chromium, in which tests open pages: apt-get install chromium"
+    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes chromium; } >/dev/null 2>&1 ||
+      say "chromium could not be installed; the tests that need it are left out"
+  fi
+}
+
 # environment EXTRA: makes .venv and installs the project with this extra, unless that was done already.
 environment() {
   local extras=$1 stamp wanted
@@ -91,6 +106,7 @@ pod | slurm | k8s) exec "launch/$command.sh" "$@" ;;
 install) environment "${1:-}" ;;
 test)
   environment test
+  browser
   say "running the tests: python -m pytest --numprocesses=2 --dist=loadfile $*"
   exec .venv/bin/python -m pytest --numprocesses=2 --dist=loadfile "$@"
   ;;

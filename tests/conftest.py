@@ -19,6 +19,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax
 import jaxtyping
+import pytest
 
 import tests.typechecker  # noqa: F401  so that its name below can be found
 
@@ -27,3 +28,14 @@ jaxtyping.install_import_hook("vit_scaling", "tests.typechecker.check")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Says in one last line which tests need a browser that is not here; the workers of xdist leave it to the first."""
+    from tests.pages import browser
+
+    if browser.find() is None and not hasattr(config, "workerinput") and not config.option.collectonly:
+        print(
+            "not run: the tests that open pages in a browser (tests/pages); install Debian's or Ubuntu's chromium, "
+            "or set CHROMIUM to the path of a Chromium or Chrome"
+        )

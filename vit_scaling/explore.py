@@ -20,7 +20,9 @@ from absl import flags
 from vit_scaling import UserError, cli
 
 _WEIGHTS = flags.DEFINE_string("weights", None, "Run, checkpoint, weight file or folder to look inside.")
-_IMAGES = flags.DEFINE_string("images", None, "Folder of images, builtin, or KIND:NAME:SPLIT such as builtin:mnist:test.")
+_IMAGES = flags.DEFINE_string(
+    "images", None, "Folder of images, builtin, or KIND:NAME:SPLIT such as builtin:mnist:test."
+)
 _COUNT = flags.DEFINE_integer("count", 8, "Images to show, the first ones.", 1)
 _IMAGE_SIZE = flags.DEFINE_string("image_size", None, "Adapt the weights to this size, HEIGHTxWIDTH or one number.")
 _EMA = flags.DEFINE_bool("ema", False, "Of a run: its average of the parameters.")
@@ -64,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
 
     size = None if _IMAGE_SIZE.value is None else config_lib.image_size("--image_size", _IMAGE_SIZE.value)
     written = attention.explore(
-        _WEIGHTS.value,
+        str(_WEIGHTS.value),
         _IMAGES.value,
         output,
         count=_COUNT.value,
@@ -73,7 +75,9 @@ def main(argv: Sequence[str]) -> None:
         all_steps=_CHECKPOINTS.value == "all",
     )
     if written.images < _COUNT.value:
-        print(f"shown: {written.images} images; more would make the page larger than {attention.MOST_BYTES / 1e6:.1f} MB")
+        print(
+            f"shown: {written.images} images; more would make the page larger than {attention.MOST_BYTES / 1e6:.1f} MB"
+        )
     print(f"drawn in {written.levels} steps: each weight to within {100 * written.error:.2g}% of its row's largest")
     print(f"page: {output} ({written.bytes / 1e6:.1f} MB)")
 

@@ -36,15 +36,18 @@ def main(argv: Sequence[str]) -> None:
     if not _WORKDIR.value:
         raise UserError("--workdir must be given; --help says what it is")
     # Heavy imports wait until the flags are known to be good, so that a typo is answered at once.
+    from vit_scaling.pages import report
     from vit_scaling.parallel import processes
     from vit_scaling.training import loop
 
     cli.need_config(_CONFIG.value)
     _START_PROCESSES()
-    result = loop.train(_CONFIG.value, Path(_WORKDIR.value))
+    workdir = Path(_WORKDIR.value)
+    reporter = report.Reporter(workdir, ["python", "-m", "vit_scaling.train", *sys.argv[1:]])
+    result = loop.train(_CONFIG.value, workdir, reporter)
+    reporter.finish()
     if "accuracy" not in result or not processes.is_first():
         return
-    workdir = Path(_WORKDIR.value)
     for name, value in sorted(result["metrics"].items()):
         print(f"{name:24s} {value:.4f}")
     if result["accuracy"] is not None:
@@ -53,6 +56,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"metrics:    {result['metrics_file']} and {workdir / 'tensorboard'}")
     print(f"figure:     {result['figure']}")
     print(f"checkpoint: {result['checkpoint']}")
+    print(f"report:     {workdir / report.PAGE}")
 
 
 def _resolved(config: Any) -> str:

@@ -32,23 +32,18 @@ class Browser:
     def __init__(self, program: str):
         self._profile = tempfile.mkdtemp(prefix="chromium_")
         # Chromium reads commands from descriptor 3 and answers on descriptor 4.
-        command_read, self._write = os.pipe()
-        self._read, answer_write = os.pipe()
-
-        def wire() -> None:
-            low, high = os.dup(command_read), os.dup(answer_write)
-            os.dup2(low, 3)
-            os.dup2(high, 4)
-
         self._process = subprocess.Popen(
-            [program, *FLAGS, f"--user-data-dir={self._profile}"],
-            preexec_fn=wire,
-            close_fds=False,
-            stdout=subprocess.DEVNULL,
+            [
+                *("sh", "-c", 'exec "$0" "$@" 3<&0 4>&1 </dev/null >/dev/null'),
+                *(program, *FLAGS, f"--user-data-dir={self._profile}"),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
-        os.close(command_read)
-        os.close(answer_write)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._write, self._read = self._process.stdin.fileno(), self._process.stdout.fileno()
         os.set_blocking(self._read, False)
         self._buffer = b""
         self._number = 0
@@ -62,9 +57,7 @@ class Browser:
 
     def close(self) -> None:
         self._process.kill()
-        self._process.wait()
-        os.close(self._write)
-        os.close(self._read)
+        self._process.communicate()
         shutil.rmtree(self._profile, ignore_errors=True)
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
@@ -106,9 +99,9 @@ class Browser:
         elif method == "Runtime.exceptionThrown":
             details = params["exceptionDetails"]
             self.problems.append(details.get("exception", {}).get("description", details["text"]))
-        elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "assert", "warning"):
+        elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "assert"):
             self.problems.append(str(params["args"]))
-        elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
+        elif method == "Log.entryAdded" and params["entry"]["level"] == "error":
             self.problems.append(params["entry"]["text"])
 
     def open(self, path: Path, width: int = 1440, height: int = 900, dark: bool = False) -> None:
@@ -157,9 +150,10 @@ class Browser:
         self.call("Input.dispatchKeyEvent", type="keyUp", **about)
 
     def box(self, selector: str) -> dict[str, float]:
-        """Returns x, y, width and height in the window of the first element that a selector finds, scrolled into view."""
+        """Scrolls the first element that a selector finds into view; returns its x, y, width and height there."""
         return self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}});"
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+            "e.scrollIntoView({block: 'center'});"
             "const b = e.getBoundingClientRect(); return {x: b.x, y: b.y, width: b.width, height: b.height}; })()"
         )
 

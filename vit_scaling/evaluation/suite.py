@@ -84,6 +84,11 @@ class Suite:
                 values |= {f"fewshot{suffix}/{name}": score for name, score in scores.items()}
         return values
 
+    @property
+    def classified(self) -> tuple[Source, np.ndarray] | None:
+        """The set that was classified last, and the class predicted for each of its examples, in order."""
+        return self._pictured
+
     def examples(self, count: int) -> tuple[list[np.ndarray], list[str], list[str]]:
         """Returns (images uint8 [H, W, 3], labels, predictions) of the first examples that were classified last.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy.special import expit, softmax
 
@@ -55,7 +56,7 @@ def write(
         UserError: the model has no attention, or the page of one image is too large.
     """
     model: Any = weights.module()
-    inputs = mixing.to_float(chosen.pixels, model.config.mean, model.config.std)
+    inputs = mixing.to_float(jnp.asarray(chosen.pixels), model.config.mean, model.config.std)
     found = families.look(model, inputs)
     logits = np.asarray(model(inputs), np.float32)
     if steps and found.centers is not None:
@@ -88,7 +89,7 @@ def write(
 def contents(
     found: families.Found, chosen: images.Images, logits: np.ndarray, count: int, levels: int, loss: str
 ) -> tuple[dict[str, Any], dict[str, np.ndarray], float]:
-    """Returns (JSON, arrays, largest error of a weight as a share of its row's largest) for the first `count` images."""
+    """Returns JSON and arrays of the first `count` images, and the largest error as a share of its row's largest."""
     arrays: dict[str, np.ndarray] = {}
     errors: list[float] = []
     places: dict[bytes, str] = {}
@@ -180,14 +181,21 @@ def gaussian_steps(workdir: Path, ema: bool) -> list[tuple[int, dict[str, Any]]]
 
 
 def explore(
-    weights_path: str, choice: str | None, path: Path, *, count: int, size: tuple[int, int] | None, ema: bool, all_steps: bool
+    weights_path: str,
+    choice: str | None,
+    path: Path,
+    *,
+    count: int,
+    size: tuple[int, int] | None,
+    ema: bool,
+    all_steps: bool,
 ) -> Written:
     """Reads weights and images and writes their page: what the command does.
 
     Raises:
         UserError: see `initial.read`, `images.read`, `gaussian_steps` and `write`.
     """
-    weights = initial.read(weights_path, image_size=size, ema=ema)
+    weights = initial.read(weights_path, interop.Target(image_size=size), ema=ema)
     checkpointed = initial.find_checkpoint(Path(weights_path))
     run = None if checkpointed is None else initial.record_of(checkpointed)["config"]
     chosen = images.read(choice, count, weights.image_size, run)

@@ -1,7 +1,7 @@
 """What each family of models has to show: every attention layer in one form, and what is its own.
 
-Shapes: B images, N heads, Q queries of a layer's grid, S keys that a query's row holds, H W grid, Z layers, k kernel size,
-n tokens of a window, T checkpoints.
+Shapes: B images, N heads, Q queries of a layer's grid, S keys that a query's row holds, H W grid, Z layers, k kernel
+size, n tokens of a window, T checkpoints.
 """
 
 import dataclasses
@@ -68,7 +68,9 @@ class Layer:
             rows = rows[..., self.extra :]
         else:
             seen = self.places != UNSEEN
-            distance = np.where(seen, np.take_along_axis(distance, np.where(seen, self.places, 0).astype(int), axis=1), 0)
+            distance = np.where(
+                seen, np.take_along_axis(distance, np.where(seen, self.places, 0).astype(int), axis=1), 0
+            )
         share = np.maximum(rows.sum(axis=-1), 1e-30)
         return (np.einsum("bnqs,qs->bnq", rows, distance) / share).mean(axis=(0, 2))
 
@@ -212,9 +214,7 @@ def _layer(stack: Any, index: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[index], stack)
 
 
-def of_windows(
-    weights: np.ndarray, grid: tuple[int, int], window: int, shift: int
-) -> tuple[np.ndarray, np.ndarray]:
+def of_windows(weights: np.ndarray, grid: tuple[int, int], window: int, shift: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns ([B, N, H W, n], places [H W, n]) of attention in windows [B, G, N, n, n]: each query's row.
 
     What a query must not see, padding and other regions of a shifted window, has no place.

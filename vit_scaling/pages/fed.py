@@ -26,7 +26,7 @@ def config_of(record: dict[str, Any]) -> Config:
     """Returns the config that a run's config.json holds: the inverse of `config.to_dict`."""
 
     def typed(hint: Any, value: Any) -> Any:
-        kinds = [kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)]
+        kinds: list[Any] = [kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)]
         if isinstance(value, dict) and len(kinds) == 1:
             hints = typing.get_type_hints(kinds[0])
             return kinds[0](**{name: typed(hints[name], part) for name, part in value.items()})

@@ -57,7 +57,9 @@ def read(choice: str | None, count: int, size: tuple[int, int], run: dict[str, A
     labels = [None if source.multi_label else int(example["label"]) for example in examples]
     captions = [source.id(index) for index in range(len(examples))]
     names = source.class_names if source.class_names is not None else class_names
-    return Images(np.stack([example["image"] for example in examples]), captions, labels, names, len(source) - len(examples))
+    return Images(
+        np.stack([example["image"] for example in examples]), captions, labels, names, len(source) - len(examples)
+    )
 
 
 def _files(folder: Path) -> list[Path]:
@@ -86,7 +88,8 @@ def _source(choice: str | None, run: dict[str, Any] | None) -> SourceConfig:
     found = re.fullmatch(r"([^:]+):(.+?):((?:[^:\[\]]|\[[^\]]*\])+)", str(choice))
     if not found:
         raise UserError(f"--images is {choice!r}; name a folder of images, builtin, or KIND:NAME:SPLIT")
-    return SourceConfig(*found.groups())
+    kind, name, split = found.groups()
+    return SourceConfig(kind, name, split)
 
 
 def _class_names(run: dict[str, Any] | None) -> tuple[str, ...] | None:

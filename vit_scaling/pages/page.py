@@ -58,7 +58,7 @@ def write(path: Path, text: str) -> None:
 
 
 def pack(data: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
-    """Returns data and arrays as base64 of: compressed (length of the JSON, JSON, arrays), each part at a multiple of 4."""
+    """Returns base64 of the compressed (length of the JSON, JSON, arrays), each part at a multiple of 4 bytes."""
     index, parts, offset = {}, [], 0
     for name, array in arrays.items():
         assert array.dtype.name in _DTYPES, f"{name} is {array.dtype}"
@@ -107,7 +107,8 @@ def finite(value: Any) -> Any:
 
 def _hashable(text: str) -> str:
     """Returns text as the browser hashes it, and makes sure that it ends where its element ends."""
-    assert "</script" not in text.lower() and "</style" not in text.lower()
+    assert "</script" not in text.lower()
+    assert "</style" not in text.lower()
     return text.replace("\r\n", "\n")
 
 

@@ -20,7 +20,8 @@ from vit_scaling.evaluation.suite import Suite
 from vit_scaling.optim import optimizer
 from vit_scaling.pages import page, runs
 from vit_scaling.parallel import processes, sharding
-from vit_scaling.training import checkpoint, workdir as workdirs
+from vit_scaling.training import checkpoint
+from vit_scaling.training import workdir as workdirs
 
 PAGE = "report.html"
 MOST_LABELS = 20_000  # images whose labels the table of classes reads
@@ -66,7 +67,11 @@ class Reporter:
         path = self._workdir / runs.RECORD
         record = json.loads(path.read_text()) if path.exists() else {}
         if not self._noted:
-            start = self._started | {"host": socket.gethostname(), **workdirs.environment(), "system": platform.platform()}
+            start = self._started | {
+                "host": socket.gethostname(),
+                **workdirs.environment(),
+                "system": platform.platform(),
+            }
             record["starts"] = [*record.get("starts", []), start]
             self._noted = True
         record |= {
@@ -90,7 +95,9 @@ class Reporter:
             self._labels = source, np.array([int(source[index]["label"]) for index in range(count)])
         prepare = transform(config.data.eval_transform, train=False)
         class_names = source.class_names or tuple(str(label) for label in range(source.num_classes))
-        told = classes(self._labels[1], np.asarray(predictions[:count]), class_names, lambda i: prepare(source[i], None)["image"])
+        told = classes(
+            self._labels[1], np.asarray(predictions[:count]), class_names, lambda i: prepare(source[i], None)["image"]
+        )
         left = len(predictions) - count
         return about | told | {"left_out": f"the first {count:,} of {len(predictions):,} images" if left else None}
 
@@ -109,9 +116,11 @@ def classes(labels: np.ndarray, predictions: np.ndarray, class_names: Sequence[s
     seen = np.flatnonzero(total)
     worst = seen[np.argsort(right[seen] / total[seen], kind="stable")][:MOST_CLASSES]
     wrong = np.flatnonzero(labels != predictions)
-    pairs, first, counts = np.unique(
-        np.stack([labels[wrong], predictions[wrong]], axis=1), axis=0, return_index=True, return_counts=True
-    ) if len(wrong) else (np.zeros((0, 2), int), np.zeros(0, int), np.zeros(0, int))
+    pairs, first, counts = (
+        np.unique(np.stack([labels[wrong], predictions[wrong]], axis=1), axis=0, return_index=True, return_counts=True)
+        if len(wrong)
+        else (np.zeros((0, 2), int), np.zeros(0, int), np.zeros(0, int))
+    )
     order = np.argsort(-counts, kind="stable")[:CONFUSIONS]
     return {
         "images": len(labels),
@@ -152,8 +161,9 @@ def parameter_table(config: Config, program: Any) -> list[list[Any]]:
         rule = rules[row.path]
         rate = "-".join(f"{value:.3g}" for value in sorted(set(rule.rates)))
         decay = "frozen" if rule.frozen else f"{rule.decay:g}"
-        size = getattr(row, "bytes_per_device", None) or row.bytes_a_device
-        table.append([row.path, " x ".join(map(str, row.shape)), sizes[row.path], decay, rate, row.split, size])
+        table.append(
+            [row.path, " x ".join(map(str, row.shape)), sizes[row.path], decay, rate, row.split, row.bytes_per_device]
+        )
     return table
 
 

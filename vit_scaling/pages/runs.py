@@ -91,7 +91,10 @@ def curves_of(
     steps = np.array([0, *(step for step, _ in timed)], np.float64)
     seconds = np.concatenate([[0.0], np.cumsum(np.diff(steps) * [each for _, each in timed])])
     kept = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MOST_POINTS)).astype(int))
-    arrays |= {f"{prefix}clock.steps": steps[kept].astype(np.int32), f"{prefix}clock.seconds": seconds[kept].astype(np.float32)}
+    arrays |= {
+        f"{prefix}clock.steps": steps[kept].astype(np.int32),
+        f"{prefix}clock.seconds": seconds[kept].astype(np.float32),
+    }
     return arrays, curves, thinned
 
 
@@ -133,13 +136,14 @@ def notes(
     """Returns one sentence for everything that is not as it should be, or not finished."""
     said = []
     if not finished:
-        said.append(
-            f"Not finished: step {step:,} of {total:,}. The same command continues from the newest checkpoint."
-        )
+        said.append(f"Not finished: step {step:,} of {total:,}. The same command continues from the newest checkpoint.")
     skipped = max((row["skipped"] for row in rows if row.get("skipped") is not None), default=0)
     if skipped:
         said.append(f"{int(skipped):,} updates were left out, because loss or gradient was not finite.")
-    for name, words in (("corrupt", "corrupt images were replaced"), ("corrupt_images", "corrupt images were replaced")):
+    for name, words in (
+        ("corrupt", "corrupt images were replaced"),
+        ("corrupt_images", "corrupt images were replaced"),
+    ):
         if count := max((row[name] for row in rows if row.get(name) is not None), default=0):
             said.append(f"{int(count):,} {words}.")
     lost = sum(value is None for row in rows for value in row.values())
@@ -162,7 +166,9 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 def overridden(command: Sequence[str]) -> set[str]:
     """Returns the fields of the config that a command line sets by --config.FIELD=VALUE."""
     return {
-        word.lstrip("-").removeprefix("config.").partition("=")[0] for word in command if word.lstrip("-").startswith("config.")
+        word.lstrip("-").removeprefix("config.").partition("=")[0]
+        for word in command
+        if word.lstrip("-").startswith("config.")
     }
 
 

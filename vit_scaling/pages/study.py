@@ -27,7 +27,10 @@ def write(folder: Path, title: str, runs: Sequence[Run], unfinished: Mapping[str
         "title": title,
         "runs": [{name: getattr(run, name) for name in Run.__dataclass_fields__} for run in runs],
         "unfinished": sorted(unfinished.items()),
-        "problems": [*found.problems, *(w for law in (found.law, found.joint) if law is not None for w in law.warnings)],
+        "problems": [
+            *found.problems,
+            *(w for law in (found.law, found.joint) if law is not None for w in law.warnings),
+        ],
         "dearest": max((run.compute for run in sweep), default=None),
     }
     arrays: dict[str, np.ndarray] = {}
@@ -44,16 +47,21 @@ def write(folder: Path, title: str, runs: Sequence[Run], unfinished: Mapping[str
                 "level": law.level,
                 "rms": law.rms,
                 "r_squared": law.r_squared,
-                "frontier": [[float(x), float(y), float(r)] for x, y, r in zip(law.compute, law.error, residuals, strict=True)],
+                "frontier": [
+                    [float(x), float(y), float(r)] for x, y, r in zip(law.compute, law.error, residuals, strict=True)
+                ],
             }
         if (joint := found.joint) is not None and min(joint.A, joint.B) > 0:
             best = [joint.optimum(float(budget)) for budget in budgets]
             for name in ("params", "images", "error"):
                 arrays[f"best.{name}"] = _single([getattr(each, name) for each in best])
                 spans = [getattr(each, f"{name}_interval") for each in best]
-                arrays |= {f"best.{name}.{end}": _single([span[i] for span in spans]) for i, end in enumerate(("low", "high"))}
+                arrays |= {
+                    f"best.{name}.{end}": _single([span[i] for span in spans]) for i, end in enumerate(("low", "high"))
+                }
             data["joint"] = {
-                name: getattr(joint, name) for name in ("e", "A", "alpha", "B", "beta", "kappa", "gamma", "rms", "level")
+                name: getattr(joint, name)
+                for name in ("e", "A", "alpha", "B", "beta", "kappa", "gamma", "rms", "level")
             }
             data["joint"] |= {"sizes": list(joint.size_range), "images": list(joint.images_range)}
     path = folder / PAGE

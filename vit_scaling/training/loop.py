@@ -5,6 +5,7 @@ Read `_train` from top to bottom: its order is the order of a run.
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,11 @@ from vit_scaling.training.profiler import Profiler
 from vit_scaling.training.step import Program, TrainState, batch_shape, build
 from vit_scaling.training.step_log import StepLog
 
+# Called in every process with the step, the suite, the resolved config and the program.
+AfterEvaluation = Callable[[int, Suite, Config, Program], None]
 
-def train(config: Config, workdir: Path) -> dict[str, Any]:
+
+def train(config: Config, workdir: Path, after_evaluation: AfterEvaluation | None = None) -> dict[str, Any]:
     """Runs an experiment to its end, or on from where it stopped, and returns what workdir/result.json says.
 
     Everything is a function of the config and of the step, so a run that was killed and started again ends with the
@@ -36,13 +40,14 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     Args:
         config: the experiment, durations in any unit.
         workdir: where checkpoints/, metrics.jsonl, tensorboard/, config.json, result.json and figure.png go.
+        after_evaluation: called after each evaluation, when its rows, result and checkpoint are written or under way.
 
     Raises:
         UserError: the config cannot work, the workdir belongs to another one, or the processes differ, and nothing was
             written; or the updates stayed non-finite for log.stop_after_skipped steps in a row.
     """
     with StopRequest() as stop, telemetry.Clock() as clock:
-        return _train(config, workdir, stop, clock)
+        return _train(config, workdir, stop, clock, after_evaluation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +94,9 @@ def _set_up(config: Config, workdir: Path) -> _Setup:
     return setup
 
 
-def _train(config: Config, workdir: Path, stop: StopRequest, clock: telemetry.Clock) -> dict[str, Any]:
+def _train(
+    config: Config, workdir: Path, stop: StopRequest, clock: telemetry.Clock, after_evaluation: AfterEvaluation | None
+) -> dict[str, Any]:
     # ---- Nothing is written until everything is known to work, in every process. Then the workdir is this run's.
     setup = _set_up(config, workdir)
     config, source, program, total_steps = setup.config, setup.source, setup.program, setup.total_steps
@@ -127,7 +134,8 @@ def _train(config: Config, workdir: Path, stop: StopRequest, clock: telemetry.Cl
         if stop.asked():
             raise Stopped
 
-    def evaluate(step: int, state: TrainState) -> None:
+    def evaluate(step: int, state: TrainState) -> bool:
+        """Returns False if the run was asked to stop meanwhile."""
         nonlocal evaluated
         try:
             with clock.book("evaluation"):
@@ -135,7 +143,7 @@ def _train(config: Config, workdir: Path, stop: StopRequest, clock: telemetry.Cl
                     measured(state), state.statistics, final=step == total_steps, before_batch=before_batch
                 )
         except Stopped:
-            return  # the next start measures again
+            return False  # the next start measures again
         evaluated = True
         writer.write_scalars(step, values)
         progress.show(step, {name: value for name, value in values.items() if not name.endswith(("loss", "std"))})
@@ -143,6 +151,12 @@ def _train(config: Config, workdir: Path, stop: StopRequest, clock: telemetry.Cl
             best.offer(step, state, values)
         if step == total_steps:
             workdirs.finish(workdir, config, source, setup.suite, values, clock)
+        return True
+
+    def report(step: int) -> None:
+        if after_evaluation is not None:
+            with clock.book("report"):
+                after_evaluation(step, setup.suite, config, program)
 
     # ---- Steps. Do not reorder: step n + 1 is dispatched before the metrics of step n are read, and rows and result
     # are written before the checkpoint that makes them part of the run's past.
@@ -150,8 +164,9 @@ def _train(config: Config, workdir: Path, stop: StopRequest, clock: telemetry.Cl
         for each in (watchdog, checkpoints, writer, progress, profiler, batches):
             exits.enter_context(contextlib.closing(each))
         exits.enter_context(jax.transfer_guard("disallow"))
-        if (setup.measures_at(step) and step not in past["measured"]) if resumed else step == 0:
-            evaluate(step, state)  # the first, or one that was interrupted
+        due = (setup.measures_at(step) and step not in past["measured"]) if resumed else step == 0
+        if due and evaluate(step, state):  # the first, or one that was interrupted
+            report(step)
         clock.book_rest("start")
         workdirs.note_clock(workdir, step, clock)
         while step < total_steps and not stop.granted:
@@ -165,11 +180,12 @@ def _train(config: Config, workdir: Path, stop: StopRequest, clock: telemetry.Cl
             if not (stop.asked() or setup.measures_at(step) or setup.saves_at(step)):
                 continue
             log.drain()
-            if setup.measures_at(step):
-                evaluate(step, state)
+            evaluated_here = setup.measures_at(step) and evaluate(step, state)
             if setup.saves_at(step) or stop.granted:
                 with clock.book("checkpoint"):
                     checkpoints.save(step, state, {"seconds": clock.seconds})
+            if evaluated_here:
+                report(step)
     if batches.summary:
         processes.say(f"images read for training: {batches.summary}")
     clock.book_rest("checkpoint")  # the wait until it is written
