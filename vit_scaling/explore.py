@@ -1,10 +1,10 @@
 """Look inside a model, compare runs, or see what a network is fed: each is one HTML file that works offline.
 
-    python -m vit_scaling.explore --weights=runs/smoke --output=attention.html
-    python -m vit_scaling.explore --weights=weights/vit_b16 --images=PHOTOS --output=attention.html
-    python -m vit_scaling.explore --weights=runs/heads --checkpoints=all --output=heads.html
-    python -m vit_scaling.explore --compare runs/a runs/b --output=comparison.html
-    python -m vit_scaling.explore --fed=runs/smoke --steps=0,1000 --output=fed.html
+    ./run.sh explore --weights=runs/smoke --output=attention.html
+    ./run.sh explore --weights=weights/vit_b16 --images=PHOTOS --output=attention.html
+    ./run.sh explore --weights=runs/heads --checkpoints=all --output=heads.html
+    ./run.sh explore --compare runs/a runs/b --output=comparison.html
+    ./run.sh explore --fed=runs/smoke --steps=0,1000 --output=fed.html
 
 Weights are a run, a checkpoint, or a weight file or folder of any layout. Without --images a run's own test set is
 shown, else the built-in digits. --fed writes the training images of some steps before and after mixing, as the run sees

@@ -1,5 +1,6 @@
 """The slow reference of the attention page: full maps of every query, cell by cell, straight from `attention_maps`."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from vit_scaling import interop, models, names
 from vit_scaling.data import mixing
 from vit_scaling.models import attention_cnn, resnet, swin, vit
 from vit_scaling.ops import windows
-from vit_scaling.pages import images
+from vit_scaling.pages import families, images
 
 SIZE = (28, 28)
 # One tiny model of each family. Sizes do not divide windows and strides, so that padding and borders are there.
@@ -30,16 +31,20 @@ MODELS: dict[str, Any] = {
 
 
 def weights(name: str, num_classes: int = 4) -> interop.Weights:
-    """Returns a model with random weights, its classifier and its norms' scales included."""
-    config = MODELS[name]
-    model = models.build(config, image_size=SIZE, num_classes=num_classes, key=jax.random.key(1))
-    _, parameters, statistics = models.split(model)
-    generator = np.random.default_rng(2)
-    leaves = {path: np.asarray(leaf) for path, leaf in names.flatten(parameters).items()}
-    for path, leaf in leaves.items():
-        if not np.any(leaf):
-            leaves[path] = generator.normal(0, 0.3, leaf.shape).astype(np.float32)
-    running = {path: np.asarray(leaf) for path, leaf in names.flatten(statistics).items()}
+    """Returns a model with random weights; nothing of it is compiled."""
+    config, generator = MODELS[name], np.random.default_rng(2)
+    build = functools.partial(models.build, config, image_size=SIZE, num_classes=num_classes, key=jax.random.key(1))
+    _, parameters, statistics = models.split(jax.eval_shape(build))
+
+    def fill(path: str, leaf: Any) -> np.ndarray:
+        noise = generator.normal(0, 1, leaf.shape).astype(np.float32)
+        if path.endswith(("scale", "spreads", "variance")):  # near the value of a fresh model
+            start = np.eye(2, dtype=np.float32) if path.endswith("spreads") else np.float32(1)
+            return start + 0.1 * np.abs(noise)
+        return noise if path.endswith("centers") else 0.3 * noise
+
+    leaves = {path: fill(path, leaf) for path, leaf in names.flatten(parameters).items()}
+    running = {path: fill(path, leaf) for path, leaf in names.flatten(statistics).items()}
     return interop.Weights(config, SIZE, num_classes, leaves, running, "vit_scaling", False)
 
 
@@ -55,7 +60,7 @@ def inputs(chosen: images.Images, config: Any) -> jax.Array:
 
 def dense(model: Any, images_BHWC: Any) -> list[np.ndarray]:
     """Returns [B, N, Q, H W] of each layer, Q the queries of the map; NaN is what a query cannot see."""
-    maps = model.attention_maps(images_BHWC)
+    maps = families.computed(model, images_BHWC, lambda model, images: model.attention_maps(images))
     config = model.config
     if isinstance(config, vit.ViTConfig):
         cells = 16

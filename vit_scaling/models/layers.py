@@ -178,10 +178,14 @@ class Attention(nnx.Module):
         return self.out(attention_ops.attention(q_BLNK, k_BSNK, self.value(context_BSD)))
 
     def weights(
-        self, x_BLD: Float[Array, "B L D"], angles_LA: Float[Array, "L A"] | None = None
-    ) -> Float[Array, "B N L L"]:
-        """Returns how much each token attends to each other one, in float32."""
-        return attention_ops.attention_weights(*self._query_key(x_BLD, x_BLD, angles_LA))
+        self,
+        x_BLD: Float[Array, "B L D"],
+        angles_LA: Float[Array, "L A"] | None = None,
+        context_BSD: Float[Array, "B S D"] | None = None,
+    ) -> Float[Array, "B N L S"]:
+        """Returns how much each token attends to each one of the context (itself by default), in float32."""
+        context_BSD = x_BLD if context_BSD is None else context_BSD
+        return attention_ops.attention_weights(*self._query_key(x_BLD, context_BSD, angles_LA))
 
 
 class Mlp(nnx.Module):

@@ -6,13 +6,14 @@ size, n tokens of a window, T checkpoints.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_scaling import UserError
+from vit_scaling import UserError, models
 from vit_scaling.models import attention_cnn, resnet, spatial, swin, vit
 from vit_scaling.ops import windows
 
@@ -116,8 +117,15 @@ def look(model: Any, images: Any) -> Found:
     raise UserError(f"no page can be made of a {type(model.config).__name__}")
 
 
+def computed(model: Any, images: Any, function: Callable[[Any, Any], Any]) -> Any:
+    """Returns function(model, images), compiled as one program, with NumPy arrays."""
+    graphdef, parameters, statistics = models.split(model)
+    call = jax.jit(lambda p, s, x: function(models.merge(graphdef, p, s), x))
+    return jax.tree.map(np.asarray, call(parameters, statistics, images))
+
+
 def _vit(model: Any, images: Any) -> Found:
-    maps = np.asarray(model.attention_maps(images))
+    maps, tokens, probed = computed(model, images, _vit_arrays)
     grid = images.shape[1] // model.config.patch[0], images.shape[2] // model.config.patch[1]
     cells = math.prod(grid)
     extra = maps.shape[-1] - cells
@@ -125,7 +133,6 @@ def _vit(model: Any, images: Any) -> Found:
     names = (*["class token"] * (extra - registers), *(f"register {number + 1}" for number in range(registers)))
     cell = (float(model.config.patch[0]), float(model.config.patch[1]))
     layers = [Layer(f"layer {z + 1}", grid, cell, weights, extra) for z, weights in enumerate(maps)]
-    tokens = np.asarray(model.encode(images), np.float32)
     found = Found(layers, names, filters=filters(np.asarray(model.embedding.kernel[...])))
     found.maps["rollout"] = rollout(maps)[:, None]
     found.maps["similarity of features"] = cosines(tokens[:, extra:])[:, None]
@@ -134,15 +141,23 @@ def _vit(model: Any, images: Any) -> Found:
         positions = np.asarray(model.position_embedding[...])[-cells:]
         found.maps["similarity of position embeddings"] = cosines(positions[None])[:, None]
         found.signed += ("similarity of position embeddings",)
-    if model.pool is not None:
-        pool, width = model.pool, tokens.shape[-1]
-        probe = jnp.broadcast_to(pool.probe[...][None], (len(tokens), 1, width))
-        read = tokens if getattr(model.config, "pool_prefix", False) else tokens[:, extra:]
-        probed = np.asarray(pool.attention.weights(probe, jnp.asarray(read)))
+    if probed is not None:
         found.maps["attention of the MAP probe"] = probed[..., -cells:]
     if names[:1] == ("class token",):
         found.maps["attention of the class token, last layer"] = maps[-1][:, :, :1, extra:]
     return found
+
+
+def _vit_arrays(model: Any, images: Any) -> tuple[Any, Any, Any]:
+    """Returns (attention, tokens after the last norm, attention of the MAP probe or None)."""
+    tokens = model.encode(images).astype(jnp.float32)
+    probed = None
+    if model.pool is not None:
+        probe = jnp.broadcast_to(model.pool.probe[...][None], (tokens.shape[0], 1, tokens.shape[2]))
+        cells = (images.shape[1] // model.config.patch[0]) * (images.shape[2] // model.config.patch[1])
+        read = tokens if getattr(model.config, "pool_prefix", False) else tokens[:, -cells:]
+        probed = model.pool.attention.weights(probe, context_BSD=read)
+    return model.attention_maps(images), tokens, probed
 
 
 def rollout(maps: np.ndarray) -> np.ndarray:
@@ -178,7 +193,7 @@ def _swin(model: Any, images: Any) -> Found:
     config, size = model.config, (images.shape[1], images.shape[2])
     grids = swin.stage_grids(config, size)
     layers = []
-    for s, stage in enumerate(model.attention_maps(images)):
+    for s, stage in enumerate(computed(model, images, lambda model, images: model.attention_maps(images))):
         own = getattr(model, f"stage{s + 1}")
         H, W = grids[s]
         window, shift = windows.window_and_shift(H, W, own.window)
@@ -209,8 +224,6 @@ def _swin(model: Any, images: Any) -> Found:
 
 def _layer(stack: Any, index: int) -> Any:
     """Returns one of the layers that lie stacked in a module."""
-    import jax
-
     return jax.tree.map(lambda leaf: leaf[index], stack)
 
 
@@ -230,19 +243,18 @@ def of_windows(weights: np.ndarray, grid: tuple[int, int], window: int, shift: i
         rows[:, :, places[g, here]] = weights[:, g][:, :, here]
         for i in here:
             seen[places[g, i]] = np.where((regions[g] == regions[g, i]) & (places[g] >= 0), places[g], UNSEEN)
-    return rows, seen
+    return np.where(seen == UNSEEN, np.float32(0), rows), seen
 
 
 def _resnet(model: Any, images: Any) -> Found:
     layers = []
-    for name, (module, x_BHWC) in model.attention_layers(images).items():
-        weights = np.asarray(module.weights(x_BHWC), np.float32)
+    for name, (weights, parts) in computed(model, images, _resnet_arrays).items():
         group, layer = name.split("/")
         title = f"group {group}, {'non-local' if layer == 'nonlocal' else f'block {layer}'}"
-        if isinstance(module, spatial.LocalAttention):
+        if parts is not None:
             B, H, W, N, k, _ = weights.shape
             rows = weights.reshape(B, H * W, N, k * k).swapaxes(1, 2)
-            content, row, column = (np.asarray(term, np.float32) for term in module.terms(x_BHWC))
+            content, row, column = parts
             position = (row[..., :, None] + column[..., None, :]).reshape(B, H * W, N, k * k).swapaxes(1, 2)
             places = of_neighbours((H, W), k)
             terms = {"content": content.reshape(B, H * W, N, k * k).swapaxes(1, 2), "position": position}
@@ -257,6 +269,14 @@ def _resnet(model: Any, images: Any) -> Found:
     if not layers:
         raise UserError("this network has convolutions only (spatial='convolution'): there is no attention to show")
     return Found(layers)
+
+
+def _resnet_arrays(model: Any, images: Any) -> dict[str, tuple[Any, Any]]:
+    """Returns {name of a layer: (its attention, its terms where it is local)}."""
+    return {
+        name: (module.weights(x_BHWC), module.terms(x_BHWC) if isinstance(module, spatial.LocalAttention) else None)
+        for name, (module, x_BHWC) in model.attention_layers(images).items()
+    }
 
 
 def of_neighbours(grid: tuple[int, int], kernel: int) -> np.ndarray:
@@ -277,7 +297,8 @@ def centered(logits: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 def _attention_cnn(model: Any, images: Any) -> Found:
     by_position = model.config.position in ("quadratic", "gaussian", "learned")  # the same for every image
-    maps = np.asarray(model.attention_maps(images[:1] if by_position else images), np.float32)
+    shown = images[:1] if by_position else images
+    maps = computed(model, shown, lambda model, images: model.attention_maps(images))
     grid = images.shape[1] // 2, images.shape[2] // 2
     layers = [Layer(f"layer {z + 1}", grid, (2.0, 2.0), weights) for z, weights in enumerate(maps)]
     found = Found(layers)

@@ -81,10 +81,16 @@ start((main, data, arrays) => {
     const from = each.by_query === false ? "" : query ? `Query at row ${query[0] + 1}, column ${query[1] + 1}. ` : `Query: ${data.extra[state.extra]}. `;
     const before = each.before(state.image, n, state.query(each)).map((value, i) => `${data.extra[i]} ${number(value, 3)}`);
     const text = `${from}Largest ${number(values[best], 3)} at row ${Math.floor(best / each.W) + 1}, column ${(best % each.W) + 1}.` +
-      `${query ? ` Itself ${number(values[query[0] * each.W + query[1]], 3)}.` : ""}${before.length ? ` To ${before.join(", ")}.` : ""}${unseen ? ` ${unseen} of ${values.length} cells cannot be seen.` : ""}`;
+      `${query ? ` Itself ${number(values[query[0] * each.W + query[1]], 3)}.` : ""}${before.length ? ` To ${before.join(", ")}.` : ""}${unseen ? ` ${unseen} of ${values.length} cells cannot be seen.` : ""}${hidden(each, values)}`;
     readout.textContent = text;
     live.textContent = `${title.textContent}. ${text}`;
     stage.dataset.drawn = JSON.stringify({ layer: state.layer, head: n, panel: state.panel, image: state.image, query: state.query(each) });
+  }
+
+  // Windows that reach beyond the map hold padding, and a query attends to it.
+  function hidden(each, values) {
+    const sum = values.reduce((total, value) => total + (Number.isNaN(value) ? 0 : value), 0);
+    return each.lines && sum < 0.995 ? ` ${percent(1 - sum)} of its attention goes to padding.` : "";
   }
 
   function drawImage() {
@@ -155,7 +161,6 @@ start((main, data, arrays) => {
       return { header: ["row", "column", "weight"], rows: Array.from(values, (value, i) => [Math.floor(i / each.W) + 1, (i % each.W) + 1, Number.isNaN(value) ? null : value]) };
     },
   });
-  numbersFigure.refresh = () => { const open = numbersFigure.querySelector("details[open]"); if (open) open.dispatchEvent(new Event("toggle")); };
 
   main.append(
     el("header", { class: "top" }, el("h1", {}, "Where ", nameOf(data.title), " looks"), el("span", { class: "soft" }, `${data.parameters.toLocaleString("en-US")} parameters, images of ${size[0]} x ${size[1]}`), el("span", { class: "spring" }), themeSwitch()),

@@ -120,10 +120,11 @@ function figure(title, body, { note = null, numbers = null, wide = false } = {})
     note && el("figcaption", {}, note));
   if (numbers) {
     const details = el("details", {}, el("summary", {}, "Numbers as a table"));
-    details.addEventListener("toggle", () => {
+    node.refresh = () => {
       details.querySelector(".scroll")?.remove();
       if (details.open) { const n = numbers(); details.append(table(title, n.header, n.rows)); }
-    });
+    };
+    details.addEventListener("toggle", node.refresh);
     node.append(details);
   }
   return node;

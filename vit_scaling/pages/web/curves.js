@@ -81,7 +81,7 @@ function curveSection(runs) {
     });
     return { drawn, node: figure(group.title, drawn, { numbers: () => drawn.numbers() }) };
   });
-  const update = () => shown.forEach(({ drawn }) => drawn.update());
+  const update = () => shown.forEach(({ drawn, node }) => { drawn.update(); node.refresh(); });
   const amount = el("input", { type: "range", min: 0, max: 0.99, step: 0.01, value: 0, "aria-label": "Smoothing", oninput: (event) => { state.smoothing = Number(event.target.value); update(); } });
   update();
   return el("section", { "aria-label": "Curves" }, el("h2", {}, "Curves"),

@@ -78,7 +78,7 @@ function mapFigure(title, get, { note = null, describe = null } = {}) {
     return { header: ["row", "column", "value"], rows: Array.from(map.values, (value, i) => [Math.floor(i / map.columns) + 1, (i % map.columns) + 1, Number.isNaN(value) ? null : value]) };
   };
   const node = figure(title, body, { note, numbers });
-  node.redraw = body.redraw;
+  node.redraw = () => { body.redraw(); node.refresh(); };
   node.canvas = canvas;
   return node;
 }
