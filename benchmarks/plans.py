@@ -18,10 +18,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX: no device is needed
 
 from vit_scaling import config as config_lib
 from vit_scaling.config import Config
-from vit_scaling.parallel import chips
 from vit_scaling.parallel.chips import GIB
+from vit_scaling.planner import machines, search
 from vit_scaling.planner import plan as plan_lib
-from vit_scaling.planner import search
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MACHINES = (("v5e:4x4", 1), ("v5e:16x16", 1), ("v5p:8x8x8", 1), ("v5e:16x16", 2))
@@ -75,26 +74,26 @@ def work():
         yield (
             f"incumbent {variant} {topology} {batch}",
             lambda v=variant, t=topology, b=batch, c=classes: [
-                plan_lib.make(experiment("vit_jft", v, b), chips.topology(t), num_classes=c)
+                plan_lib.make(experiment("vit_jft", v, b), machines.topology(t), num_classes=c)
             ],
         )
     for topology, devices in WEAK:
         yield (
             f"weak {devices}",
             lambda t=topology, d=devices: [
-                plan_lib.make(experiment("vit_jft", "L/16", 16 * d), chips.topology(t), num_classes=1000)
+                plan_lib.make(experiment("vit_jft", "L/16", 16 * d), machines.topology(t), num_classes=1000)
             ],
         )
     for topology, _ in (("v5e:4x4", 16), ("v5e:8x8", 64), ("v5e:16x16", 256)):
         yield (
             f"g {topology}",
             lambda t=topology: [
-                plan_lib.make(experiment("vit_jft", "g/14", 1024), chips.topology(t), num_classes=29593)
+                plan_lib.make(experiment("vit_jft", "g/14", 1024), machines.topology(t), num_classes=29593)
             ],
         )
     for name, (batch, classes, file, variant) in MODELS.items():
         for topology, slices in MACHINES:
-            machine = chips.topology(topology, slices)
+            machine = machines.topology(topology, slices)
             yield (
                 f"model {name} | {machine}",
                 lambda f=file, v=variant, b=batch, m=machine, c=classes: search.search(
@@ -111,7 +110,11 @@ def tables(found: dict) -> str:
             need = plans[0]["memory"]["needed"] / GIB if plans[0]["fits"] else None
             ours = "does not fit" if need is None else f"{need:.2f}"
             lines.append(f"| {variant} | {batch} | {topology} | {ours} | {theirs or 'does not fit'} |")
-    lines += ["", "| model, batch | machine | mesh | parts | remat | GiB a chip | bound of a step | MFU at most |"]
+    lines += [
+        "",
+        "| model, batch | machine | mesh | microbatches | remat | GiB per chip | lower bound on the step "
+        "| upper bound on MFU |",
+    ]
     lines.append("|---|---|---|---|---|---|---|---|")
     for key, plans in found.items():
         if not key.startswith("model"):
@@ -131,7 +134,7 @@ def tables(found: dict) -> str:
         lines.append(f"{head} {best['memory']['needed'] / GIB:.2f} | {bound} | {100 * best['mfu_ceiling']:.0f}% |")
     lines += [
         "",
-        "| chips | batch | GFLOPs a chip | MB received by collectives | GiB a chip |",
+        "| chips | batch | GFLOPs per chip | MB received by collectives, per chip | GiB per chip |",
         "|---|---|---|---|---|",
     ]
     for _, devices in WEAK:
@@ -162,10 +165,10 @@ def picture(found: dict, path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     count = [d for d, _ in rows]
     axes[0].plot(count, [p["executed_flops"] / d / 1e12 for d, p in rows], "o-")
-    axes[0].set(ylabel="TFLOPs a chip and step", xlabel="chips")
+    axes[0].set(ylabel="TFLOPs per chip and step", xlabel="chips")
     wire = [sum(m["links"] + m["slow"] for m in p["moved"]) / 1e9 for _, p in rows]
     axes[1].plot(count, wire, "o-", color="C1")
-    axes[1].set(ylabel="GB received a chip and step", xlabel="chips")
+    axes[1].set(ylabel="GB received per chip and step", xlabel="chips")
     for axis in axes:
         axis.set_xscale("log", base=2)
         axis.set_xticks(count, [str(c) for c in count])

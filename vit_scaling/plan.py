@@ -36,12 +36,11 @@ _OUTPUT = flags.DEFINE_string("output", None, "A file for the plan, or for all p
 def main(argv: Sequence[str]) -> None:
     del argv
     from vit_scaling import config as config_lib
-    from vit_scaling.parallel import chips
+    from vit_scaling.planner import machines, report, search
     from vit_scaling.planner import plan as plan_lib
-    from vit_scaling.planner import report, search
 
     cli.need_config(_CONFIG.value)
-    machine = chips.topology(_TOPOLOGY.value, _SLICES.value)
+    machine = machines.topology(_TOPOLOGY.value, _SLICES.value)
     examples, num_classes, multi_label = _data(_CONFIG.value)
     config = config_lib.resolve(_CONFIG.value, examples)
     if machine.slices > 1 and config.mesh.replica == 1:

@@ -1,7 +1,6 @@
-"""What a config would need and cost on a machine that is not here.
+"""What a config needs and costs on a machine that is not here.
 
-The train step is the one that training runs (`step.build`), compiled for described devices. For GPUs whose compiler is
-not installed it is arithmetic, and says so.
+The training step that training runs (`step.build`) is compiled for described devices.
 """
 
 import dataclasses
@@ -12,14 +11,14 @@ from typing import Any, ClassVar
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType
 
 from vit_scaling import flops
 from vit_scaling.config import Config
-from vit_scaling.parallel import chips, sharding
 from vit_scaling.parallel import mesh as mesh_lib
-from vit_scaling.parallel.chips import GIB, Topology
-from vit_scaling.planner import program
+from vit_scaling.parallel import sharding
+from vit_scaling.parallel.chips import GIB
+from vit_scaling.planner import machines, program
+from vit_scaling.planner.machines import Topology
 from vit_scaling.training import step as step_lib
 
 
@@ -40,23 +39,23 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Moved:
-    """All collectives of one kind in one step, on one device; those that leave a slice, or a node, apart."""
+    """All collectives of one kind in one step, on one device. Those that leave a slice or node are separate."""
 
     kind: str
     count: int
     payload: float  # bytes of results
-    links: float  # bytes received over the fast network
-    slow: float  # and over the slow one
+    links: float  # bytes received over ICI (TPU) or NVLink (GPU)
+    slow: float  # bytes received over DCN, between slices or nodes
 
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """Seconds that one step of this program takes at least, each as if the others cost nothing."""
+    """Lower bounds on the seconds of one step of this program, each as if the others cost nothing."""
 
     compute: float
     memory: float
-    fast_network: float
-    slow_network: float
+    ici: float  # ICI within a TPU slice, NVLink within a GPU node
+    dcn: float  # between slices or nodes
 
     @property
     def step(self) -> float:
@@ -64,19 +63,18 @@ class Bounds:
 
     @property
     def limit(self) -> str:
-        """What a step waits for."""
+        """The name of the largest bound."""
         names = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return max(names, key=lambda name: names[name]).replace("_", " ")
+        return max(names, key=lambda name: names[name])
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One config on one machine. Where it does not fit, what was to be read from the program is None."""
+    """One config on one machine. If it does not fit, everything read from the compiled program is None."""
 
     machine: str
     devices: int
     chips: int
-    how: str  # compiled | arithmetic
     mesh: dict[str, int]
     batch_size: int
     accumulate: int
@@ -85,19 +83,19 @@ class Plan:
     state_bytes: int  # of the whole train state, over all devices
     fits: bool
     message: str  # the compiler's own, where it does not fit
-    short_by: float | None  # bytes of a device's memory that are missing, where they are known
+    short_by: float | None  # missing bytes per device, if known
     memory: Memory | None
     compile_seconds: float | None
     moved: tuple[Moved, ...]
-    memory_traffic: float | None  # bytes a device reads and writes in a step
+    memory_traffic: float | None  # bytes read and written per device in a step
     model_flops: float  # of one step, over all devices: three forward passes
-    executed_flops: float  # with what remat computes again
+    executed_flops: float  # including what remat recomputes
     bounds: Bounds | None
     mfu_ceiling: float | None
     images: int  # of the whole run
     steps: int
-    chip_days: float | None  # of the whole run at the ceiling
-    table: tuple[tuple[str, str, str, int], ...]  # parameter, shape, split, bytes a device
+    chip_days: float | None  # of the whole run at the lower bound
+    table: tuple[tuple[str, str, str, int], ...]  # parameter, shape, split, bytes per device
 
 
 def to_dict(plan: Plan) -> dict[str, Any]:
@@ -114,30 +112,21 @@ def to_dict(plan: Plan) -> dict[str, Any]:
 
 
 def make(config: Config, machine: Topology, *, num_classes: int, multi_label: bool = False) -> Plan:
-    """Returns the plan of a config on a machine: compiled, or by arithmetic for GPUs whose compiler is not installed.
+    """Returns the plan of a config on a machine, compiled for it.
 
     Args:
         config: its durations resolved to steps.
-        machine: from `chips.topology`.
+        machine: from `machines.topology`.
         num_classes: length of the logits.
         multi_label: whether labels are multi-hot rows.
 
     Raises:
-        ValueError: the config cannot work there, or libtpu is not installed.
+        UserError: the config cannot work there, or the machine's compiler is not installed.
     """
-    if machine.chip.dims or chips.compiler(machine):
-        return _compiled(config, machine, num_classes, multi_label)
-    return _arithmetic(config, machine, num_classes)
-
-
-# ---- compiled --------------------------------------------------------------------------------------------------------
-
-
-def _compiled(config: Config, machine: Topology, num_classes: int, multi_label: bool) -> Plan:
-    devices = chips.describe_devices(machine)
+    devices = machines.describe_devices(machine)
     mesh = mesh_lib.create(config.mesh, devices)
     built = step_lib.build(config, num_classes=num_classes, total_steps=int(config.duration.amount), mesh=mesh)
-    state_bytes = _bytes_a_device(built.state_shape)
+    state_bytes = _bytes_per_device(built.state_shape)
     if state_bytes > machine.chip.memory:  # no need to ask the compiler
         message = (
             f"the train state alone takes {state_bytes / GIB:.1f} of {machine.chip.memory / GIB:.2f} GiB on each device"
@@ -166,7 +155,7 @@ def _compiled(config: Config, machine: Topology, num_classes: int, multi_label: 
         program=analysis.generated_code_size_in_bytes,
         available=machine.chip.memory,
     )
-    boundary = "slice_index" if machine.chip.dims else "process_index"  # what the slow network lies between
+    boundary = "slice_index" if machine.chip.dims else "process_index"  # of DCN
     slices = np.asarray([getattr(device, boundary, 0) for device in mesh.devices.flat])
     moved = program.traffic(executable.as_text(), slices)
     # The TPU's compiler refuses what does not fit; that of GPUs does not.
@@ -187,10 +176,10 @@ def _compiled(config: Config, machine: Topology, num_classes: int, multi_label: 
 
 
 class _CompilerSettings:
-    """How plans are compiled: at the compiler's fastest level, with nothing cached.
+    """Compiles at level O0, without the compilation cache.
 
-    Memory at O0 is within a few percent of what a run gets, for a quarter of the time; the full level may move less. An
-    executable of another platform cannot be kept in JAX's cache.
+    Memory at O0 is within a few percent of that of a run, in a quarter of the time; the full level may move less. JAX's
+    cache cannot hold an executable of another platform.
     """
 
     CHOSEN: ClassVar = {"jax_enable_compilation_cache": False, "jax_optimization_level": "O0"}
@@ -208,7 +197,7 @@ class _CompilerSettings:
 
 
 def _short_by(message: str) -> float | None:
-    """Returns the bytes that are missing, from the compiler's message."""
+    """Returns the missing bytes, read from the compiler's message."""
     amounts = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)", message) or re.search(
         r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", message
     )
@@ -233,75 +222,10 @@ def _summed(collectives: tuple[program.Collective, ...]) -> tuple[Moved, ...]:
     return tuple(sorted(sums.values(), key=lambda m: -m.links - m.slow))
 
 
-# ---- arithmetic ------------------------------------------------------------------------------------------------------
-
-
-def _arithmetic(config: Config, machine: Topology, num_classes: int) -> Plan:
-    """Fully sharded data parallelism by its textbook costs: good to tens of percent, and not a compiler's word."""
-    sizes = mesh_lib.shape(config.mesh, machine.devices)
-    mesh = AbstractMesh(sizes, mesh_lib.AXES, axis_types=(AxisType.Auto,) * len(sizes))
-    built = step_lib.build(config, num_classes=num_classes, total_steps=int(config.duration.amount), mesh=mesh)
-    state = built.state_shape
-    cost = flops.count(config.model, image_size=config.data.transform.size, num_classes=num_classes)
-    shards = math.prod(mesh.shape[axis] for axis in sharding.STORAGE_AXES)
-    model, replicas = mesh.shape["model"], mesh.shape["replica"]
-    images = config.data.batch_size / (shards * replicas)
-    size = 2 if getattr(config.model, "dtype", "float32") == "bfloat16" else 4
-    params = cost.params / model  # on the devices that gather them
-    passes = 2 * config.optim.accumulate  # forward and backward, in each part of a batch
-    activations = cost.activation_bytes * images / config.optim.accumulate / model
-    shard_bytes = _bytes_a_device(state)
-    memory = Memory(
-        arguments=shard_bytes + images * math.prod(config.data.transform.size) * 3,
-        outputs=0.0,
-        # Gradients lie as the parameters do; two layers are gathered at a time, here a tenth of the model.
-        temporaries=activations + 4 * params / shards + 0.1 * params * size,
-        program=0.0,
-        available=machine.chip.memory,
-    )
-    nodes = math.ceil(machine.devices / machine.chip.largest)
-    moved = []
-    if shards > 1:
-        moved.append(("all-gather", passes, params * size))
-        moved.append(("reduce-scatter", config.optim.accumulate, params * 4))
-    if replicas > 1:
-        moved.append(("all-reduce", 1, 2 * params / shards * 4))
-    # Every GPU of a node fetches a part over its own network card; the node's links spread the parts.
-    outside = (nodes - 1) / nodes / machine.chip.largest
-    rows = [
-        Moved(kind, count, count * payload, count * payload * (1 - outside), count * payload * outside)
-        for kind, count, payload in moved
-    ]
-    # Every intermediate result is written and read again for its gradient, and under full remat written twice.
-    plain = with_remat(config, "none") or config
-    all_activations = flops.count(
-        plain.model, image_size=config.data.transform.size, num_classes=num_classes
-    ).activation_bytes
-    passes_over = 3 if remat(config.model) == "full" else 2
-    traffic = passes_over * all_activations * images / model + 3 * params * size + 3 * shard_bytes
-    short = memory.needed - memory.available
-    return _plan(
-        config,
-        machine,
-        mesh,
-        state,
-        num_classes,
-        memory=memory,
-        moved=tuple(rows),
-        traffic=traffic,
-        how="arithmetic",
-        message="" if short <= 0 else f"by arithmetic {short / GIB:.1f} GiB too much for a device",
-        short_by=short if short > 0 else None,
-    )
-
-
-def _bytes_a_device(state: Any) -> int:
+def _bytes_per_device(state: Any) -> int:
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
     )
-
-
-# ---- both ------------------------------------------------------------------------------------------------------------
 
 
 def remat(model_config: Any) -> str:
@@ -335,7 +259,6 @@ def _plan(
     compile_seconds: float | None = None,
     message: str = "",
     short_by: float | None = None,
-    how: str = "compiled",
 ) -> Plan:
     cost = flops.count(config.model, image_size=config.data.transform.size, num_classes=num_classes)
     batch, steps = config.data.batch_size, int(config.duration.amount)
@@ -347,14 +270,13 @@ def _plan(
         bounds = Bounds(
             compute=(model_flops + again) / machine.devices / chip.flops,
             memory=traffic / chip.bandwidth,
-            fast_network=sum(row.links for row in moved) / chip.fast,
-            slow_network=sum(row.slow for row in moved) / chip.slow,
+            ici=sum(row.links for row in moved) / chip.fast,
+            dcn=sum(row.slow for row in moved) / chip.slow,
         )
     return Plan(
         machine=str(machine),
         devices=machine.devices,
         chips=machine.chips,
-        how=how,
         mesh=dict(mesh.shape),
         batch_size=batch,
         accumulate=config.optim.accumulate,

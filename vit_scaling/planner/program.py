@@ -1,7 +1,7 @@
-"""What a compiled program moves: its collectives and its traffic with memory, read from its text.
+"""What a compiled program moves: its collectives and its memory traffic, read from its text.
 
-XLA's own cost analysis counts the body of a loop once, and the layers are a loop; so the text is walked here, every
-loop's body as often as the loop runs it.
+XLA's own cost analysis counts the body of a loop once, and the layers are a loop. So this module walks the text and
+counts the body of every loop as often as the loop runs it.
 """
 
 import math
@@ -13,6 +13,8 @@ import numpy as np
 
 from vit_scaling import UserError
 
+# How libtpu lowers a collective between slices: the device hands its part to the host, and receives the result.
+MEGASCALE = "xla_megascale_runtime"
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
 # Bytes of the element types that a step uses; a type that is not here counts as 4.
@@ -34,8 +36,8 @@ class Collective(NamedTuple):
     times: int  # that a step runs it
     payload: float  # bytes of its result on one device, each time
     group: int  # devices that take part together
-    links: float  # bytes that one device must receive, each time, by the best algorithm, from its own slice
-    slow: float  # and from others, what comes into a slice being shared out among the group's devices there
+    links: float  # bytes that one device must receive over ICI or NVLink, each time, by the best algorithm
+    slow: float  # and over DCN; what enters a slice is shared among the devices of the group in it
 
 
 class Traffic(NamedTuple):
@@ -80,6 +82,8 @@ def traffic(text: str, slices: np.ndarray | None = None) -> Traffic:
     for instruction, computation, times, fused in _walk(computations, entry):
         if instruction.opcode in KINDS:
             collectives.append(_collective(instruction, times, slices))
+        elif instruction.opcode == "recv" and MEGASCALE in instruction.text:
+            collectives.append(_between_slices(instruction, times, slices))
         if not fused:
             memory += times * _memory(instruction, computation, computations)
     return Traffic(tuple(c for c in collectives if c.group > 1 and c.payload), memory)
@@ -245,6 +249,15 @@ def _collective(instruction: _Instruction, times: int, slices: np.ndarray | None
     together = size // count
     slow = _received(kind, payload * (together if kind == "reduce-scatter" else 1), count) / together
     return Collective(kind, times, payload, size, links=every - slow, slow=slow)
+
+
+def _between_slices(instruction: _Instruction, times: int, slices: np.ndarray | None) -> Collective:
+    """Returns the collective between slices whose result a `recv` of libtpu's megascale runtime delivers."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.text)
+    count = 2 if slices is None else len(set(slices))
+    payload = _bytes(_elements(instruction.shape)[0])  # then a context and a token
+    name = kind[1].lower().replace("_", "-") if kind else "recv"
+    return Collective(name, times, payload, count, links=0.0, slow=_received(name, payload, count))
 
 
 def _received(kind: str, payload: float, size: int) -> float:

@@ -1,7 +1,6 @@
-"""A plan as a person reads it, and several in one table."""
+"""One plan as text, and several plans as rows of a table."""
 
-from collections.abc import Sequence
-
+from vit_scaling.names import render_table
 from vit_scaling.parallel.chips import GIB
 from vit_scaling.planner.plan import Plan
 
@@ -13,20 +12,19 @@ def text(plan: Plan) -> str:
         f"batch {plan.batch_size}{_accumulate(plan)}, remat {plan.remat}, {plan.params:,} parameters, "
         f"train state {plan.state_bytes / GIB:.2f} GiB",
         "",
-        *_table(
-            ("parameter", "shape", "split over", "MB a device"), [(*r[:3], f"{r[3] / 1e6:.3f}") for r in plan.table]
+        render_table(
+            ("parameter", "shape", "split over", "MB per device"), [(*r[:3], f"{r[3] / 1e6:.3f}") for r in plan.table]
         ),
         "",
     ]
-    verdict = "fits" if plan.fits else "DOES NOT FIT"
-    lines.append(f"{verdict}, {'as compiled' if plan.how == 'compiled' else 'by arithmetic; nothing was compiled'}")
+    lines.append("fits" if plan.fits else "DOES NOT FIT")
     if plan.message:
         lines.append(f"  {plan.message}")
     if plan.memory is not None:
         m = plan.memory
         parts = (("state and batch", m.arguments), ("outputs", m.outputs), ("temporaries", m.temporaries))
         lines += [f"  {name:16s} {size / GIB:8.3f} GiB" for name, size in (*parts, ("program", m.program))]
-        lines.append(f"  {'in all':16s} {m.needed / GIB:8.3f} of {m.available / GIB:.2f} GiB a device")
+        lines.append(f"  {'total':16s} {m.needed / GIB:8.3f} of {m.available / GIB:.2f} GiB per device")
     if plan.compile_seconds is not None:
         lines.append(f"compiled in {plan.compile_seconds:.0f} s")
     if plan.moved:
@@ -34,19 +32,18 @@ def text(plan: Plan) -> str:
             (m.kind, f"{m.count}", f"{m.payload / 1e6:,.1f}", f"{m.links / 1e6:,.1f}", f"{m.slow / 1e6:,.1f}")
             for m in plan.moved
         ]
-        lines += ["", "a step's collectives, in MB on one device:"]
-        lines += _table(("kind", "times", "results", "over links", "over the slow network"), rows)
+        lines += ["", "collectives of a step, in MB per device:"]
+        lines.append(render_table(("kind", "times", "results", "received over ICI", "received over DCN"), rows))
     if plan.bounds is not None and plan.mfu_ceiling is not None and plan.chip_days is not None:
         b = plan.bounds
         lines += [
             "",
-            f"model FLOPs of a step: {plan.model_flops:.3e}; computed, with what remat repeats: "
-            f"{plan.executed_flops:.3e}",
-            "a step takes at least, at the published peaks:",
+            f"model FLOPs per step: {plan.model_flops:.3e}; with what remat recomputes: {plan.executed_flops:.3e}",
+            "lower bounds on the step time, at the published peaks:",
             f"  arithmetic     {1e3 * b.compute:10.2f} ms",
-            f"  memory         {1e3 * b.memory:10.2f} ms ({(plan.memory_traffic or 0) / 1e9:.1f} GB a device)",
-            f"  links          {1e3 * b.fast_network:10.2f} ms",
-            f"  slow network   {1e3 * b.slow_network:10.2f} ms",
+            f"  memory         {1e3 * b.memory:10.2f} ms ({(plan.memory_traffic or 0) / 1e9:.1f} GB per device)",
+            f"  ICI or NVLink  {1e3 * b.ici:10.2f} ms",
+            f"  DCN            {1e3 * b.dcn:10.2f} ms",
             f"MFU at most {100 * plan.mfu_ceiling:.0f}%, limited by {b.limit}",
             f"whole run: {plan.steps:,} steps, {plan.images:,} images, at least {plan.chip_days:,.1f} chip-days "
             f"({plan.chip_days / plan.chips:.2f} days)",
@@ -57,9 +54,9 @@ def text(plan: Plan) -> str:
 _COLUMNS = {
     "mesh": 12,
     "batch": 7,
-    "parts": 5,
+    "microbatches": 12,
     "remat": 5,
-    "GiB a device": 12,
+    "GiB per device": 14,
     "fits": 16,
     "step >= ms": 10,
     "limited by": 12,
@@ -89,10 +86,4 @@ def _mesh(plan: Plan) -> str:
 
 
 def _accumulate(plan: Plan) -> str:
-    return f" in {plan.accumulate} parts" if plan.accumulate > 1 else ""
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    cells = [header, *rows]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells]
+    return f" in {plan.accumulate} microbatches" if plan.accumulate > 1 else ""
