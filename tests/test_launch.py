@@ -200,9 +200,9 @@ def test_a_pod_takes_the_machines_of_the_plan(accelerator: str, flags: str) -> N
     given = [word for word in POD if not word.startswith("--accelerator")]
     shown = launch("pod", *given, f"--accelerator={accelerator}", "--dry-run", *TRAIN)
     assert f" --zone=my-zone {flags} --version=v2-alpha-tpuv5-lite --spot\n" in shown.stdout
-    from vit_scaling.parallel import chips
+    from vit_scaling.planner import machines
 
-    chips.topology(accelerator)  # and the plan takes the same name
+    machines.topology(accelerator)  # and the plan takes the same name
 
 
 def test_a_host_that_is_stopped_lets_its_trainer_save(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from vit_scaling import UserError
-from vit_scaling.parallel import chips
+from vit_scaling.planner import machines
 
 
 @pytest.mark.parametrize(
@@ -22,9 +22,9 @@ from vit_scaling.parallel import chips
     ],
 )
 def test_accelerator_types_of_cloud_tpu(accelerator: str, machine: str, devices: int) -> None:
-    assert str(chips.topology(accelerator)) == machine
-    assert chips.topology(accelerator) == chips.topology(machine)
-    assert chips.topology(accelerator).devices == devices
+    assert str(machines.topology(accelerator)) == machine
+    assert machines.topology(accelerator) == machines.topology(machine)
+    assert machines.topology(accelerator).devices == devices
 
 
 @pytest.mark.parametrize(
@@ -38,4 +38,4 @@ def test_accelerator_types_of_cloud_tpu(accelerator: str, machine: str, devices:
 )
 def test_accelerator_types_that_do_not_exist(accelerator: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        chips.topology(accelerator)
+        machines.topology(accelerator)
