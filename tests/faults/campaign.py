@@ -56,6 +56,9 @@ class Lab:
         half.stop_at(lambda: (folder / "half" / "checkpoints" / str(HALF)).is_dir(), signal.SIGTERM)
         stopped = half.wait(DEADLINE)
         assert stopped.code == 0, stopped.error
+        # SIGTERM takes effect a step or two later, so which checkpoints there are depends on the machine's speed.
+        kept = sorted(int(path.name) for path in (folder / "half" / "checkpoints").glob("*") if path.name.isdigit())
+        self.newest, self.older = str(kept[-1]), str(kept[0])
 
     def start(self, workdir: Path, *flags: str, **how: Any) -> "Running":
         return Running(workdir, self.folder / "compiled", *flags, **how)

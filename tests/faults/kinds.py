@@ -90,7 +90,8 @@ def damage(path: Path, how: str, draw: random.Random) -> str:
 def damaged(pattern: str, label: str) -> Kind:
     def fault(lab: Lab, draw: random.Random) -> Verdict:
         workdir = lab.half()
-        files = sorted(path for path in workdir.glob(pattern) if path.is_file())
+        own = pattern.format(newest=lab.newest, older=lab.older)
+        files = sorted(path for path in workdir.glob(own) if path.is_file())
         path = draw.choice(files)
         how = damage(path, draw.choice(DAMAGES), draw)
         return judge(lab, workdir, label, f"{path.relative_to(workdir)} {how}")
@@ -98,15 +99,15 @@ def damaged(pattern: str, label: str) -> Kind:
     return fault
 
 
-KINDS["newest checkpoint damaged"] = damaged("checkpoints/4/**/*", "newest checkpoint damaged")
-KINDS["older checkpoint damaged"] = damaged("checkpoints/2/**/*", "older checkpoint damaged")
+KINDS["newest checkpoint damaged"] = damaged("checkpoints/{newest}/**/*", "newest checkpoint damaged")
+KINDS["older checkpoint damaged"] = damaged("checkpoints/{older}/**/*", "older checkpoint damaged")
 KINDS["side file damaged"] = damaged("*.json*", "side file damaged")
 
 
 @kind
 def checkpoint_half_copied(lab: Lab, draw: random.Random) -> Verdict:
     workdir = lab.half()
-    files = sorted(path for path in (workdir / "checkpoints" / "4").rglob("*") if path.is_file())
+    files = sorted(path for path in (workdir / "checkpoints" / lab.newest).rglob("*") if path.is_file())
     kept = draw.randrange(len(files))
     for path in files[kept:]:
         path.unlink()
@@ -116,13 +117,13 @@ def checkpoint_half_copied(lab: Lab, draw: random.Random) -> Verdict:
 @kind
 def checkpoint_of_another_step(lab: Lab, draw: random.Random) -> Verdict:
     workdir = lab.half()
-    other = draw.choice(("6", "3", "99"))
+    other = str(int(lab.newest) + draw.choice((-1, 1, 95)))
     if draw.random() < 0.3:
         (workdir / "checkpoints" / other).write_text("")
         return judge(lab, workdir, "checkpoint of another step", f"{other} is a file")
-    shutil.copytree(workdir / "checkpoints" / "4", workdir / "checkpoints" / other)
+    shutil.copytree(workdir / "checkpoints" / lab.newest, workdir / "checkpoints" / other)
     heal = lambda: shutil.rmtree(workdir / "checkpoints" / other)  # noqa: E731
-    return judge(lab, workdir, "checkpoint of another step", f"{other} is a copy of 4", heal=heal)
+    return judge(lab, workdir, "checkpoint of another step", f"{other} is a copy of {lab.newest}", heal=heal)
 
 
 @kind
