@@ -1,4 +1,4 @@
-"""House rules for every test: eight CPU devices, strict dtypes and ranks, shapes checked at run time."""
+"""Settings of every test: eight CPU devices, strict dtypes and ranks, shapes checked at run time."""
 
 import atexit
 import os

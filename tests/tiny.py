@@ -1,4 +1,4 @@
-"""The smallest experiment that has everything: what the tests of step, loop and sharding share."""
+"""The smallest experiment that uses every part; the tests of step, loop and sharding share it."""
 
 import dataclasses
 import functools

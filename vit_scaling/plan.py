@@ -36,9 +36,11 @@ _OUTPUT = flags.DEFINE_string("output", None, "A file for the plan, or for all p
 def main(argv: Sequence[str]) -> None:
     del argv
     from vit_scaling import config as config_lib
+    from vit_scaling.parallel import interrupts
     from vit_scaling.planner import machines, report, search
     from vit_scaling.planner import plan as plan_lib
 
+    interrupts.exit_on_interrupt()
     cli.need_config(_CONFIG.value)
     machine = machines.topology(_TOPOLOGY.value, _SLICES.value)
     examples, num_classes, multi_label = _data(_CONFIG.value)

@@ -529,6 +529,16 @@ def test_a_stop_request_is_acknowledged_while_python_is_blocked_and_a_second_one
     assert (ended.returncode, ended.stdout) == (128 + signal.SIGTERM, ""), ended.stderr
 
 
+def test_an_interrupt_ends_a_compilation_at_once() -> None:
+    ended = python(
+        "import hashlib, os, signal, threading; from vit_scaling.parallel import interrupts\n"
+        "interrupts.exit_on_interrupt()\n"
+        "threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "hashlib.pbkdf2_hmac('sha256', b'', b'', 2 * 10**8)\n"
+    )
+    assert (ended.returncode, ended.stderr) == (130, "stopped\n")
+
+
 def test_the_watchdog_shows_where_a_process_hangs_and_ends_it() -> None:
     ended = python(
         "import time; from vit_scaling.parallel.interrupts import Watchdog\n"

@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -24,6 +25,40 @@ class Stopped(Exception):  # noqa: N818 (not an error)
     """The run was asked to stop during an evaluation."""
 
 
+def _listen(hear: Callable[[int], None]) -> tuple[int, socket.socket]:
+    """Calls `hear`, in a thread and at once, for each of SIGNALS that has a Python handler.
+
+    Returns:
+        The wakeup file descriptor of before, and a socket whose closing ends the thread.
+    """
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+
+    def read() -> None:
+        while number := reading.recv(1):
+            if number[0] in SIGNALS:
+                hear(number[0])
+        reading.close()
+
+    before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=read, name="signals", daemon=True).start()
+    return before, writing
+
+
+def exit_on_interrupt() -> None:
+    """Makes Ctrl-C end this process at once, with one line, also while XLA compiles; for commands that save nothing."""
+
+    def leave(number: int) -> None:
+        if number == signal.SIGINT:
+            os.write(2, b"stopped\n")
+            os._exit(128 + number)
+
+    _kept_open.append(_listen(leave)[1])
+
+
+_kept_open: list[socket.socket] = []
+
+
 class StopRequest:
     """Turns the first SIGTERM or SIGINT to any process into the same answer for all; the second ends at once.
 
@@ -40,10 +75,8 @@ class StopRequest:
         self._any_process: _AnyProcess | None = None
 
     def __enter__(self) -> "StopRequest":
-        self._reading, self._writing = socket.socketpair()
-        self._writing.setblocking(False)
-        self._previous_fd = signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, name="stop request", daemon=True).start()
+        self._heard = 0
+        self._previous_fd, self._writing = _listen(self._hear)
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
         return self
@@ -55,15 +88,12 @@ class StopRequest:
         if self._handled > 1:
             os._exit(128 + number)
 
-    def _listen(self) -> None:
-        """Handles the same signals in a thread, at once; ends when the socket is closed."""
-        heard = 0
-        while number := self._reading.recv(1):
-            if number[0] in SIGNALS:
-                self._acknowledge()
-                heard += 1
-                if heard > 1:
-                    os._exit(128 + number[0])
+    def _hear(self, number: int) -> None:
+        """Handles the same signal in a thread, at once."""
+        self._acknowledge()
+        self._heard += 1
+        if self._heard > 1:
+            os._exit(128 + number)
 
     def _acknowledge(self) -> None:
         self._noticed = True
