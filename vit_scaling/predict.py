@@ -1,15 +1,18 @@
 """Classify images: the most likely classes of every image, from a run or any weights.
 
     ./run.sh predict --weights=runs/pets photo.jpg
-    ./run.sh predict --weights=runs/pets 'holiday/**/*.jpg' --format=json --output=holiday.jsonl
-    ./run.sh predict --weights=weights/dinov2 /data/photos --top=0 --features=photos.npz
+    ./run.sh predict --weights=runs/pets 'holiday/**/*.jpg' \\
+        --format=json --output=holiday.jsonl
+    ./run.sh predict --weights=weights/dinov2 /data/photos \\
+        --top=0 --features=photos.npz
 
 An argument is an image, a folder (all images in it, at any depth) or a pattern. Weights are a run, a checkpoint, or a
 weight file or folder of any layout; images are shown as the weights' own evaluation shows them. A file that is corrupt
 or cannot be read is named on stderr and passed over; the exit code is then 1.
 
     --format=json    one object per line:
-                     {"file": ..., "predictions": [{"label": ..., "index": ..., "probability": ...}, ...]}
+                     {"file": ..., "predictions": [{"label": ..., "index": ...,
+                     "probability": ...}, ...]}
     --format=csv     file,rank,label,index,probability
     --features=FILE  .npz with "files" [N] and "features" float32 [N, width]
 """
