@@ -117,7 +117,8 @@ def checkpoint_half_copied(lab: Lab, draw: random.Random) -> Verdict:
 @kind
 def checkpoint_of_another_step(lab: Lab, draw: random.Random) -> Verdict:
     workdir = lab.half()
-    other = str(int(lab.newest) + draw.choice((-1, 1, 95)))
+    taken = {path.name for path in (workdir / "checkpoints").iterdir()}
+    other = draw.choice([step for step in ("1", "3", "5", "6", "7", "99") if step not in taken])
     if draw.random() < 0.3:
         (workdir / "checkpoints" / other).write_text("")
         return judge(lab, workdir, "checkpoint of another step", f"{other} is a file")
