@@ -1,19 +1,19 @@
-"""Images per second and core of the input pipeline, beside tf.data and torch, on the same files in the same run.
+"""Images per second and per core of the input pipeline, with tf.data and torch on the same files in the same run.
 
     pip install tensorflow-cpu torch scikit-image
     python benchmarks/input.py              throughput: decode, inception crop to 224, flip, batch
     python benchmarks/input.py --memory     memory of the loader over 20,000 steps
 
 The files are JPEGs of 500 x 375 (4:2:0), cut from photographs that scikit-learn and scikit-image carry. Each has eight
-names, so that there are as many records to shuffle and to look up as in a small set for pretraining.
+names, so that there are as many records to shuffle and look up as in a small pretraining set.
 Every pipeline reads them from disk with one thread in a process of its own, bound to the same core. They take turns of
-a hundred images, and what counts is each process's CPU time, all of its threads and all that it reads ahead included:
-neither a busy machine nor a lucky minute decides. A peer that is not installed is left out.
+a hundred images, and the measure is each process's CPU time, with all of its threads and all that it prefetches, so
+other load on the machine matters little. A peer that is not installed is left out.
 
     bare          libjpeg-turbo (simplejpeg, fast DCT) and OpenCV's resize of a fixed central crop: nothing else
     vit_scaling   a folder source, the loader and the transforms of this project; once from the same files as a TFDS
                   data set, which the benchmark builds with TFDS's own tools
-    tf.data       big_vision's decode_jpeg_and_inception_crop(224)|flip_lr|value_range(-1, 1), which hands over float32;
+    tf.data       big_vision's decode_jpeg_and_inception_crop(224)|flip_lr|value_range(-1, 1), which returns float32;
                   and the same without the last step, as we apply it on the device
     torch         DataLoader, Pillow's draft decode, crop, bilinear resize and flip
 """
@@ -254,9 +254,9 @@ def measure_throughput(rounds: int, images: int, quality: int) -> None:
     rates = dict(zip(names, 1 / seconds.mean(0), strict=True))
     for name, values in zip(names, seconds.T, strict=True):
         low, high = 1 / np.quantile(values, [0.9, 0.1])
-        print(f"{name:34s} {rates[name]:6.0f} images/s a core (turns, 10 to 90%: {low:.0f} to {high:.0f})")
+        print(f"{name:34s} {rates[name]:6.0f} images/s per core (turns, 10 to 90%: {low:.0f} to {high:.0f})")
     rand = 1e6 * (1 / rates["vit_scaling + RandAugment(2,10)"] - 1 / rates["vit_scaling"])
-    print(f"RandAugment(2,10): {rand:.0f} us an image")
+    print(f"RandAugment(2,10): {rand:.0f} us per image")
     for peer in ("bare", "tf.data", "tf.data, uint8", "torch + Pillow"):
         if peer in rates:
             print(f"vit_scaling against {peer}: {rates['vit_scaling'] / rates[peer]:.2f}")

@@ -1,12 +1,12 @@
 """The endless order in which training reads a source: from a position to the index of a record.
 
-A source is shuffled anew in every epoch. The parts of a mixture are shuffled each by itself and interleaved, as evenly
-as their weights allow: of the first n records, each part has given its share to within as many as there are parts.
+A source is shuffled anew in every epoch. Each part of a mixture is shuffled separately, and the parts are interleaved
+as evenly as their weights allow: of the first n records, each part gives its share, to within the number of parts.
 
 The shuffle is a permutation that is computed for one place at a time, Grain's `index_shuffle`: nothing is stored,
 however large the source, and any position costs the same. Seeds and interleaving are derived here, not by Grain's
-pipelines, which may change; a run that is continued with a later version must see the same order, and a test holds it
-to what earlier ones drew.
+pipelines, which may change; a run that is continued with a later version must see the same order, and a test compares
+it with what earlier versions drew.
 """
 
 import itertools

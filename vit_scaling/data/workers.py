@@ -1,4 +1,4 @@
-"""What a process that others work for expects of them."""
+"""Child processes that end with their parent."""
 
 import multiprocessing
 import os
@@ -6,7 +6,7 @@ import threading
 
 
 def end_with_parent() -> None:
-    """Called in a child process: it ends when its parent does, were it by `kill -9`, and waits for nobody in vain."""
+    """Ends the calling child process when its parent ends, even by `kill -9`, so that it never waits forever."""
 
     def wait() -> None:
         parent = multiprocessing.parent_process()

@@ -1,6 +1,6 @@
 """What can be done to the pixels of one uint8 RGB image, [H, W, 3]: each function returns a new one.
 
-Operations mean what Pillow's of the same name mean; `tests/test_transforms.py` compares them. Tables of 256 values and
+Operations mean what Pillow's of the same name mean; the tests compare them. Tables of 256 values and
 OpenCV do the work.
 """
 

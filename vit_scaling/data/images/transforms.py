@@ -1,9 +1,8 @@
 """From one record to one training or evaluation image: uint8 RGB of a fixed size, on the host.
 
 The order is fixed: decode, crop, flip, small affine, RandAugment, colour jitter, erase. Each step has its own fields
-in `TransformConfig` and is off unless they say so. Every random number comes from the generator that the caller
-passes, so an image is a pure function of (record, generator). The value range [-1, 1] is applied on the device
-(`mixing.to_float`).
+in `TransformConfig` and is off by default. Every random number comes from the generator that the caller
+passes, so an image is a pure function of (record, generator). Normalisation happens on the device (`mixing.to_float`).
 
 Crops:
 
@@ -98,10 +97,10 @@ def transform(config: TransformConfig, train: bool) -> "Transform":
 
 @runtime_checkable
 class Transform(Protocol):
-    """From one record to one example; whatever does that can take the place of this file's.
+    """From one record to one example; any such callable can replace the one of this file.
 
     `out` is where the example's image will end up: uint8 [height, width, 3]. A transform may write the image there and
-    return `out` itself as the image, or take no notice of it.
+    return `out` itself as the image, or ignore it.
     """
 
     size: tuple[int, int]
