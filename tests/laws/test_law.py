@@ -194,7 +194,7 @@ def test_bad_options_are_named(options, names):
 
 
 def test_extrapolation_needs_dearer_points():
-    with pytest.raises(ValueError, match=r"up_to is 1000.*the dearest is 100"):
+    with pytest.raises(ValueError, match=r"up_to is 1000.*the most expensive is 100"):
         power_law.extrapolate(*GOOD, up_to=1000.0)
 
 
@@ -245,9 +245,9 @@ def test_joint_law_of_units_order_and_bad_input():
         base.optimum(-1.0)
     with pytest.raises(ValueError, match=r"params\[3\] is 0"):
         joint.fit(np.where(np.arange(30) == 3, 0, params), images, compute, error)
-    with pytest.raises(ValueError, match="30, 30, 30 and 29"):
+    with pytest.raises(ValueError, match="30 of compute, 29 of error"):
         joint.fit(params, images, compute, error[1:])
-    with pytest.raises(ValueError, match="10 runs of 2 sizes and 5 lengths"):
+    with pytest.raises(ValueError, match="10 runs with 2 values of params and 5 of images"):
         joint.fit(params[:10], images[:10], compute[:10], error[:10])
     with pytest.raises(ValueError, match="number of images does not change the error"):
         dataclasses.replace(base, B=0.0).optimum(1e15)
@@ -295,9 +295,37 @@ def test_dimension_law_names_bad_input():
     x, t, error = star_runs()
     with pytest.raises(ValueError, match=r"error\[0\] is nan"):
         sovit.fit(x, t, np.where(np.arange(36) == 0, np.nan, error))
-    with pytest.raises(ValueError, match="12 runs of 2 dimensions and 6 budgets"):
+    with pytest.raises(ValueError, match="12 runs with 2 values of x and 6 of compute"):
         sovit.fit(x[:12], t[:12], error[:12])
     one_sided = sovit.fit(x, t, (x**-0.8 + t**-0.5) * (1 + 0.02 * np.random.default_rng(0).normal(size=36)))
     assert "not among the runs" in one_sided.warnings[0]
     with pytest.raises(ValueError, match="both must be positive"):
         dataclasses.replace(one_sided, beta=0.0).optimum(1e3)
+
+
+def test_optimum_with_a_cost_that_is_not_linear_in_size():
+    """A run costs 6 N^0.9 D: the best N has no lower error at any other N of equal cost, found on a fine grid."""
+    params, images, _, error = grid_runs(np.random.default_rng(0), noise=0.0)
+    fitted = joint.fit(params, images, 6 * params**0.9 * images, error)
+    assert fitted.gamma == pytest.approx(0.9, abs=1e-6)
+    best = fitted.optimum(1e15)
+    assert 6 * best.params**0.9 * best.images == pytest.approx(1e15, rel=1e-4)
+    sizes = np.geomspace(1e4, 1e10, 60_001)
+    errors = fitted.predict(sizes, 1e15 / (6 * sizes**0.9))
+    assert best.params == pytest.approx(sizes[np.argmin(errors)], rel=1e-3)
+
+
+def test_frontier_kinds_differ_on_a_logarithmic_axis():
+    """A point below the chord over log compute and above the chord over compute is a corner of the hull."""
+    compute, error = np.array([1.0, 100.0, 10_000.0]), np.array([0.9, 0.45, 0.1])
+    assert error[1] > 0.9 + (0.1 - 0.9) * (100 - 1) / (10_000 - 1) - 0.5
+    assert frontier.find(compute, error, "hull").tolist() == [0, 1, 2]
+    bent = np.array([0.9, 0.55, 0.1])  # above the middle of the chord over log compute, below that over compute
+    assert frontier.find(compute, bent, "hull").tolist() == [0, 2]
+
+
+def test_a_law_prints_a_summary():
+    text = repr(power_law.fit(*jft("inet10_err")))
+    assert len(text) < 400
+    assert "a = 0.6292 (" in text
+    assert "R² 0.99" in text

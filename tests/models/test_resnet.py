@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_scaling import flops
-from vit_scaling.flops.resnet import attention_cnn_linear
+from vit_scaling.flops.attention_cnn import attention_cnn_linear
 from vit_scaling.models import resnet, spatial
 from vit_scaling.models.attention_cnn import AttentionCNNConfig
 from vit_scaling.models.resnet import ResNet, ResNetConfig

@@ -62,7 +62,7 @@ def test_one_trunk_serves_every_duration_of_a_size(study):
 
 
 def test_the_dial_sets_everything(study):
-    study.dial = dataclasses.replace(study.dial, width_a_layer=32, head_dim=64, lr_power=-1.0, batch_power=1.0)
+    study.dial = dataclasses.replace(study.dial, width_per_layer=32, head_dim=64, lr_power=-1.0, batch_power=1.0)
     study = dataclasses.replace(study, sizes=(2, 8))
     jobs = {job.size: job.config for job in scaling.plan(study, Path("w")) if job.group == "trunk"}
     model = jobs[8].model
@@ -213,7 +213,7 @@ def test_real_runs_and_a_branch_equals_its_planned_twin(study, tmp_path, monkeyp
     monkeypatch.setattr(mesh, "create", lambda config: create(config, jax.devices()[:1]))
     study = dataclasses.replace(study, sizes=(1,), images=(100,), comparisons=(Comparison("planned", 1, 100),))
     study.base.evaluation.test.split = "test[:20]"
-    study.dial.width_a_layer = study.dial.head_dim = 8
+    study.dial.width_per_layer = study.dial.head_dim = 8
     study.base.data.batch_size = 8
     study.base.model.pool, study.base.optim.name = "gap", "sgd"  # these compile faster, too
     jobs = scaling.plan(study, tmp_path)
@@ -292,7 +292,7 @@ def test_report_says_what_lies_beyond_the_runs_and_what_is_no_power_law(tmp_path
     assert "steepest" not in text
     # All sizes but the smallest are alike.
     step = [dataclasses.replace(run, error=150 * run.images**-0.6 + 0.5 * (run.size == 1)) for run in table]
-    assert "alpha = 5 is the steepest that is tried" in " ".join(report.find(step).joint.warnings)
+    assert "alpha = 5 is the largest value tried" in " ".join(report.find(step).joint.warnings)
 
 
 def test_report_of_too_little_says_so(tmp_path):

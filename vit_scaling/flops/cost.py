@@ -1,4 +1,4 @@
-"""What a model costs, from its config alone.
+"""What a model costs, computed from its config alone.
 
 Convention: a multiply-add counts as 2 FLOPs; matrix products and convolutions are counted, attention's included;
 norms, activations and softmax are not. Training costs three times the forward pass. This is the convention of
@@ -10,10 +10,15 @@ from typing import Any, NamedTuple
 
 import jax
 
-from vit_scaling import models, names
-from vit_scaling.flops import resnet as flops_resnet
-from vit_scaling.flops import swin as flops_swin
-from vit_scaling.models import attention_cnn, layers, resnet, swin, vit
+from vit_scaling import UserError, models, names
+from vit_scaling.flops.attention_cnn import attention_cnn_forward
+from vit_scaling.flops.resnet import resnet_forward
+from vit_scaling.flops.swin import swin_forward
+from vit_scaling.flops.vit import vit_forward
+from vit_scaling.models.attention_cnn import AttentionCNNConfig
+from vit_scaling.models.resnet import ResNetConfig
+from vit_scaling.models.swin import SwinConfig
+from vit_scaling.models.vit import ViTConfig
 
 
 class Cost(NamedTuple):
@@ -25,41 +30,12 @@ class Cost(NamedTuple):
     activation_bytes: float  # what the backward pass needs of one image, under the config's remat, about
 
 
-class Forward(NamedTuple):
-    """What each model's own formula gives."""
-
-    flops: float
-    activation_bytes: float
-
-
-def vit_forward(config: vit.ViTConfig, image_size: tuple[int, int], num_classes: int) -> Forward:
-    """Counts a ViT. Multiply-adds per token and layer: projections 4D², MLP 2DM (SwiGLU 3DM), attention 2LD."""
-    rows, columns = layers.grid_size(image_size, config.patch)
-    patches = rows * columns
-    prefix = vit.prefix_tokens(config)
-    tokens, hidden = patches + prefix, 2 if config.mlp_kind == "swiglu" else 1
-    width, mlp = config.width, config.mlp
-    block = tokens * (4 * width**2 + (1 + hidden) * width * mlp) + 2 * tokens**2 * width
-    macs = config.depth * block + patches * config.patch[0] * config.patch[1] * 3 * width + width * num_classes
-    if config.pool == "map":
-        # Keys and values of every token; query, output, MLP and attention of the one probe.
-        context = tokens if config.pool_prefix else patches
-        macs += context * 2 * width**2 + 2 * width**2 + 2 * width * mlp + 2 * context * width
-    macs += width**2 if config.pre_logits else 0
-    size = 2 if config.dtype == "bfloat16" else 4
-    entry = tokens * width * size
-    # Inputs of both norms, their outputs, q, k, v, attended values: 8 widths; hidden units before and after GELU, or
-    # of SwiGLU's gate, its other half and their product; attention weights in float32 and in the dtype of the model.
-    inside = 8 * entry + (1 + hidden) * tokens * mlp * size + config.heads * tokens**2 * (4 + size)
-    kept = {"none": inside, "dots": 6 * entry + hidden * tokens * mlp * size, "full": entry}[config.remat]
-    return Forward(2.0 * macs, float(config.depth * kept + (inside if config.remat != "none" else 0)))
-
-
+# Of each family: (config, image size, classes) to (FLOPs, bytes of activations) of the forward pass of one image.
 FORWARD: dict[type, Callable[[Any, tuple[int, int], int], tuple[float, float]]] = {
-    vit.ViTConfig: vit_forward,
-    swin.SwinConfig: flops_swin.swin_forward,
-    resnet.ResNetConfig: flops_resnet.resnet_forward,
-    attention_cnn.AttentionCNNConfig: flops_resnet.attention_cnn_forward,
+    ViTConfig: vit_forward,
+    SwinConfig: swin_forward,
+    ResNetConfig: resnet_forward,
+    AttentionCNNConfig: attention_cnn_forward,
 }
 
 
@@ -82,12 +58,19 @@ def count(model_config: models.ModelConfig, *, image_size: tuple[int, int], num_
         model_config: the config of any model.
         image_size: height and width in pixels.
         num_classes: length of the logits.
+
+    Raises:
+        UserError: the family of the model has no formula here.
     """
+    if type(model_config) not in FORWARD:
+        raise UserError(
+            f"{type(model_config).__name__} has no formula for its FLOPs; add one to FORWARD in flops/cost.py"
+        )
     shapes = parameters(model_config, image_size=image_size, num_classes=num_classes)
-    forward = Forward(*FORWARD[type(model_config)](model_config, image_size, num_classes))
+    forward_flops, activation_bytes = FORWARD[type(model_config)](model_config, image_size, num_classes)
     return Cost(
         params=sum(leaf.size for leaf in shapes.values()),
-        forward_flops=forward.flops,
-        train_flops=3 * forward.flops,
-        activation_bytes=forward.activation_bytes,
+        forward_flops=forward_flops,
+        train_flops=3 * forward_flops,
+        activation_bytes=activation_bytes,
     )

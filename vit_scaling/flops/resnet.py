@@ -1,11 +1,11 @@
-"""What residual networks, plain or with attention, and the attention-CNN cost: the formulas that `flops.count` calls.
+"""What residual networks cost, plain or with attention.
 
 Convention of the papers of local and augmented attention: a multiply-add is 2 FLOPs; convolutions, projections and
 attention's products count, norms, pools and softmax do not. Relative logits of local attention count as one dot product
-a neighbour, which gives the published numbers; the code factorises them into rows and columns and needs fewer.
+per neighbor, which gives the published numbers; the code factorizes them into rows and columns and needs fewer.
 """
 
-from vit_scaling.models import attention_cnn, resnet, spatial
+from vit_scaling.models import resnet, spatial
 
 
 def resnet_forward(config: resnet.ResNetConfig, image_size: tuple[int, int], num_classes: int) -> tuple[float, float]:
@@ -69,39 +69,3 @@ def _spatial(
     macs = 9 * pixels * width * (width - values) + seen * (width * (2 * keys + values) + values**2)
     macs += seen**2 * (keys + values) + seen * (2 * rows + 2 * columns - 2) * keys
     return macs, seen * (2 * keys + 2 * values) + 2 * config.heads * seen**2
-
-
-def attention_cnn_forward(
-    config: attention_cnn.AttentionCNNConfig, image_size: tuple[int, int], num_classes: int
-) -> tuple[float, float]:
-    """Returns (FLOPs, bytes of activations) of the forward pass of one image.
-
-    The published counts leave out the products of attention (weights x values, q·k, q·r): see `attention_cnn_linear`.
-    """
-    tokens = image_size[0] // 2 * (image_size[1] // 2)
-    by_query = config.position in ("learned+query", "learned+content")
-    products = config.heads * tokens**2 * config.width  # weights x values
-    if config.position == "learned+content":
-        products *= 2
-    if by_query:
-        # Half of a head's query against every row offset, half against every column offset.
-        offsets = image_size[0] // 2 * 2 - 1 + image_size[1] // 2 * 2 - 1
-        products += config.heads * tokens * offsets * (config.width // 2)
-    itemsize = 2 if config.dtype == "bfloat16" else 4
-    copies = config.heads * (1 + by_query + (config.position == "learned+content"))
-    elements = tokens * ((6 + copies) * config.width + 2 * config.mlp)
-    elements += 2 * config.heads * tokens**2 * by_query
-    kept = tokens * config.width * config.depth + elements if config.remat else elements * config.depth
-    linear = attention_cnn_linear(config, image_size, num_classes)
-    return linear + 2.0 * config.depth * products, float(itemsize * kept)
-
-
-def attention_cnn_linear(
-    config: attention_cnn.AttentionCNNConfig, image_size: tuple[int, int], num_classes: int
-) -> float:
-    """Returns the FLOPs of the affine maps alone: what Cordonnier et al. 2020, Table 1, reports."""
-    tokens, width = image_size[0] // 2 * (image_size[1] // 2), config.width
-    merged = config.heads * width**2
-    per_head = {"learned+query": 1, "learned+content": 2}.get(config.position, 0)
-    layer = merged * (1 + per_head) + width**2 + 2 * width * config.mlp
-    return 2.0 * (tokens * (12 * width + config.depth * layer) + width * num_classes)

@@ -1,43 +1,38 @@
 """The saturating power law E = c + a (C + d)^-b of error against compute (arXiv 2106.04560, section 2, figure 2).
 
-`c` is the irreducible error, `d` shifts compute because a model of no compute is still right sometimes. The law
-describes the frontier: the least error that any run reached with that compute.
+`c` is the irreducible error. `d` shifts compute, because even a model of no compute is right sometimes. The law
+describes the frontier: the lowest error that any run reached with a given compute.
 
 R bootstrap replicates or starts, P points, K = 4 coefficients.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vit_scaling import UserError
-from vit_scaling.laws import robust
+from vit_scaling.laws import fitting, robust
+from vit_scaling.laws.fitting import Fitted, Form
 from vit_scaling.laws.frontier import KINDS, find
 from vit_scaling.laws.robust import Floats, Values
 
 LOSSES = ("huber", "squares")
-COEFFICIENTS = ("a", "b", "c", "d")
 LEAST_POINTS = 5
-# Where the search begins: values of b, and of d over the least compute.
+# Where the search starts: values of b, and of d divided by the least compute.
 GRID = np.array([(b, d) for b in (0.1, 0.2, 0.35, 0.6, 1.0, 2.0) for d in (0.0, 0.3, 1.0, 3.0, 10.0, 100.0)])
 STARTS = 4
 
 
-class Interval(NamedTuple):
-    low: float
-    high: float
-
-
 @dataclasses.dataclass(frozen=True)
 class Extrapolation:
-    """How a law fitted to the cheaper runs predicts the frontier of the dearer ones.
+    """How well a law fitted to the cheaper runs predicts the frontier of the more expensive ones.
 
     Attributes:
-        fitted_up_to: most compute of a run that the fit saw.
-        predicted_up_to: most compute of a run that it was judged by.
-        points: number of frontier points that it was judged by.
+        fitted_up_to: largest compute of a run that the fit saw.
+        predicted_up_to: largest compute of a run that it was tested on.
+        points: number of frontier points that it was tested on.
         mean_error: mean of prediction minus truth there, in units of the error.
         max_error: largest absolute difference there.
     """
@@ -49,8 +44,8 @@ class Extrapolation:
     max_error: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Law:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Law(Fitted):
     """A fitted law E = c + a (C + d)^-b, in the units of the data that it was fitted to.
 
     Attributes:
@@ -62,9 +57,11 @@ class Law:
         level: probability content of the intervals.
         rms: root mean square of the residuals, in units of the error.
         r_squared: share of the points' variance that the law explains.
-        extrapolation: test by leaving the dearest points out; None with too few points.
+        extrapolation: test by leaving out the most expensive points; None with too few points.
         warnings: sentences about what the data do not determine.
     """
+
+    COEFFICIENTS: ClassVar = ("a", "b", "c", "d")
 
     a: float
     b: float
@@ -81,9 +78,17 @@ class Law:
     extrapolation: Extrapolation | None = None
     warnings: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        spans = [f"{name} = {getattr(self, name):.4g} ({low:.4g} to {high:.4g})" for name, (low, high) in self._spans()]
+        fit = f"{len(self.compute)} points, R² {self.r_squared:.4f}, rms {self.rms:.3g}, {self.level:.0%} intervals"
+        return "\n".join(["E = c + a (C + d)^-b", *spans, fit, *self.warnings])
+
+    def _spans(self) -> list[tuple[str, fitting.Interval]]:
+        return [(name, self.interval(name)) for name in self.COEFFICIENTS]
+
     def predict(self, compute: ArrayLike) -> Floats:
         """Returns the error at `compute`, of its shape."""
-        return np.asarray(_law(np.array([self.a, self.b, self.c, self.d]), _computes(compute)))
+        return np.asarray(_law(self.coefficients, _computes(compute)))
 
     def invert(self, error: ArrayLike) -> Floats:
         """Returns the compute that reaches `error`, of its shape; 0 where no compute is needed.
@@ -96,21 +101,11 @@ class Law:
             raise UserError(f"no compute reaches an error of {np.min(e):.6g}: the law's asymptote is c = {self.c:.6g}")
         return np.asarray(np.maximum(0.0, ((e - self.c) / self.a) ** (-1.0 / self.b) - self.d))
 
-    def interval(self, coefficient: str) -> Interval:
-        """Returns the bootstrap interval of "a", "b", "c" or "d"."""
-        if coefficient not in COEFFICIENTS:
-            raise UserError(f"coefficient is {coefficient!r}; choose one of {', '.join(COEFFICIENTS)}")
-        return Interval(*self._quantiles(self.samples[:, COEFFICIENTS.index(coefficient)]).tolist())
-
     def band(self, compute: ArrayLike) -> tuple[Floats, Floats]:
         """Returns (low, high) of the bootstrap interval of the law at `compute`, each of its shape."""
         x = _computes(compute)
-        low, high = self._quantiles(_law(self.samples.T.reshape(4, -1, *(1,) * x.ndim), x[None]))
+        low, high = self.quantiles(_law(self.samples.T.reshape(4, -1, *(1,) * x.ndim), x[None]))
         return np.asarray(low), np.asarray(high)
-
-    def _quantiles(self, values: Values) -> Floats:
-        tail = (1.0 - self.level) / 2
-        return np.quantile(values, [tail, 1.0 - tail], axis=0)
 
 
 def fit(
@@ -125,15 +120,15 @@ def fit(
 ) -> Law:
     """Fits E = c + a (C + d)^-b to the frontier of the given runs.
 
-    The fit starts from the best nodes of a grid, so it needs no first guess. Neither the order of the points nor the
+    The fit starts from the best nodes of a grid, so it needs no initial guess. Neither the order of the points nor the
     units of either argument change the curve. Residuals are differences of errors, as in the paper's published fits.
 
     Args:
         compute: [P], positive, of every run in one unit: FLOPs, core-days, images of one model.
         error: [P], not negative: fractions or percent.
         frontier: "minimum" (running minimum over compute, the paper's), "hull" or "all", as in `frontier.find`. "all"
-            is for points that scatter around one curve, of which a minimum keeps the luckiest.
-        loss: "huber", for which points far from the others' curve hardly count, or "squares".
+            is for points that scatter around one curve; a running minimum would keep only the lucky ones.
+        loss: "huber", which gives little weight to points far from the curve, or "squares".
         bootstrap: number of replicates, drawn from all runs before the frontier is taken.
         level: probability content of the intervals.
         seed: of the bootstrap.
@@ -156,18 +151,14 @@ def fit(
         drawn = inlier[count > 0]
         chosen = drawn[find(x[drawn], y[drawn], frontier)]
         draw[chosen] = count[np.searchsorted(inlier, chosen)]
-    # Four coefficients through fewer than five different points are no fit; such replicates say nothing.
+    # A replicate with fewer than five different points does not determine four coefficients.
     draws = draws[np.count_nonzero(draws, axis=1) >= LEAST_POINTS]
     samples = _solve(x, y, draws, loss) if len(draws) else theta[None]
 
     residual = y[points] - _law(theta, x[points])
     variance = np.sum((y[points] - y[points].mean()) ** 2)
-    a, b, c, d = theta.tolist()
     law = Law(
-        a,
-        b,
-        c,
-        d,
+        **fitting.law_fields(Law, theta),
         compute=x[points],
         error=y[points],
         index=order[points],
@@ -192,16 +183,16 @@ def extrapolate(
     frontier: str = "minimum",
     loss: str = "huber",
 ) -> Extrapolation:
-    """Fits a law to the runs of compute at most `up_to` and judges it by the frontier of the dearer ones.
+    """Fits a law to the runs of compute at most `up_to` and tests it on the frontier of the more expensive ones.
 
     Raises:
-        UserError: as `fit`, for the cheaper runs; or no frontier point is dearer than `up_to`.
+        UserError: as `fit`, for the cheaper runs; or no frontier point is more expensive than `up_to`.
     """
     x, y, _ = _checked(compute, error, frontier, loss, 1, 0.95)
     _checked(x[x <= up_to], y[x <= up_to], frontier, loss, 1, 0.95)
     result = _extrapolate(x, y, up_to, frontier, loss)
     if result is None:
-        raise UserError(f"up_to is {up_to:g}, but no frontier point is dearer; the dearest is {x[-1]:g}")
+        raise UserError(f"up_to is {up_to:g}, but no frontier point is more expensive; the most expensive is {x[-1]:g}")
     return result
 
 
@@ -236,9 +227,9 @@ def _computes(compute: ArrayLike) -> Floats:
 
 
 def _outliers(x: Floats, y: Floats, kind: str, loss: str) -> NDArray[np.intp]:
-    """Returns positions of points that a running minimum would believe although they lie far below all others' law.
+    """Returns the positions of points that lie far below the law of all others, yet would form the running minimum.
 
-    One such run would hide every dearer run behind it. Far is six robust standard deviations of the frontier.
+    One such run would hide every more expensive run. Far means six robust standard deviations of the frontier.
     """
     gone: list[int] = []
     if loss == "squares" or kind == "all":
@@ -261,7 +252,7 @@ def _solve(x_P: Floats, y_P: Floats, weight_RP: Floats, loss: str) -> Floats:
     """Returns coefficients (a, b, c, d) [R, 4] of the law fitted under each row of weights.
 
     Works with compute over the least compute, and with the rise A = a (x_0 + d)^-b of the cheapest point above the
-    asymptote instead of `a`: all four numbers are then of order one whatever the units.
+    asymptote instead of `a`, so that all four numbers are of order one in any units.
     """
     unit_x, unit_y = float(np.min(x_P)), float(np.max(y_P))
     x, y = x_P / unit_x, y_P / unit_y
@@ -278,11 +269,9 @@ def _solve(x_P: Floats, y_P: Floats, weight_RP: Floats, loss: str) -> Floats:
         b, d = exponents
         return np.stack([np.ones_like(x), ((x + d) / (1.0 + d)) ** -b], axis=1)
 
-    seen = np.flatnonzero(weight_RP.sum(axis=0))  # a start should not heed points that no fit sees
-    one = np.ones(len(seen))
-    start = robust.nodes(lambda node: basis(node)[seen], GRID, y[seen], one, STARTS)
     lower, upper = np.array([1e-3, 0.0, 0.0, 0.0]), np.array([20.0, 10.0 * float(np.max(x)), 1.0, 10.0])
-    b, d, c, rise = robust.refine(curve, y, weight_RP, start, lower, upper, squares=loss == "squares").T
+    form = Form(curve, basis, GRID, lower, upper, STARTS)
+    b, d, c, rise = fitting.solve(form, y, weight_RP, squares=loss == "squares").T
     return np.stack([rise * unit_y * ((1.0 + d) * unit_x) ** b, b, c * unit_y, d * unit_x], axis=-1)
 
 
@@ -322,14 +311,9 @@ def _checked(
 
 
 def _warnings(law: Law, replicates: int, bootstrap: int) -> tuple[str, ...]:
-    sentences = []
-    for name in COEFFICIENTS:
-        low, high = law.interval(name)
-        value = getattr(law, name)
-        if high - low > max(value, 1e-12):
-            sentences.append(
-                f"{name} = {value:.3g} is not identified: its {law.level:.0%} interval is {low:.3g} to {high:.3g}"
-            )
+    sentences: list[str] = []
+    for name, value in zip(law.COEFFICIENTS, law.coefficients.tolist(), strict=True):
+        sentences += law.unidentified(name, value, law.interval(name))
     if replicates < bootstrap:
         sentences.append(f"{bootstrap - replicates} of {bootstrap} bootstrap replicates had too few frontier points")
     return tuple(sentences)

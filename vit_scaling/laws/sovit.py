@@ -4,7 +4,7 @@ With the other dimensions fixed, a model whose width (or depth, or MLP) is x, tr
 
     f(x, t) = alpha x^-a + (beta x^b + xi) t^-c + epsilon
 
-Its least is at x*(t) = (alpha a t^c / (beta b))^(1 / (a + b)): the dimension should grow as t^s with s = c / (a + b).
+Its minimum is at x*(t) = (alpha a t^c / (beta b))^(1 / (a + b)): the dimension should grow as t^s with s = c / (a + b).
 
 R replicates, P points, K = 7 coefficients.
 """
@@ -12,14 +12,14 @@ R replicates, P points, K = 7 coefficients.
 import dataclasses
 import itertools
 from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from vit_scaling import UserError
-from vit_scaling.laws import robust
-from vit_scaling.laws.joint import positive
-from vit_scaling.laws.power_law import Interval
+from vit_scaling.laws import fitting
+from vit_scaling.laws.fitting import Fitted, Form, Interval, law_fields
 from vit_scaling.laws.robust import Floats
 
 LEAST_POINTS = 9
@@ -30,7 +30,7 @@ PUBLISHED_EXPONENTS = {"depth": 0.45, "width": 0.22, "mlp": 0.60}
 
 
 @dataclasses.dataclass(frozen=True)
-class DimensionLaw:
+class DimensionLaw(Fitted):
     """A fitted law alpha x^-a + (beta x^b + xi) t^-c + epsilon, in the units of its data.
 
     Attributes:
@@ -39,6 +39,8 @@ class DimensionLaw:
         relative_rms: root mean square of the residuals over the errors.
         warnings: sentences about what the data do not determine.
     """
+
+    COEFFICIENTS: ClassVar = ("alpha", "a", "beta", "b", "xi", "c", "epsilon")
 
     alpha: float
     a: float
@@ -54,14 +56,13 @@ class DimensionLaw:
 
     @property
     def exponent(self) -> float:
-        """s = c / (a + b), by which the best x grows with compute."""
+        """s = c / (a + b), the exponent with which the best x grows with compute."""
         return self.c / (self.a + self.b)
 
     @property
     def exponent_interval(self) -> Interval:
         _, a, _, b, _, c, _ = self.samples.T
-        tail = (1 - self.level) / 2
-        return Interval(*np.quantile(c / (a + b), [tail, 1 - tail]).tolist())
+        return Interval(*self.quantiles(c / (a + b)).tolist())
 
     def predict(self, x: ArrayLike, compute: ArrayLike) -> Floats:
         """Returns the error of dimension `x` under `compute`, of their common shape."""
@@ -72,7 +73,7 @@ class DimensionLaw:
         """Returns the dimension of least error under `compute`, of its shape.
 
         Raises:
-            UserError: the law has no least: more of the dimension always helps, or never does.
+            UserError: the law has no minimum: more of the dimension always helps, or never does.
         """
         if min(self.alpha, self.beta) <= 0:
             raise UserError(
@@ -103,18 +104,31 @@ def fit(
     Raises:
         UserError: unequal lengths, numbers that are not positive and finite, or too few runs, dimensions or budgets.
     """
-    size, t, y = positive("x", x), positive("compute", compute), positive("error", error)
-    if len({len(size), len(t), len(y)}) > 1:
-        raise UserError(f"x, compute and error have {len(size)}, {len(t)} and {len(y)} numbers; give one a run")
-    if len(y) < LEAST_POINTS or min(len(np.unique(size)), len(np.unique(t))) < 3:
-        raise UserError(
-            f"{len(y)} runs of {len(np.unique(size))} dimensions and {len(np.unique(t))} budgets; seven coefficients "
-            f"need at least {LEAST_POINTS} runs, 3 dimensions and 3 budgets"
-        )
-    order = np.lexsort((y, t, size))
-    size, t, y = size[order], t[order], y[order]
-    unit_x, unit_t, unit_y = np.exp(np.log(size).mean()), np.exp(np.log(t).mean()), float(np.max(y))
-    u, v, z = size / unit_x, t / unit_t, y / unit_y
+    size, t, y = fitting.columns(
+        least=LEAST_POINTS, distinct=3, coefficients="seven", x=x, compute=compute, error=error
+    )
+    unit_x, unit_t, unit_y = fitting.middle(size), fitting.middle(t), float(np.max(y))
+    form, z = _form(size / unit_x, t / unit_t), y / unit_y
+    theta, samples = fitting.with_bootstrap(form, z, bootstrap=bootstrap, seed=seed)
+
+    def in_units(rows: Floats) -> Floats:
+        a, b, c, alpha, beta, xi, epsilon = rows.T
+        time = unit_t**c
+        alpha, beta, xi = alpha * unit_x**a, beta * unit_x**-b * time, xi * time
+        return np.stack([alpha * unit_y, a, beta * unit_y, b, xi * unit_y, c, epsilon * unit_y], axis=1)
+
+    residual = form.curve(theta)[0][0] / z - 1
+    law = DimensionLaw(
+        **law_fields(DimensionLaw, in_units(theta)[0]),
+        samples=in_units(samples),
+        level=level,
+        relative_rms=float(np.sqrt(np.mean(residual**2))),
+    )
+    return dataclasses.replace(law, warnings=_warnings(law, size, t))
+
+
+def _form(u: Floats, v: Floats) -> Form:
+    """Returns the law over dimensions u and compute v, [P], near one; K is a, b, c, alpha, beta, xi, epsilon."""
 
     def curve(theta_RK: Floats) -> tuple[Floats, Floats]:
         a, b, c, alpha, beta, xi, epsilon = (column[:, None] for column in theta_RK.T)
@@ -129,41 +143,15 @@ def fit(
             time,
             np.ones_like(small),
         ]
-        return (alpha * small + rising * time + epsilon) / z, np.stack(slopes, axis=-1) / z[:, None]
+        return alpha * small + rising * time + epsilon, np.stack(slopes, axis=-1)
 
     def basis(exponents: Floats) -> Floats:
         a, b, c = exponents
         return np.stack([u**-a, u**b * v**-c, v**-c, np.ones_like(u)], axis=1)
 
-    rates = (0.15, 0.35, 0.7, 1.2)
-    start = robust.nodes(basis, np.array(list(itertools.product(rates, repeat=3))), z, z, STARTS)
+    grid = np.array(list(itertools.product((0.15, 0.35, 0.7, 1.2), repeat=3)))
     lower, upper = np.array([1e-2, 1e-2, 1e-2, 0, 0, 0, 0]), np.array([5.0, 5, 5, 1e3, 1e3, 1e3, 1])
-    one = np.ones_like(z)
-    theta = robust.refine(curve, one, one[None], start, lower, upper)
-    weights = robust.replicates(len(z), bootstrap, seed)
-    samples = robust.refine(curve, one, weights, np.concatenate([theta, start[:2]]), lower, upper)
-
-    def in_units(rows: Floats) -> Floats:
-        a, b, c, alpha, beta, xi, epsilon = rows.T
-        time = unit_t**c
-        alpha, beta, xi = alpha * unit_x**a, beta * unit_x**-b * time, xi * time
-        return np.stack([alpha * unit_y, a, beta * unit_y, b, xi * unit_y, c, epsilon * unit_y], axis=1)
-
-    residual = curve(theta)[0][0] - 1
-    alpha, a, beta, b, xi, c, epsilon = in_units(theta)[0].tolist()
-    law = DimensionLaw(
-        alpha,
-        a,
-        beta,
-        b,
-        xi,
-        c,
-        epsilon,
-        samples=in_units(samples),
-        level=level,
-        relative_rms=float(np.sqrt(np.mean(residual**2))),
-    )
-    return dataclasses.replace(law, warnings=_warnings(law, size, t))
+    return Form(curve, basis, grid, lower, upper, STARTS)
 
 
 def grow(
@@ -183,12 +171,9 @@ def grow(
 
 def _warnings(law: DimensionLaw, x: Floats, compute: Floats) -> tuple[str, ...]:
     middle = float(np.exp(np.log(compute).mean()))
-    low, high = law.exponent_interval
     if min(law.alpha, law.beta) <= 0 or not np.min(x) <= float(law.optimum(middle)) <= np.max(x):
         return (
             f"the best dimension is not among the runs: at compute {middle:.3g} it lies outside {np.min(x):g} to "
             f"{np.max(x):g}; include runs on both sides of it",
         )
-    if high - low > law.exponent:
-        return (f"s = {law.exponent:.3g} is not identified: its {law.level:.0%} interval is {low:.3g} to {high:.3g}",)
-    return ()
+    return law.unidentified("s", law.exponent, law.exponent_interval)

@@ -14,6 +14,7 @@ from typing import Any
 from vit_scaling import UserError
 from vit_scaling.config import Config
 from vit_scaling.data.sources import open_source
+from vit_scaling.names import render_table
 from vit_scaling.studies import runner, scaling
 from vit_scaling.studies.runner import Job
 
@@ -69,8 +70,8 @@ def table(grid: GridConfig, jobs: Sequence[Job], workdir: Path) -> str:
     rows.sort(key=lambda row: (-row[0], row[1].name))
     measured = [grid.metric, *sorted({name for *_, metrics in rows for name in metrics} - {grid.metric})]
     header = ["run", *(field for field, _ in grid.fields), *measured]
-    lines = [header, ["---"] * len(header)]
+    lines = []
     for _, job, metrics in rows:
         values = [str(scaling.value_of(job.config, field)) for field, _ in grid.fields]
         lines.append([job.name, *values, *(f"{metrics[name]:.4f}" if name in metrics else "" for name in measured)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return render_table(header, lines, markdown=True) + "\n"

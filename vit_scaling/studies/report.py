@@ -1,4 +1,4 @@
-"""What a scaling study says, in Markdown: first the answer for a budget, then what it rests on."""
+"""The report of a scaling study, in Markdown: first the answer for a budget, then the evidence."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ import numpy as np
 from vit_scaling.laws import joint, power_law
 from vit_scaling.laws.joint import JointLaw
 from vit_scaling.laws.power_law import Law
+from vit_scaling.names import render_table
 from vit_scaling.studies import plots
 from vit_scaling.studies.table import SWEEP, Run
 
@@ -45,13 +46,13 @@ def write(
     """Writes folder/report.md and the figures beside it, and returns the report's path.
 
     Args:
-        budgets: training FLOPs to answer for; if empty 1, 3 and 10 times the dearest run.
+        budgets: training FLOPs to answer for; if empty 1, 3 and 10 times the most expensive run.
         unfinished: {run: reason} of those that did not finish.
     """
     found = find(runs)
     sweep = [run for run in runs if run.group == SWEEP]
-    dearest = max((run.compute for run in sweep), default=0.0)
-    parts = [f"# {title}", _answer(found, sweep, budgets or [dearest, 3 * dearest, 10 * dearest])]
+    largest = max((run.compute for run in sweep), default=0.0)
+    parts = [f"# {title}", _answer(found, sweep, budgets or [largest, 3 * largest, 10 * largest])]
     if unfinished:
         parts.append("## Runs that have not finished\n\n" + _table(("run", "why"), list(unfinished.items())))
     parts.append(_law_section(found))
@@ -95,7 +96,7 @@ def _answer(found: Findings, sweep: Sequence[Run], budgets: Sequence[float]) -> 
     header = ("FLOPs", "parameters", "images", "error, % (size and images)", "error, % (frontier)")
     note = (
         "Intervals are bootstrap intervals of the laws, at the level given below. "
-        f"Beyond {most:.2e} FLOPs, the dearest run, and beyond the sizes and lengths run, numbers are extrapolations."
+        f"Beyond {most:.2e} FLOPs, the most expensive run, and beyond the sizes and lengths run, numbers are extrapolations."
     )
     return "\n\n".join(["## For a budget, train this", _table(header, rows), note])
 
@@ -119,7 +120,7 @@ def _law_section(found: Findings) -> str:
         fitted = found.law
         rows = [
             (name, f"{getattr(fitted, name):.4g}", _span(fitted.interval(name), "{:.4g}"))
-            for name in power_law.COEFFICIENTS
+            for name in fitted.COEFFICIENTS
         ]
         lines += [
             "Error against training FLOPs, E = c + a (C + d)^-b, on the frontier of all runs:",
@@ -129,7 +130,7 @@ def _law_section(found: Findings) -> str:
         ]
         if (left := fitted.extrapolation) is not None:
             lines.append(
-                f"Fitted to runs of at most {left.fitted_up_to:.2e} FLOPs, it misses the {left.points} dearer frontier "
+                f"Fitted to runs of at most {left.fitted_up_to:.2e} FLOPs, it misses the {left.points} more expensive frontier "
                 f"points by {100 * left.mean_error:+.2f} points on average and by {100 * left.max_error:.2f} at most."
             )
         lines += [f"* {sentence}" for sentence in fitted.warnings]
@@ -177,11 +178,14 @@ def _comparisons(runs: Sequence[Run]) -> str:
             if other.group == SWEEP
             and (other.size, other.data_images, other.images) == (run.size, run.data_images, run.images)
         )
-        twin = next(alike, None)
-        few = "" if run.fewshot_error is None else f"{100 * run.fewshot_error:.2f}"
-        twin_few = "" if twin is None or twin.fewshot_error is None else f"{100 * twin.fewshot_error:.2f}"
-        twin_error = "" if twin is None else f"{100 * twin.error:.2f}"
-        rows.append((run.group, run.size, f"{run.images:,}", f"{100 * run.error:.2f}", few, twin_error, twin_few))
+        baseline = next(alike, None)
+        baseline_few = (
+            "" if baseline is None or baseline.fewshot_error is None else f"{100 * baseline.fewshot_error:.2f}"
+        )
+        baseline_error = "" if baseline is None else f"{100 * baseline.error:.2f}"
+        rows.append(
+            (run.group, run.size, f"{run.images:,}", f"{100 * run.error:.2f}", few, baseline_error, baseline_few)
+        )
     if not rows:
         return ""
     header = (
@@ -193,7 +197,9 @@ def _comparisons(runs: Sequence[Run]) -> str:
         "sweep's error, %",
         "sweep's few-shot error, %",
     )
-    return "## Comparisons, each with the sweep's cooldown branch of the same length\n\n" + _table(header, rows)
+    return "## Comparisons, each with the sweep's cooldown branch of the same length\n\n" + render_table(
+        header, rows, markdown=True
+    )
 
 
 def _all_runs(runs: Sequence[Run]) -> str:
@@ -205,7 +211,7 @@ def _all_runs(runs: Sequence[Run]) -> str:
             f"{run.images:,}",
             f"{run.compute:.2e}",
             f"{100 * run.error:.2f}",
-            "" if run.fewshot_error is None else f"{100 * run.fewshot_error:.2f}",
+            _percent(run.fewshot_error),
         )
         for run in runs
     ]
@@ -226,6 +232,9 @@ def _span(interval: Sequence[float], pattern: str) -> str:
     return f"{pattern.format(interval[0])} to {pattern.format(interval[1])}"
 
 
+def _percent(error: float | None) -> str:
+    return "" if error is None else f"{100 * error:.2f}"
+
+
 def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    return render_table(header, rows, markdown=True)

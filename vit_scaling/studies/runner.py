@@ -1,6 +1,6 @@
-"""Runs of a study or a sweep, each in a process and a folder of its own.
+"""Runs the runs of a study or a sweep, each in a process and a folder of its own.
 
-Work that was killed goes on where it was, and a run that fails takes nothing else with it.
+A killed study continues where it was, and a run that fails does not stop the others.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ def done(job: Job, workdir: Path) -> bool:
 def lock(workdir: Path, name: str) -> IO[str]:
     """Returns the run's lock, which the process holds until it ends; waits while another process holds it.
 
-    A run that outlives a killed study is thus waited for, not run twice in one folder.
+    So a run that outlives a killed study is waited for, not run twice in one folder.
     """
     path = workdir / "locks" / name
     path.parent.mkdir(parents=True, exist_ok=True)

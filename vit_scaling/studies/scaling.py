@@ -1,7 +1,7 @@
-"""A scaling study's runs: which they are, how each is configured, and gathering what came out.
+"""A scaling study: which runs it has, how each is configured, and how their results are gathered.
 
-For each size and each share of the data one trunk run has no end in mind; every duration is a cooldown branched from
-it (Scaling Vision Transformers, section 3.5).
+Each size and each share of the data has one trunk run, whose schedule has no end. Every duration is a cooldown branched
+from it (Scaling Vision Transformers, section 3.5).
 """
 
 import copy
@@ -28,7 +28,7 @@ class Dial:
     """One number, the depth, sets everything that grows with a ViT.
 
     Attributes:
-        width_a_layer: width for each layer of depth.
+        width_per_layer: width for each layer of depth.
         head_dim: width of one attention head.
         mlp_ratio: hidden units over width.
         reference: the depth that the study's own learning rate and batch size belong to.
@@ -36,7 +36,7 @@ class Dial:
         batch_power: so is the batch size.
     """
 
-    width_a_layer: int = 16
+    width_per_layer: int = 16
     head_dim: int = 16
     mlp_ratio: int = 4
     reference: int = 4
@@ -75,7 +75,7 @@ class StudyConfig:
         metric: accuracy of which the error is studied.
         fewshot: likewise, of few-shot classification; empty for none.
         comparisons: of Comparison, further runs on all data that the law does not see.
-        budgets: training FLOPs that the report answers for; if empty 1, 3 and 10 times the dearest run.
+        budgets: training FLOPs that the report answers for; if empty 1, 3 and 10 times the most expensive run.
     """
 
     base: Config
@@ -125,7 +125,7 @@ def _trunk_and_branches(study: StudyConfig, workdir: Path, size: int, fraction: 
 
     trunk = copy.deepcopy(config)
     trunk.schedule.cooldown = Duration(0)
-    # Branches start from its checkpoints; its own accuracy, without a cooldown, is of no interest.
+    # Branches start from its checkpoints. Its own accuracy, without a cooldown, is not measured.
     trunk.evaluation = config_lib.EvaluationConfig(every=Duration(starts[-1]))
     trunk.checkpoint = config_lib.CheckpointConfig(every=Duration(unit), keep=1, permanent=Duration(unit))
     trunk.duration = Duration(starts[-1])
@@ -144,7 +144,7 @@ def _config(study: StudyConfig, size: int, fraction: float) -> tuple[Config, int
     """Returns the config of one size and share of the data, and the number of its different images."""
     config = copy.deepcopy(study.base)
     dial, grown = study.dial, size / study.dial.reference
-    width = dial.width_a_layer * size
+    width = dial.width_per_layer * size
     fields = {"depth": size, "width": width, "heads": max(1, width // dial.head_dim), "mlp": dial.mlp_ratio * width}
     for field, value in fields.items():
         override(config, f"model.{field}", value)
