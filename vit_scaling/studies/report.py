@@ -96,7 +96,8 @@ def _answer(found: Findings, sweep: Sequence[Run], budgets: Sequence[float]) -> 
     header = ("FLOPs", "parameters", "images", "error, % (size and images)", "error, % (frontier)")
     note = (
         "Intervals are bootstrap intervals of the laws, at the level given below. "
-        f"Beyond {most:.2e} FLOPs, the most expensive run, and beyond the sizes and lengths run, numbers are extrapolations."
+        f"Beyond {most:.2e} FLOPs, the most expensive run, and beyond the sizes and lengths run, numbers are "
+        "extrapolations."
     )
     return "\n\n".join(["## For a budget, train this", _table(header, rows), note])
 
@@ -130,8 +131,8 @@ def _law_section(found: Findings) -> str:
         ]
         if (left := fitted.extrapolation) is not None:
             lines.append(
-                f"Fitted to runs of at most {left.fitted_up_to:.2e} FLOPs, it misses the {left.points} more expensive frontier "
-                f"points by {100 * left.mean_error:+.2f} points on average and by {100 * left.max_error:.2f} at most."
+                f"Fitted to runs of at most {left.fitted_up_to:.2e} FLOPs, it misses the {left.points} more expensive "
+                f"frontier points by {100 * left.mean_error:+.2f} points on average and by {100 * left.max_error:.2f} at most."
             )
         lines += [f"* {sentence}" for sentence in fitted.warnings]
     if found.joint is not None:
@@ -179,13 +180,11 @@ def _comparisons(runs: Sequence[Run]) -> str:
             and (other.size, other.data_images, other.images) == (run.size, run.data_images, run.images)
         )
         baseline = next(alike, None)
-        baseline_few = (
-            "" if baseline is None or baseline.fewshot_error is None else f"{100 * baseline.fewshot_error:.2f}"
-        )
-        baseline_error = "" if baseline is None else f"{100 * baseline.error:.2f}"
-        rows.append(
-            (run.group, run.size, f"{run.images:,}", f"{100 * run.error:.2f}", few, baseline_error, baseline_few)
-        )
+        theirs = ("", "")
+        if baseline is not None:
+            theirs = f"{100 * baseline.error:.2f}", _percent(baseline.fewshot_error)
+        own = f"{100 * run.error:.2f}", _percent(run.fewshot_error)
+        rows.append((run.group, run.size, f"{run.images:,}", *own, *theirs))
     if not rows:
         return ""
     header = (
