@@ -131,8 +131,9 @@ def _law_section(found: Findings) -> str:
         ]
         if (left := fitted.extrapolation) is not None:
             lines.append(
-                f"Fitted to runs of at most {left.fitted_up_to:.2e} FLOPs, it misses the {left.points} more expensive "
-                f"frontier points by {100 * left.mean_error:+.2f} points on average and by {100 * left.max_error:.2f} at most."
+                f"Fitted to runs of at most {left.fitted_up_to:.2e} FLOPs, it misses the {left.points} "
+                f"more expensive frontier points by {100 * left.mean_error:+.2f} points on average and by "
+                f"{100 * left.max_error:.2f} at most."
             )
         lines += [f"* {sentence}" for sentence in fitted.warnings]
     if found.joint is not None:
