@@ -71,7 +71,7 @@ def measure(side: int, width: int, batch: int, repeats: int, blocks: list[int]) 
         for block in blocks:
             candidates[f"blocks of {block}"] = functools.partial(backend, block=block), attention_args
     else:
-        for name in ("shifts", "rows", "blocks"):
+        for name in ("shifts", "blocks"):
             candidates[name] = functools.partial(backend, backend=name), attention_args
         candidates["3x3 convolution"] = convolution, convolution_args
     compiled = {}

@@ -1,11 +1,11 @@
-"""Names of parameters: the one vocabulary of decay patterns, sharding rules, checkpoints and weight import.
+"""Names of parameters, as decay patterns, sharding rules, checkpoints and weight import use them.
 
 And `render_table`, which renders every table of the package, so that all layers can use it.
 
 Parameters are nested dicts of arrays. The path of a leaf joins its keys with "/", for example
-"blocks/attention/query/kernel". Layers of one shape are stored stacked: every part of a path that is
-called "blocks" stands for one leading axis, over layers, of the leaf. That axis is bookkeeping and no part of
-the parameter: it is never sharded and never factored across.
+"blocks/attention/query/kernel". Layers of one shape are stored stacked: each part of a path that
+is "blocks" stands for one leading axis of the leaf, over layers. That axis is not part of the parameter: it is never
+sharded, and Adafactor never factors over it.
 """
 
 import re
@@ -48,14 +48,26 @@ def stacked_dims(path: str) -> int:
     return path.split("/").count(STACK)
 
 
+def matches(pattern: str, path: str) -> bool:
+    """Returns whether a regular expression matches all of `path`.
+
+    Raises:
+        UserError: the pattern is no regular expression.
+    """
+    try:
+        return re.fullmatch(pattern, path) is not None
+    except re.error as error:
+        raise UserError(f"{pattern!r} is no regular expression: {error}") from None
+
+
 def first_match(rules: Sequence[tuple[str, T]], path: str) -> T:
     """Returns the value of the first rule whose regular expression matches all of `path`.
 
     Raises:
-        UserError: no rule matches.
+        UserError: no rule matches, or a pattern is no regular expression.
     """
     for pattern, value in rules:
-        if re.fullmatch(pattern, path):
+        if matches(pattern, path):
             return value
     patterns = ", ".join(repr(pattern) for pattern, _ in rules)
     raise UserError(f"no rule names the parameter {path!r}; the rules are {patterns}: add one that matches it")

@@ -301,7 +301,7 @@ def assert_equal_results(ours, theirs):
 def test_scan_and_remat_change_no_number(group):
     build, x, result = group
     assert_every_statistic_moved(build(), result)  # of every layer of the scan
-    assert_equal_results(training_step(build(scan=False, remat=True), x), result)
+    assert_equal_results(training_step(build(scan=False, remat="full"), x), result)
 
 
 def test_statistics_of_a_split_batch_are_those_of_the_whole(group):
@@ -335,7 +335,7 @@ def test_maps_of_every_attention_layer():
         (lambda: ResNetConfig(depth=34), "depth is 34; choose one of 14, 26, 38, 50, 101"),
         (lambda: ResNetConfig(spatial="swin"), "spatial is 'swin'; choose one of convolution, attention, augmented"),
         (lambda: ResNetConfig(stem="patch"), "stem is 'patch'; choose one of convolution, attention, small"),
-        (lambda: ResNetConfig(backend="cuda"), "backend is 'cuda'; choose one of blocks, shifts, rows, pallas"),
+        (lambda: ResNetConfig(backend="cuda"), "backend is 'cuda'; choose one of blocks, shifts, pallas"),
         (lambda: ResNetConfig(kernel_size=4), "kernel_size is 4; local attention needs an odd"),
         (lambda: ResNetConfig(groups=(0, 1)), r"groups is \(0, 1\); a residual network has groups 1, 2, 3 and 4"),
         (lambda: small(spatial="attention", heads=3), "8 channels cannot be split over 3 heads of an even size"),

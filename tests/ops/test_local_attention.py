@@ -17,7 +17,7 @@ from vit_scaling.parallel import mesh as mesh_lib
 from vit_scaling.parallel import sharding
 from vit_scaling.parallel.mesh import MeshConfig
 
-MEMORY_BACKENDS = ("blocks", "shifts", "rows")
+MEMORY_BACKENDS = ("blocks", "shifts")
 
 
 def oracle(q, k, v, rel_row, rel_col, border="mask"):
@@ -220,8 +220,8 @@ def test_pallas_lowers_for_devices_that_are_not_here(platform, kind):
     [
         ({"kernel_size": 4}, "kernel_size is 4; .* needs an odd"),
         ({"kernel_size": 5}, r"rel_row has shape \(3, 2, 2\); kernel_size 5, 2 heads and head dim 4 need \(5, 2, 2\)"),
-        ({"backend": "conv"}, "backend is 'conv'; choose one of blocks, shifts, rows, pallas"),
-        ({"backend": "pallas"}, "backend 'pallas' runs on tpu and gpu, not on cpu; .* blocks, shifts, rows"),
+        ({"backend": "conv"}, "backend is 'conv'; choose one of blocks, shifts, pallas"),
+        ({"backend": "pallas"}, "backend 'pallas' runs on tpu and gpu, not on cpu; .* blocks, shifts"),
         ({"border": "wrap"}, "border is 'wrap'; choose one of mask, zero"),
         ({"block": 0}, "block is 0; it must be a positive number"),
     ],

@@ -1,8 +1,7 @@
-"""The models, and how they become arrays and back.
+"""Which networks are there, and how do they become arrays and back? Start reading in vit.py and layers.py.
 
-A model is built once and split into a static description and two nested dicts of arrays: parameters, and the running
-statistics that only batch normalisation has. A traced function merges them back into a module, calls it, and reads
-the statistics off it; nothing else of Flax NNX is used.
+Flax NNX serves as a pytree only: modules name parameters and hold them, and jax.jit, grad, scan and checkpoint do the
+rest, so the train state is a nested dict whose paths serve decay, sharding, checkpoints and weight import alike.
 """
 
 from typing import Any
@@ -30,7 +29,7 @@ def build(model_config: ModelConfig, *, image_size: tuple[int, int], num_classes
         model_config: the config of any model in `MODELS`.
         image_size: height and width in pixels of the images that it will see.
         num_classes: length of the logits.
-        key: random key of the initialisation.
+        key: random key of the initialization.
 
     Returns:
         A module: `model(images [B, H, W, 3] in [-1, 1], key=None)` gives logits [B, num_classes]; a key means training.
@@ -48,16 +47,16 @@ def build(model_config: ModelConfig, *, image_size: tuple[int, int], num_classes
 
 
 def split(model: nnx.Module) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """Returns (description, parameters, statistics): something hashable, and two nested dicts of arrays."""
-    description, parameters, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)  # type: ignore[misc]
-    return description, nnx.to_pure_dict(parameters), nnx.to_pure_dict(statistics)
+    """Returns (graphdef, parameters, batch_stats): a hashable structure and two nested dicts of arrays."""
+    graphdef, parameters, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)  # type: ignore[misc]
+    return graphdef, nnx.to_pure_dict(parameters), nnx.to_pure_dict(statistics)
 
 
-def merge(description: Any, parameters: dict[str, Any], statistics: dict[str, Any]) -> Any:
+def merge(graphdef: Any, parameters: dict[str, Any], statistics: dict[str, Any]) -> Any:
     """Returns the module again, holding these arrays (or tracers)."""
-    return nnx.merge(description, parameters, statistics)
+    return nnx.merge(graphdef, parameters, statistics)
 
 
 def statistics(model: nnx.Module) -> dict[str, Any]:
-    """Returns the running statistics that a module holds now: after a training call, the updated ones."""
+    """Returns the batch_stats that a module holds: after a training call, the updated ones."""
     return nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))

@@ -1,7 +1,7 @@
 """Self-attention that can be convolution (Cordonnier, Loukas, Jaggi, ICLR 2020, arXiv 1911.03584).
 
-The network of section 4: pixels in 2x2 groups as tokens, post-norm blocks whose attention looks by relative position,
-mean pooling. And the theorem of section 3 as a function: `convolution_to_attention`.
+The network of section 4: 2x2 groups of pixels as tokens, post-norm blocks with attention by relative position, mean
+pooling. `convolution_to_attention` is the theorem of section 3 as a function.
 
 Shapes: B batch, H W tokens of the grid (queries), I J (keys), C channels, D width, N heads, K head dim, L = H·W,
 R = 2·side - 1 offsets, Z layers.
@@ -20,7 +20,7 @@ from vit_scaling.models import layers
 from vit_scaling.ops import relative
 from vit_scaling.parallel.sharding import constrain
 
-# How a head decides where to look. quadratic: a round Gaussian around a learned centre; gaussian: any Gaussian;
+# How a head decides where to look. quadratic: a round Gaussian around a learned center; gaussian: any Gaussian;
 # learned: a learned logit by row and column offset; learned+query: q·r, learned+content: q·r + q·k.
 POSITIONS = ("quadratic", "gaussian", "learned", "learned+query", "learned+content")
 
@@ -39,29 +39,26 @@ class AttentionCNNConfig:
     norm_eps: float = 1e-12
     dtype: str = "float32"  # of the computation; parameters, positions and norms are float32
     scan: bool = True  # one compiled block looped over the layers; unrolled otherwise
-    remat: bool = False  # recompute each block in the backward pass
-    mean: tuple[float, float, float] = (
-        0.5,
-        0.5,
-        0.5,
-    )  # of the input, by channel, of images in [0, 1] (`mixing.to_float`)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # (image - mean) / std is what the model sees; default: [-1, 1]
+    remat: str = "none"  # none | dots | full: what the backward pass recomputes
+    # By channel, for images in [0, 1]: the model sees (image - mean) / std; by default [-1, 1].
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
-        if self.position not in POSITIONS:
-            raise UserError(f"position is {self.position!r}; choose one of {', '.join(POSITIONS)}")
+        choices = {"position": POSITIONS, "dtype": layers.DTYPES, "remat": tuple(layers.REMAT_POLICIES)}
+        layers.check(self, choices=choices, positive=("width", "depth", "heads", "mlp"), rates=("dropout", "norm_eps"))
         if self.width % 2 and self.position.startswith("learned+"):
-            raise UserError(f"width {self.width} is odd; half of each query looks at rows, half at columns")
+            raise UserError(f"model.width {self.width} is odd; half of each query looks at rows, half at columns")
         for head in self.pruned_heads:
             if not 0 <= head < self.depth * self.heads:
                 raise UserError(
-                    f"pruned_heads names {head}; {self.depth} layers of {self.heads} heads are numbered 0 to "
+                    f"model.pruned_heads names {head}; {self.depth} layers of {self.heads} heads are numbered 0 to "
                     f"{self.depth * self.heads - 1}"
                 )
 
 
 class GaussianAttention(nnx.Module):
-    """Each head averages the map under a Gaussian around its centre, an offset from the query; no content.
+    """Each head averages the map under a Gaussian around its center, an offset from the query; no content.
 
     Values are the inputs themselves: `out` merges value and output projection (the repository's "value").
     With `general` the precision is spread·spreadᵀ of a 2x2 matrix, otherwise spread² times the identity.
@@ -222,11 +219,8 @@ class AttentionCNN(nnx.Module):
             block, keep_N, key = layer
             return block(x_BHWD, keep_N, key), None
 
-        if self.config.remat:
-            step = jax.checkpoint(step, prevent_cse=not self.config.scan)
-        unroll = 1 if self.config.scan else self.config.depth
-        layers_ = (self.blocks, self._keep(), keys)
-        x_BHWD, _ = jax.lax.scan(step, self._tokens(images_BHWC), layers_, unroll=unroll)
+        per_layer, config = (self.blocks, self._keep(), keys), self.config
+        x_BHWD, _ = layers.scan_layers(step, self._tokens(images_BHWC), per_layer, scan=config.scan, remat=config.remat)
         return jnp.mean(x_BHWD.astype(jnp.float32), axis=(1, 2))
 
     def __call__(self, images_BHWC: Float[Array, "B H W 3"], key: PRNGKeyArray | None = None) -> Float[Array, "B M"]:

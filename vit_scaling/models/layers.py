@@ -1,4 +1,4 @@
-"""The layers that the models share: plain Flax NNX modules that hold arrays and nothing that changes.
+"""The layers that the models share: plain Flax NNX modules that hold parameters and no mutable state.
 
 Parameters are float32; every layer computes in the dtype of its input, norms in float32 inside.
 Shapes: B batch, H W image or grid, C channels, L tokens, S context tokens, D width, N heads, K head dim,
@@ -6,7 +6,7 @@ A rotary angles (K / 2).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +34,55 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
+DTYPES = ("float32", "bfloat16")
+LARGEST = 2**17  # of a width, depth or number of heads: a hundred times the largest published ones
+
+
+def check(config: Any, *, choices: Mapping[str, Sequence[Any]], positive: Sequence[str], rates: Sequence[str]) -> None:
+    """Checks the fields of a model's config that every model checks alike.
+
+    Args:
+        config: any model's config.
+        choices: for each field, the values that it may have.
+        positive: whole numbers, or tuples of them, from 1 to `LARGEST`.
+        rates: numbers that are at least 0 and below 1.
+
+    Raises:
+        UserError: in one sentence, the first field that cannot work.
+    """
+    for field, allowed in choices.items():
+        if getattr(config, field) not in allowed:
+            names = ", ".join(str(choice) for choice in allowed)
+            raise UserError(f"model.{field} is {getattr(config, field)!r}; choose one of {names}")
+    for field in positive:
+        value = getattr(config, field)
+        if not all(1 <= number <= LARGEST for number in (value if isinstance(value, tuple) else (value,))):
+            raise UserError(f"model.{field} is {value}; it must be at least 1 and at most {LARGEST:,}")
+    for field in rates:
+        if not 0 <= getattr(config, field) < 1:
+            raise UserError(f"model.{field} is {getattr(config, field)}; it must be at least 0 and below 1")
+
+
+def scan_layers(step: Callable, carry: Any, per_layer: Any, *, scan: bool, remat: str) -> tuple[Any, Any]:
+    """Runs `step(carry, layer)` over stacked layers, as `jax.lax.scan` does.
+
+    Args:
+        step: one layer, (carry, layer) to (carry, output).
+        carry: what goes from layer to layer.
+        per_layer: arrays with a leading axis over layers.
+        scan: True compiles one layer and loops over it, False unrolls all layers.
+        remat: a key of `REMAT_POLICIES`.
+    """
+    return jax.lax.scan(rematerialize(step, remat, in_loop=scan), carry, per_layer, unroll=not scan)
+
+
+def rematerialize(step: Callable, remat: str, *, in_loop: bool) -> Callable:
+    """Returns the function with a backward pass that recomputes what the policy does not keep."""
+    if remat == "none":
+        return step
+    # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
+    return jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=not in_loop)
+
 
 def zeros(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
     del key
@@ -41,13 +90,13 @@ def zeros(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
 
 
 def xavier_uniform(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
-    """Uniform in ±sqrt(6 / (inputs + outputs)), `shape` being (inputs, outputs)."""
+    """Uniform in ±sqrt(6 / (inputs + outputs)); `shape` is (inputs, outputs)."""
     limit = math.sqrt(6 / sum(shape))
     return jax.random.uniform(key, shape, minval=-limit, maxval=limit)
 
 
 def truncated_normal(std: float) -> Initializer:
-    """Normal of deviation `std` cut at two deviations, which leaves 0.88 of it, as Swin and DeiT initialise."""
+    """Normal of standard deviation `std` cut at two of them, which leaves 0.88 std: the initialization of Swin."""
     return lambda key, shape: std * jax.random.truncated_normal(key, -2.0, 2.0, shape)
 
 
@@ -70,7 +119,7 @@ def expand(x: Array, ndim: int) -> Array:
 class Linear(nnx.Module):
     """An affine map of the last axes: [..., *inputs] to [..., *outputs].
 
-    `kernel` has shape [*inputs, *outputs], so heads stay an axis of their own; it is initialised as the flattened
+    `kernel` has shape [*inputs, *outputs], so heads stay an axis of their own; it is initialized as the flattened
     (inputs, outputs) matrix.
     """
 
@@ -100,7 +149,7 @@ class Linear(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Normalises the last axis in float32 and returns the input's dtype."""
+    """Normalizes the last axis in float32 and returns the input's dtype (arXiv 1607.06450)."""
 
     def __init__(self, width: int, *, eps: float, bias: bool = True):
         self.scale = nnx.Param(jnp.ones((width,)))
@@ -109,8 +158,8 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         x32 = x.astype(jnp.float32)
-        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
+        centered = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        y = centered * jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + self.eps)
         y = y * expand(self.scale[...], x.ndim)
         if self.bias is not None:
             y = y + expand(self.bias[...], x.ndim)
@@ -227,8 +276,8 @@ class SwiGLU(nnx.Module):
 class PatchEmbedding(Linear):
     """Cuts an image into patches, row by row, and maps each to a token.
 
-    A convolution whose stride is its size, written as one matrix product. Rows and columns beyond the last whole
-    patch are left out, as that convolution without padding does (So400m/14 at 384 pixels sees 27 x 27 patches).
+    A convolution whose stride is its size, written as one matrix product. Pixels beyond the last whole patch are left
+    out, as by that convolution without padding (So400m/14 at 384 pixels sees 27 x 27 patches).
     """
 
     def __init__(self, patch: tuple[int, int], channels: int, width: int, *, key: PRNGKeyArray, bias: bool = True):
@@ -256,7 +305,7 @@ def grid_size(image_size: tuple[int, int], patch: tuple[int, int]) -> tuple[int,
 def drop_path(x: Array, rate: Array, key: PRNGKeyArray | None) -> Array:
     """Zeroes the residual branch of each example with probability `rate` and scales what stays by 1 / (1 - rate).
 
-    Stochastic depth (Huang et al. 2016). Without a key, which means inference, x returns unchanged.
+    Stochastic depth (Huang et al. 2016, arXiv 1603.09382). Without a key, which means inference, x is unchanged.
     """
     if key is None:
         return x

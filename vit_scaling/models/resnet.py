@@ -3,8 +3,8 @@
 ResNet v1.5 (He et al. 2016, stride in the 3x3), SASA (Ramachandran et al. 2019, arXiv 1906.05909), AA-ResNet (Bello et
 al. 2019, arXiv 1904.09925), non-local blocks (Wang et al. 2018, arXiv 1711.07971).
 
-Blocks of a group after its first have one shape: they are stacked under `blocks` and scanned. Running statistics of
-the norms go through the scan explicitly: each layer's come out of it and are written back.
+The blocks of a group after its first have one shape: they are stacked under `blocks` and scanned. The scan returns each
+layer's running statistics (batch_stats), which are then written back.
 Shapes: B batch, H W image or map, C channels, D features, M classes.
 """
 
@@ -22,10 +22,10 @@ from vit_scaling.models import layers, spatial
 from vit_scaling.ops import local
 from vit_scaling.parallel.sharding import constrain
 
-# Bottlenecks in each group; 26 and 38 take two and one from each group of 50 (SASA, section 4.1); 14 is for tries.
+# Bottlenecks in each group; 26 and 38 take two and one from each group of 50 (SASA, section 4.1); 14 is for tests.
 DEPTHS = {14: (1, 1, 1, 1), 26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 SPATIAL = ("convolution", "attention", "augmented")
-# small: a 3x3 convolution at full resolution and no pool, for images of some 32 pixels.
+# small: a 3x3 convolution at full resolution and no pool, for images of about 32 pixels.
 STEMS = ("convolution", "attention", "small")
 EXPANSION = 4
 
@@ -42,7 +42,7 @@ class ResNetConfig:
     nonlocal_after: tuple[int, ...] = ()  # groups that a non-local block follows
     heads: int = 8  # of local and of augmenting attention
     kernel_size: int = 7  # of local attention
-    backend: str = "blocks"  # of local attention: blocks | shifts | rows | pallas
+    backend: str = "blocks"  # of local attention: blocks | shifts | pallas
     stem_heads: int = 4
     stem_mixtures: int = 8  # not in SASA; with 8 the FLOPs are those of its Table 1
     key_fraction: float = 0.2  # of a layer's channels: AA's kappa
@@ -52,28 +52,21 @@ class ResNetConfig:
     bn_eps: float = 1e-5
     dtype: str = "float32"  # of the computation; parameters, norms and statistics are float32
     scan: bool = True  # one compiled block looped over a group's equal blocks; unrolled otherwise
-    remat: bool = False  # recompute each block in the backward pass
-    mean: tuple[float, float, float] = (
-        0.5,
-        0.5,
-        0.5,
-    )  # of the input, by channel, of images in [0, 1] (`mixing.to_float`)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # (image - mean) / std is what the model sees; default: [-1, 1]
+    remat: str = "none"  # none | dots | full: what the backward pass recomputes
+    # By channel, for images in [0, 1]: the model sees (image - mean) / std; by default [-1, 1].
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
-        for name, value, choices in (
-            ("depth", self.depth, tuple(DEPTHS)),
-            ("spatial", self.spatial, SPATIAL),
-            ("stem", self.stem, STEMS),
-            ("backend", self.backend, local.BACKENDS),
-        ):
-            if value not in choices:
-                raise UserError(f"{name} is {value!r}; choose one of {', '.join(map(str, choices))}")
+        choices = {"depth": tuple(DEPTHS), "spatial": SPATIAL, "stem": STEMS, "backend": local.BACKENDS}
+        choices |= {"dtype": layers.DTYPES, "remat": tuple(layers.REMAT_POLICIES)}
+        positive = ("width", "heads", "stem_heads", "stem_mixtures")
+        layers.check(self, choices=choices, positive=positive, rates=("bn_decay", "bn_eps"))
         for name, groups in (("groups", self.groups), ("nonlocal_after", self.nonlocal_after)):
             if any(group not in (1, 2, 3, 4) for group in groups):
-                raise UserError(f"{name} is {groups}; a residual network has groups 1, 2, 3 and 4")
+                raise UserError(f"model.{name} is {groups}; a residual network has groups 1, 2, 3 and 4")
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise UserError(f"kernel_size is {self.kernel_size}; local attention needs an odd, positive size")
+            raise UserError(f"model.kernel_size is {self.kernel_size}; local attention needs an odd, positive size")
 
 
 def group_width(config: ResNetConfig, group: int) -> int:
@@ -177,15 +170,10 @@ class Group(nnx.Module):
             x_BHWC = block(x_BHWC, train)
             return x_BHWC, nnx.state(block, nnx.BatchStat) if train else {}
 
-        entry_step, block_step = step, step
-        if self.remat:
-            # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
-            entry_step, block_step = jax.checkpoint(step), jax.checkpoint(step, prevent_cse=not self.scan)
-        x_BHWC, statistics = entry_step(x_BHWC, self.entry)
+        x_BHWC, statistics = layers.rematerialize(step, self.remat, in_loop=False)(x_BHWC, self.entry)
         nnx.update(self.entry, statistics)
         if self.blocks is not None:
-            unroll = 1 if self.scan else self.depth
-            x_BHWC, statistics = jax.lax.scan(block_step, x_BHWC, self.blocks, unroll=unroll)
+            x_BHWC, statistics = layers.scan_layers(step, x_BHWC, self.blocks, scan=self.scan, remat=self.remat)
             nnx.update(self.blocks, statistics)
         return x_BHWC if self.non_local is None else self.non_local(x_BHWC, train)
 

@@ -1,12 +1,13 @@
 """Swin Transformer V1 (Liu et al. 2021, arXiv 2103.14030) and V2 (Liu et al. 2022, arXiv 2111.09883).
 
-Four stages of blocks that attend within windows, every second block with the windows shifted by half; between
-stages four neighbouring tokens become one of twice the width. The published networks, at any image size.
-Shapes: B batch, H W image or grid, G windows, n tokens of a window, D width, N heads, K head dim, R rows of a
-position table, P pairs of blocks, M classes.
+Four stages of blocks that attend within windows; every second block shifts its windows by half. Between stages, four
+neighboring tokens become one of twice the width. The published networks, at any image size.
+Shapes: B batch, H W image or grid, G windows, n tokens of a window, D width, N heads, K head dim, R rows of a table,
+P pairs of blocks, M classes.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -47,6 +48,7 @@ SIZES = {
     "v2-G": Size(512, (2, 2, 42, 4), (16, 32, 64, 128), 8, 0.2, 6),
 }
 
+INIT = layers.truncated_normal(0.02)  # of every kernel and table but the patch embedding
 POSITION_HIDDEN = 512  # hidden units of V2's position network
 MAX_LOGIT_SCALE = math.log(100)  # V2 section 3.2: the temperature stays above 0.01
 
@@ -73,12 +75,9 @@ class SwinConfig:
     dtype: str = "float32"  # of the computation; parameters, softmax and position bias are float32
     scan: bool = True  # one compiled pair of blocks looped over a stage; unrolled otherwise
     remat: str = "none"  # none | dots | full: what the backward pass of a pair recomputes
-    mean: tuple[float, float, float] = (
-        0.5,
-        0.5,
-        0.5,
-    )  # of the input, by channel, of images in [0, 1] (`mixing.to_float`)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # (image - mean) / std is what the model sees; default: [-1, 1]
+    # By channel, for images in [0, 1]: the model sees (image - mean) / std; by default [-1, 1].
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
 
 def variant(name: str, **fields: object) -> SwinConfig:
@@ -94,21 +93,12 @@ def variant(name: str, **fields: object) -> SwinConfig:
 
 
 def check(config: SwinConfig) -> None:
-    """Raises ValueError, in one sentence, for the first field that cannot work."""
-    for field, choices in (
-        ("version", (1, 2)),
-        ("gelu", tuple(layers.GELUS)),
-        ("dtype", ("float32", "bfloat16")),
-        ("remat", tuple(layers.REMAT_POLICIES)),
-    ):
-        if getattr(config, field) not in choices:
-            allowed = ", ".join(str(choice) for choice in choices)
-            raise UserError(f"model.{field} is {getattr(config, field)!r}; choose one of {allowed}")
-    for field in ("width", "window", "patch", "mlp_ratio"):
-        if getattr(config, field) < 1:
-            raise UserError(f"model.{field} is {getattr(config, field)}; it must be at least 1")
-    if not 0 <= config.drop_path < 1:
-        raise UserError(f"model.drop_path is {config.drop_path}; a rate is at least 0 and below 1")
+    """Raises UserError, in one sentence, for the first field that cannot work."""
+    choices = {"version": (1, 2), "gelu": tuple(layers.GELUS), "dtype": layers.DTYPES}
+    choices["remat"] = tuple(layers.REMAT_POLICIES)
+    layers.check(
+        config, choices=choices, positive=("width", "window", "patch", "mlp_ratio"), rates=("drop_path", "norm_eps")
+    )
     if not config.depths or any(depth < 2 or depth % 2 for depth in config.depths):
         raise UserError(f"model.depths {config.depths} must be even numbers: blocks come in pairs, plain and shifted")
     for field in ("heads", "pretrained_windows"):
@@ -146,26 +136,24 @@ def stage_windows(config: SwinConfig, image_size: tuple[int, int]) -> tuple[int,
 
 
 class WindowAttention(nnx.Module):
-    """Attention within windows, with a relative position bias that is one number a head and offset.
+    """Attention within windows, with a relative position bias: one number for each head and offset.
 
     V1 (section 3.2): dot products scaled by K^-0.5 and a learned table. V2 (section 3.2-3.3): cosines times a learned
-    scale a head, no bias on keys, and a bias of 16·sigmoid(network(offset on a log scale)).
+    scale for each head, no bias on keys, and a position bias of 16·sigmoid(network(offset on a log scale)).
     """
 
     def __init__(self, config: SwinConfig, stage: int, window: int, *, key: PRNGKeyArray):
         width, heads = config.width * 2**stage, config.heads[stage]
         keys = jax.random.split(key, 6)
-        init = layers.truncated_normal(0.02)
-        to_heads = (heads, width // heads)
-        self.query = layers.Linear(width, to_heads, key=keys[0], kernel_init=init)
-        self.key = layers.Linear(width, to_heads, key=keys[1], kernel_init=init, bias=config.version == 1)
-        self.value = layers.Linear(width, to_heads, key=keys[2], kernel_init=init)
-        self.out = layers.Linear(to_heads, width, key=keys[3], kernel_init=init)
+        to_heads, dot_product = (heads, width // heads), config.version == 1
+        self.query = layers.Linear(width, to_heads, key=keys[0], kernel_init=INIT)
+        self.key = layers.Linear(width, to_heads, key=keys[1], kernel_init=INIT, bias=dot_product)
+        self.value = layers.Linear(width, to_heads, key=keys[2], kernel_init=INIT)
+        self.out = layers.Linear(to_heads, width, key=keys[3], kernel_init=INIT)
         self.window = window
         self.pretrained_window = config.pretrained_windows[stage] if config.pretrained_windows else window
-        dot_product = config.version == 1
         self.relative_position_bias_table = (
-            nnx.Param(init(keys[4], ((2 * window - 1) ** 2, heads))) if dot_product else None
+            nnx.Param(INIT(keys[4], ((2 * window - 1) ** 2, heads))) if dot_product else None
         )
         self.logit_scale = None if dot_product else nnx.Param(jnp.full((heads,), math.log(10.0)))
         self.cpb_mlp = None if dot_product else PositionNetwork(heads, key=keys[5])
@@ -195,13 +183,12 @@ class WindowAttention(nnx.Module):
 
 
 class PositionNetwork(nnx.Module):
-    """V2's continuous position bias: coordinates of an offset to one number a head (section 3.3, eq. 3)."""
+    """V2's continuous position bias: coordinates of an offset to one number for each head (section 3.3, eq. 3)."""
 
     def __init__(self, heads: int, *, key: PRNGKeyArray):
         up_key, down_key = jax.random.split(key)
-        init = layers.truncated_normal(0.02)
-        self.up = layers.Linear(2, POSITION_HIDDEN, key=up_key, kernel_init=init)
-        self.down = layers.Linear(POSITION_HIDDEN, heads, key=down_key, kernel_init=init, bias=False)
+        self.up = layers.Linear(2, POSITION_HIDDEN, key=up_key, kernel_init=INIT)
+        self.down = layers.Linear(POSITION_HIDDEN, heads, key=down_key, kernel_init=INIT, bias=False)
 
     def __call__(self, coordinates_R2: Float[Array, "R 2"]) -> Float[Array, "R N"]:
         return self.down(jax.nn.relu(self.up(coordinates_R2)))
@@ -219,14 +206,8 @@ class Block(nnx.Module):
         self.norm1 = layers.LayerNorm(width, eps=config.norm_eps)
         self.attention = WindowAttention(config, stage, window, key=attention_key)
         self.norm2 = layers.LayerNorm(width, eps=config.norm_eps)
-        self.mlp = layers.Mlp(
-            width,
-            config.mlp_ratio * width,
-            key=mlp_key,
-            gelu=config.gelu,
-            kernel_init=layers.truncated_normal(0.02),
-            bias_init=layers.zeros,
-        )
+        hidden, zeros = config.mlp_ratio * width, layers.zeros
+        self.mlp = layers.Mlp(width, hidden, key=mlp_key, gelu=config.gelu, kernel_init=INIT, bias_init=zeros)
         self.norm_first = config.version == 1
         if not self.norm_first:
             for norm in (self.norm1, self.norm2):
@@ -265,9 +246,8 @@ class Merging(nnx.Module):
     def __init__(self, config: SwinConfig, stage: int, *, key: PRNGKeyArray):
         width = config.width * 2**stage
         self.norm_first = config.version == 1
-        init = layers.truncated_normal(0.02)
         self.norm = layers.LayerNorm((4 if self.norm_first else 2) * width, eps=config.norm_eps)
-        self.reduction = layers.Linear(4 * width, 2 * width, key=key, bias=False, kernel_init=init)
+        self.reduction = layers.Linear(4 * width, 2 * width, key=key, bias=False, kernel_init=INIT)
 
     def __call__(self, x_BHWD: Float[Array, "B H W D"]) -> Float[Array, "B H2 W2 D2"]:
         B, H, W, D = x_BHWD.shape
@@ -279,7 +259,7 @@ class Merging(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """Holds stacked layers under the name that says so."""
+    """Stores stacked layers under `blocks`, the name that marks a leading axis over layers."""
 
     def __init__(self, blocks: nnx.Module):
         self.blocks = blocks
@@ -300,8 +280,7 @@ class Stage(nnx.Module):
         self.groups = depth // every if every is not None and depth >= every else 0
         make_norm = lambda _: layers.LayerNorm(width, eps=config.norm_eps)  # noqa: E731
         self.extra_norm = Stack(jax.vmap(make_norm)(jnp.arange(self.groups))) if self.groups else None
-        last = stage == len(config.depths) - 1
-        self.merging = None if last else Merging(config, stage, key=merging_key)
+        self.merging = Merging(config, stage, key=merging_key) if stage < len(config.depths) - 1 else None
 
     def trunk(
         self, x_BHWD: Float[Array, "B H W D"], rates_P2: Float[Array, "P 2"], keys_P2: Array | None, maps: bool = False
@@ -310,31 +289,27 @@ class Stage(nnx.Module):
         height, width = x_BHWD.shape[1:3]
         window, shift = windows.window_and_shift(height, width, self.window)
         shift = shift if self.config.shifted else 0
-        scan, remat = self.config.scan, self.config.remat
 
         def step(x_BHWD: Array, pair: tuple[Pair, Array, Array | None]) -> tuple[Array, Any]:
             blocks, rates_2, keys_2 = pair
-            key1, key2 = (None, None) if keys_2 is None else (keys_2[0], keys_2[1])
+            key1, key2 = (None, None) if keys_2 is None else keys_2
             x_BHWD, plain = blocks.plain(x_BHWD, window, 0, rates_2[0], key1)
             x_BHWD, shifted = blocks.shifted(x_BHWD, window, shift, rates_2[1], key2)
             return x_BHWD, jnp.stack([plain, shifted]) if maps else None
 
-        if remat != "none":
-            # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
-            step = jax.checkpoint(step, policy=layers.REMAT_POLICIES[remat], prevent_cse=not scan)
+        scan_pairs = functools.partial(layers.scan_layers, step, scan=self.config.scan, remat=self.config.remat)
         pairs = (self.blocks, rates_P2, keys_P2)
         if self.extra_norm is None:
-            return jax.lax.scan(step, x_BHWD, pairs, unroll=1 if scan else len(rates_P2))
+            return scan_pairs(x_BHWD, pairs)
 
         def group(x_BHWD: Array, part: tuple[Any, Any]) -> tuple[Array, Any]:
             pairs, norm = part
-            x_BHWD, weights = jax.lax.scan(step, x_BHWD, pairs, unroll=1 if scan else len(pairs[1]))
+            x_BHWD, weights = scan_pairs(x_BHWD, pairs)
             return norm(x_BHWD), weights
 
         groups = jax.tree.map(lambda a: a.reshape(self.groups, -1, *a.shape[1:]), pairs)
-        x_BHWD, weights = jax.lax.scan(
-            group, x_BHWD, (groups, self.extra_norm.blocks), unroll=1 if scan else self.groups
-        )
+        parts = (groups, self.extra_norm.blocks)
+        x_BHWD, weights = layers.scan_layers(group, x_BHWD, parts, scan=self.config.scan, remat="none")
         return x_BHWD, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), weights)
 
 
@@ -351,17 +326,16 @@ class Swin(nnx.Module):
         self.config = config
         self.grid = stage_grids(config, image_size)[0]
         patch_key, position_key, head_key, *stage_keys = jax.random.split(key, 3 + len(config.depths))
-        init = layers.truncated_normal(0.02)
         self.embedding = layers.PatchEmbedding((config.patch, config.patch), 3, config.width, key=patch_key)
         self.embedding_norm = layers.LayerNorm(config.width, eps=config.norm_eps) if config.patch_norm else None
         self.position_embedding = (
-            nnx.Param(init(position_key, (math.prod(self.grid), config.width))) if config.absolute_position else None
+            nnx.Param(INIT(position_key, (math.prod(self.grid), config.width))) if config.absolute_position else None
         )
         for s, window in enumerate(stage_windows(config, image_size)):
             setattr(self, f"stage{s + 1}", Stage(config, s, window, key=stage_keys[s]))
         features = config.width * 2 ** (len(config.depths) - 1)
         self.norm = layers.LayerNorm(features, eps=config.norm_eps)
-        self.head = layers.Linear(features, num_classes, key=head_key, kernel_init=init)
+        self.head = layers.Linear(features, num_classes, key=head_key, kernel_init=INIT)
 
     def _tokens(self, images_BHWC: Array) -> Float[Array, "B H W D"]:
         B, *image_size, _ = images_BHWC.shape
@@ -386,17 +360,15 @@ class Swin(nnx.Module):
 
     def _run(self, images_BHWC: Array, key: PRNGKeyArray | None, maps: bool) -> tuple[Array, list[Any]]:
         """Returns the tokens of the last stage before the norm, and the attention of each stage where `maps`."""
-        depths = self.config.depths
         rates = self.drop_path_rates()
         keys = None if key is None or not self.config.drop_path else jax.random.split(key, rates.shape)
-        x_BHWD, weights, pair = self._tokens(images_BHWC), [], 0
-        for s, depth in enumerate(depths):
-            stage = getattr(self, f"stage{s + 1}")
-            own = slice(pair, pair + depth // 2)
+        x_BHWD, weights = self._tokens(images_BHWC), []
+        for s, depth in enumerate(self.config.depths):
+            stage, before = getattr(self, f"stage{s + 1}"), sum(self.config.depths[:s])
+            own = slice(before // 2, (before + depth) // 2)
             x_BHWD, stage_weights = stage.trunk(x_BHWD, rates[own], None if keys is None else keys[own], maps)
             x_BHWD = x_BHWD if stage.merging is None else stage.merging(constrain(x_BHWD))
             weights.append(stage_weights)
-            pair += depth // 2
         return constrain(x_BHWD), weights
 
     def features(self, images_BHWC: Float[Array, "B H W 3"], key: PRNGKeyArray | None = None) -> Float[Array, "B D"]:

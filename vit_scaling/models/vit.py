@@ -54,7 +54,7 @@ CHOICES = {
     "mlp_kind": ("gelu", "swiglu"),
     "norm": ("layernorm", "rmsnorm"),
     "gelu": tuple(layers.GELUS),
-    "dtype": ("float32", "bfloat16"),
+    "dtype": layers.DTYPES,
     "remat": tuple(layers.REMAT_POLICIES),
 }
 
@@ -94,12 +94,9 @@ class ViTConfig:
     dtype: str = "float32"  # of the computation; parameters are float32, positions and norms computed in it
     scan: bool = True  # one compiled block looped over the layers; unrolled otherwise
     remat: str = "none"  # none | dots | full: what the backward pass recomputes
-    mean: tuple[float, float, float] = (
-        0.5,
-        0.5,
-        0.5,
-    )  # of the input, by channel, of images in [0, 1] (`mixing.to_float`)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # (image - mean) / std is what the model sees; default: [-1, 1]
+    # By channel, for images in [0, 1]: the model sees (image - mean) / std; by default [-1, 1].
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
 
 def variant(name: str, **fields: object) -> ViTConfig:
@@ -123,16 +120,11 @@ def variant(name: str, **fields: object) -> ViTConfig:
 
 def check(config: ViTConfig) -> None:
     """Raises UserError, in one sentence, for the first field that cannot work."""
-    for field, choices in CHOICES.items():
-        if getattr(config, field) not in choices:
-            raise UserError(f"model.{field} is {getattr(config, field)!r}; choose one of {', '.join(choices)}")
-    for field in ("width", "depth", "mlp", "heads"):
-        if getattr(config, field) < 1:
-            raise UserError(f"model.{field} is {getattr(config, field)}; it must be at least 1")
+    layers.check(
+        config, choices=CHOICES, positive=("width", "depth", "mlp", "heads", "patch"), rates=("drop_path", "norm_eps")
+    )
     if config.registers < 0:
         raise UserError(f"model.registers is {config.registers}; it must be at least 0")
-    if not 0 <= config.drop_path < 1:
-        raise UserError(f"model.drop_path is {config.drop_path}; a rate is at least 0 and below 1")
     if config.width % config.heads:
         raise UserError(f"model.heads {config.heads} does not divide model.width {config.width}")
     if rotary_positions(config) and config.width // config.heads % 4:
@@ -212,9 +204,10 @@ class Block(nnx.Module):
 
 
 class AttentionPool(nnx.Module):
-    """MAP head (Scaling ViT, section 3.2): a learned probe attends to all tokens, then y + MLP(LN y).
+    """MAP head (Scaling ViT, section 3.2): a learned probe attends to the tokens, then y + MLP(LN y).
 
-    There is no residual around the attention. Heads and hidden units are those of the trunk. Computed in float32.
+    The attention has no residual connection. Heads and hidden units are as many as in the blocks; the MLP has GELU and
+    all biases. Computed in float32.
     """
 
     def __init__(self, config: ViTConfig, *, key: PRNGKeyArray):
@@ -235,8 +228,8 @@ class ViT(nnx.Module):
     """Images in [-1, 1] to logits. Parameters of the blocks are stacked: `blocks/...` has a leading axis Z.
 
     Any height and width of at least one patch works with sine-cosine, rotary or no positions; learned positions belong
-    to the grid that the model was built for. Class token and registers have no position: for learned tokens a learned
-    position would be a second name of the same parameter.
+    to the grid that the model was built for. Class token and registers have no position embedding: the sum of a learned
+    token and a learned position is one learned token.
     """
 
     def __init__(self, config: ViTConfig, *, image_size: tuple[int, int], num_classes: int, key: PRNGKeyArray):
@@ -312,12 +305,8 @@ class ViT(nnx.Module):
             block, rate, key = layer
             return block(x_BLD, rate, key if self.config.drop_path else None, angles_LA), None
 
-        if self.config.remat != "none":
-            # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
-            policy = layers.REMAT_POLICIES[self.config.remat]
-            step = jax.checkpoint(step, policy=policy, prevent_cse=not self.config.scan)
         per_layer = (self.blocks, self._drop_path_rates(), keys)
-        x_BLD, _ = jax.lax.scan(step, x_BLD, per_layer, unroll=1 if self.config.scan else self.config.depth)
+        x_BLD, _ = layers.scan_layers(step, x_BLD, per_layer, scan=self.config.scan, remat=self.config.remat)
         return constrain(x_BLD) if self.config.pool_norm else self.norm(constrain(x_BLD))
 
     def features(self, images_BHWC: Float[Array, "B H W 3"], key: PRNGKeyArray | None = None) -> Float[Array, "B D"]:

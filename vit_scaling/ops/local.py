@@ -1,12 +1,12 @@
 """Local attention: each pixel attends to the k x k pixels around it (Ramachandran et al. 2019, arXiv 1906.05909).
 
-One meaning, equation 3 of the paper, and several ways to compute it that agree:
+Every back end computes equation 3 of the paper:
 
     y[i,j] = sum over |a| <= k//2, |c| <= k//2 of softmax(q[i,j]·k[i+a,j+c] + q[i,j]·r[a,c]) v[i+a,j+c]
 
-r[a,c] is the row embedding of a (first half of the head) followed by the column embedding of c. No 1/sqrt(K) unless
-asked. Pixels outside the image belong to no neighbourhood: they are masked. The softmax is float32 for inputs of 16
-bits; the result has the dtype of v.
+r[a,c] is the row embedding of a (first half of the head) followed by the column embedding of c. Logits are not divided
+by sqrt(K) unless `scale` says so. Pixels outside the image are masked by default. The softmax is float32 for 16-bit
+inputs; the result has the dtype of v.
 
 Shapes: B batch, H W map, N heads, K head dim, k kernel size, h halo (k // 2), b block side, L side of a block with its
 halo (b + 2h), Y X rows and columns of blocks.
@@ -20,7 +20,7 @@ from vit_scaling import UserError
 from vit_scaling.ops import local_pallas
 from vit_scaling.ops.relative import MASKED, accumulator, outside, skew
 
-BACKENDS = ("blocks", "shifts", "rows", "pallas")
+BACKENDS = ("blocks", "shifts", "pallas")
 BORDERS = ("mask", "zero")
 
 
@@ -37,16 +37,15 @@ def local_attention(
     scale: float = 1.0,
     block: int | None = None,
 ) -> Float[Array, "B H W N K"]:
-    """Attends from each pixel to its kernel_size x kernel_size neighbourhood (SASA, section 3.1).
+    """Attends from each pixel to its kernel_size x kernel_size neighborhood (SASA, section 3.1).
 
     Args:
         q, k, v: queries, keys and values of one dtype.
         rel_row, rel_col: embeddings of the row and the column offset -h..h, for the first and second half of a head.
-        kernel_size: odd side of the neighbourhood, in pixels.
+        kernel_size: odd side of the neighborhood, in pixels.
         backend: how it is computed. "blocks": square blocks of queries against their block of keys with a halo, one
             row of blocks at a time (the default; fastest by measurement, see docs/local_attention.md). "shifts": one
-            shifted copy a neighbour. "rows": one row of the neighbourhood at a time, in little memory and without
-            halos. "pallas": a fused kernel for TPU and GPU that keeps no logits.
+            shifted copy for each neighbor. "pallas": a fused kernel for TPU and GPU that stores no logits.
         border: "mask" (the paper's sets of pixels), or "zero": pixels outside the image are keys and values of zero,
             so they keep the logit q·r and their share of the softmax, as in zero-padded implementations.
         scale: factor on all logits; the paper has none.
@@ -62,8 +61,6 @@ def local_attention(
     masked = border == "mask"
     if backend == "blocks":
         return _blocks(q, k, v, rel_row, rel_col, masked, block or block_size(*q.shape[1:3]))
-    if backend == "rows":
-        return _rows(q, k, v, rel_row, rel_col, masked)
     if backend == "pallas":
         return local_pallas.local_attention(q, k, v, rel_row, rel_col, masked)
     return _shifts(q, k, v, rel_row, rel_col, masked)
@@ -79,7 +76,7 @@ def local_weights(
     border: str = "mask",
     scale: float = 1.0,
 ) -> Float[Array, "B H W N k k"]:
-    """Returns the softmax of `local_attention`, over the row and column offsets of each neighbourhood, in float32."""
+    """Returns the softmax of `local_attention`, over the row and column offsets of each neighborhood, in float32."""
     _check(q, k, k, rel_row, rel_col, kernel_size, "shifts", border, None)
     weights = _shift_weights(q * jnp.asarray(scale, q.dtype), k, rel_row, rel_col, border == "mask")
     return weights.reshape(*weights.shape[:-1], kernel_size, kernel_size)
@@ -110,7 +107,7 @@ def _check(
         raise UserError(f"q has shape {q.shape}; queries, keys and values are [B, H, W, N, K]")
     N, K = q.shape[3:]
     if kernel < 1 or kernel % 2 == 0:
-        raise UserError(f"kernel_size is {kernel}; a neighbourhood around a pixel needs an odd, positive size")
+        raise UserError(f"kernel_size is {kernel}; a neighborhood around a pixel needs an odd, positive size")
     if K % 2:
         raise UserError(f"head dim {K} is odd; half of a head carries row offsets, the other half column offsets")
     for name, table in (("rel_row", rel_row), ("rel_col", rel_col)):
@@ -131,7 +128,7 @@ def _check(
     if backend == "pallas" and local_pallas.platform() not in local_pallas.PLATFORMS:
         raise UserError(
             f"backend 'pallas' runs on {' and '.join(local_pallas.PLATFORMS)}, not on {local_pallas.platform()}; here "
-            "choose one of blocks, shifts, rows"
+            "choose one of blocks, shifts"
         )
 
 
@@ -148,7 +145,7 @@ def _relative(q: Array, rel_row: Array, rel_col: Array) -> tuple[Array, Array]:
 
 
 def _mask(starts: range, count: int, size: int, dtype: jnp.dtype, masked: bool) -> Array:
-    """Returns `outside`, or zeros where the border is zero-padded: one row a start."""
+    """Returns `outside`, or zeros where the border is zero-padded: one row for each start."""
     return outside(starts, count, size, dtype) if masked else jnp.zeros((len(starts), count), dtype)
 
 
@@ -161,7 +158,7 @@ def _with_border(row: Array, col: Array, masked: bool) -> tuple[Array, Array]:
     return row + rows_Hk[None, :, None, None, :], col + columns_Wk[None, None, :, None, :]
 
 
-# --- "shifts": one shifted view of keys and values for each of the k² neighbours ------------------------------------
+# --- "shifts": one shifted view of keys and values for each of the k² neighbors ------------------------------------
 
 
 def _shift_weights(q: Array, k: Array, rel_row: Array, rel_col: Array, masked: bool) -> Array:
@@ -191,64 +188,27 @@ def _shifts(q: Array, k: Array, v: Array, rel_row: Array, rel_col: Array, masked
     return y.astype(v.dtype)
 
 
-# --- "rows": one row of the neighbourhood at a time, twice: for the highest logit, then for the sums ------------------
-
-
-def _rows(q: Array, k: Array, v: Array, rel_row: Array, rel_col: Array, masked: bool) -> Array:
-    B, H, W, N, _ = q.shape
-    size, dtype = rel_row.shape[0], accumulator(q)
-    h = size // 2
-    row, col = _relative(q, rel_row, rel_col)
-    row, col = _with_border(row, col, masked)
-    keys, values = _pad(k, h), _pad(v, h)
-
-    def logits(a: Array) -> Array:
-        keys_a = jax.lax.dynamic_slice_in_dim(keys, a, H, axis=1)
-        shifted = [
-            jnp.einsum("BHWNK,BHWNK->BHWN", q, keys_a[:, :, c : c + W], preferred_element_type=dtype)
-            for c in range(size)
-        ]
-        return jnp.stack(shifted, axis=-1) + col + jax.lax.dynamic_slice_in_dim(row, a, 1, axis=-1)
-
-    def highest(top: Array, a: Array) -> tuple[Array, None]:
-        return jnp.maximum(top, jnp.max(logits(a), axis=-1)), None
-
-    # Recomputed in the backward pass; linear in what it carries, so no copy of that is kept for each row.
-    @jax.checkpoint
-    def accumulate(sums: tuple[Array, Array], a: Array) -> tuple[tuple[Array, Array], None]:
-        y, total = sums
-        weights = jnp.exp(logits(a) - top[..., None])
-        values_a = jax.lax.dynamic_slice_in_dim(values, a, H, axis=1).astype(dtype)
-        y += sum(weights[..., c, None] * values_a[:, :, c : c + W] for c in range(size))
-        return (y, total + jnp.sum(weights, axis=-1)), None
-
-    top, _ = jax.lax.scan(highest, jnp.full((B, H, W, N), MASKED, dtype), jnp.arange(size))
-    top = jax.lax.stop_gradient(top)  # any shift gives the same softmax
-    (y, total), _ = jax.lax.scan(accumulate, (jnp.zeros(v.shape, dtype), jnp.zeros_like(top)), jnp.arange(size))
-    return (y / total[..., None]).astype(v.dtype)
-
-
 # --- "blocks": b x b queries against the (b + 2h) x (b + 2h) keys around them, as matrix products ---------------------
 
 
 def _halos(x: Array, axis: int, count: int, b: int, L: int) -> Array:
     """Cuts `axis` into `count` overlapping pieces of L that start b apart: the axis becomes (count, L).
 
-    Concatenates neighbouring blocks, whose gradient is slices and sums; a gather's would be a slow scatter.
+    Concatenates neighboring blocks, whose gradient is slices and sums; a gather's would be a slow scatter.
     """
-    neighbours = -(-L // b)
+    neighbors = -(-L // b)
     padding = [(0, 0)] * x.ndim
-    padding[axis] = (0, (count + neighbours - 1) * b - x.shape[axis])
+    padding[axis] = (0, (count + neighbors - 1) * b - x.shape[axis])
     x = jnp.pad(x, padding)
-    x = x.reshape(*x.shape[:axis], count + neighbours - 1, b, *x.shape[axis + 1 :])
-    parts = [jax.lax.slice_in_dim(x, i, i + count, axis=axis) for i in range(neighbours)]
+    x = x.reshape(*x.shape[:axis], count + neighbors - 1, b, *x.shape[axis + 1 :])
+    parts = [jax.lax.slice_in_dim(x, i, i + count, axis=axis) for i in range(neighbors)]
     return jax.lax.slice_in_dim(jnp.concatenate(parts, axis=axis + 1), 0, L, axis=axis + 1)
 
 
 def _blocks(q: Array, k: Array, v: Array, rel_row: Array, rel_col: Array, masked: bool, b: int) -> Array:
     """Softmax over all (b + 2h)² keys of a block, those outside a query's own k x k at -1e30.
 
-    The neighbourhood's mask costs nothing: `skew` fills with it what lies beyond the k offsets of a row or a column.
+    The mask of the neighborhood needs no array of its own: `skew` fills every position beyond the k offsets with it.
     """
     B, H, W, N, K = q.shape
     size, dtype = rel_row.shape[0], accumulator(q)

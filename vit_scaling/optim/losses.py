@@ -4,6 +4,7 @@ Shapes: B batch, M classes.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +29,13 @@ class LossConfig:
 
 
 def check(config: LossConfig) -> None:
-    """Raises ValueError, in one sentence, for a field that cannot work."""
+    """Raises UserError, in one sentence, for a field that cannot work."""
     if config.kind not in KINDS:
         raise UserError(f"loss.kind is {config.kind!r}; choose one of {', '.join(KINDS)}")
     if not 0 <= config.label_smoothing < 1:
         raise UserError(f"loss.label_smoothing is {config.label_smoothing}; it must be at least 0 and below 1")
+    if not math.isfinite(config.head_bias):
+        raise UserError(f"loss.head_bias is {config.head_bias}; it must be a finite number")
     if config.kind == "sigmoid" and config.label_smoothing:
         raise UserError("loss.label_smoothing has no meaning for the sigmoid loss; set it to 0 or use softmax")
 

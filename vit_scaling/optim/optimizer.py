@@ -1,11 +1,11 @@
 """The optimizer of a run: clipping, the scaling of gradients, decoupled weight decay and frozen parameters.
 
-Scaling Vision Transformers (section 3.2) decays the head's kernel a hundred times more than the body's kernels and
-decays nothing else. Decay values are in AdamW's convention: a step takes lr * schedule * decay * parameter away.
+Scaling Vision Transformers (section 3.2) decays the kernel of the head a hundred times more than those of the body,
+and nothing else. Decay follows AdamW's convention: a step subtracts lr * schedule * decay * parameter.
 """
 
 import dataclasses
-import re
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -19,18 +19,19 @@ from vit_scaling.optim.adafactor import factored_axes, scale_by_adafactor
 
 NAMES = ("adafactor", "adam", "sgd", "nesterov")
 DTYPES = ("bfloat16", "float32")
+LARGEST = 1e6  # of a learning rate or weight decay; larger values overflow float32 within a few steps
 Tree = Any
 
 # The first rule that matches a parameter's whole path decides which decay it gets.
 DECAY_RULES: tuple[tuple[str, str], ...] = (
     (r"head/kernel", "head"),
-    # Swin V2's position network and temperatures, and relative position tables, are no weights of the trunk.
+    # Position tables, Swin V2's position network and its temperatures are not decayed.
     (r"(.*/)?cpb_mlp/.*", "none"),
     (r"(.*/)?(relative_position_bias_table|logit_scale|rel_row|rel_col)", "none"),
     (r"(.*/)?kernel", "body"),
     (r"(.*/)?(bias|scale|gamma|probe|position_embedding|class_token|registers|mask_token)", "none"),
     (r"(.*/)?layerscale.*", "none"),
-    # Gaussian heads (attention_cnn); positions inside the blocks of the attention stem (resnet).
+    # Gaussian heads (attention_cnn); positions within the attention stem's blocks (resnet).
     (r"(.*/)?(centers|spreads|block_row|block_col|mixture)", "none"),
 )
 
@@ -41,19 +42,19 @@ class OptimConfig:
 
     Attributes:
         name: "adafactor" (the paper's), "adam", "sgd" (with momentum) or "nesterov" (with Nesterov's).
-        lr: peak learning rate.
-        beta1: decay of the first moment, for "sgd" and "nesterov" of the momentum.
+        lr: peak learning rate, at most 1e6.
+        beta1: decay of the first moment; for "sgd" and "nesterov", of the momentum.
         beta2: decay of "adam"'s second moment; upper limit of "adafactor"'s.
-        moment_dtype: type in which the first moment is kept, "bfloat16" or "float32".
-        weight_decay: of the body, in AdamW's units: multiplied by the learning rate.
+        moment_dtype: dtype in which the first moment is stored, "bfloat16" or "float32".
+        weight_decay: of the body, in AdamW's units (multiplied by the learning rate), at most 1e6.
         head_weight_decay: of the head, likewise.
-        decay_rules: pairs of a regular expression and "head", "body" or "none"; the first one that matches the whole
-            path of a parameter decides, and every parameter must match one.
+        decay_rules: pairs of a regular expression and "head", "body" or "none"; the first that matches a parameter's
+            whole path decides, and every parameter must match one.
         freeze: regular expressions; parameters whose whole path matches one are not trained.
         clip: largest global norm of the gradient of the trained parameters, or None.
-        ema: decay of an average of the parameters that the step keeps, or None.
+        ema: decay of an exponential moving average of the parameters, or None.
         layer_decay: factor of the learning rate from one layer to the one below it, or None; see `layer_rates`.
-        accumulate: number of equal parts in which the step takes a batch, adding up their gradients.
+        accumulate: number of microbatches into which the step divides a batch, adding up their gradients.
     """
 
     name: str = "adafactor"
@@ -89,24 +90,30 @@ def describe(config: OptimConfig, params: Mapping[str, Any]) -> list[Row]:
         params: nested dict of arrays or of anything with a `shape`.
 
     Raises:
-        UserError: an unknown choice or number, a parameter that no decay rule matches, or a freeze pattern that
-            matches none.
+        UserError: an unknown choice, a number out of its bounds, a pattern that is no regular expression, a parameter
+            that no decay rule matches, or a freeze pattern that matches no parameter.
     """
     _check(config)
     decays = {"head": config.head_weight_decay, "body": config.weight_decay, "none": 0.0}
     leaves = names.flatten(params)
+    frozen_paths = set()
     for pattern in config.freeze:
-        if not any(re.fullmatch(pattern, path) for path in leaves):
+        try:
+            matched = {path for path in leaves if names.matches(pattern, path)}
+        except UserError as error:
+            raise UserError(f"optim.freeze: {error}") from None
+        if not matched:
             raise UserError(
                 f"optim.freeze: no parameter's whole path matches {pattern!r}; one is {next(iter(leaves))!r}"
             )
+        frozen_paths |= matched
     rows = []
     for path, leaf in leaves.items():
         try:
             decay = decays[names.first_match(config.decay_rules, path)]
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"optim.decay_rules: {error}") from None
-        frozen = any(re.fullmatch(pattern, path) for pattern in config.freeze)
+        frozen = path in frozen_paths
         factored = config.name == "adafactor" and factored_axes(path, leaf.shape) is not None
         rows.append(Row(path, tuple(leaf.shape), 0.0 if frozen else decay, frozen, factored and not frozen))
     if all(row.frozen for row in rows):
@@ -120,9 +127,9 @@ def describe(config: OptimConfig, params: Mapping[str, Any]) -> list[Row]:
 def layer_rates(params: Mapping[str, Any], decay: float) -> dict[str, np.ndarray]:
     """Returns {path: factor of the learning rate}, float32, that broadcasts against the parameter.
 
-    Of L layers, the patches and what is added to them have decay^(L + 1), block i of 1..L decay^(L + 1 - i), the rest,
-    from the last norm to the head, 1 (Clark et al. 2020, ELECTRA; BEiT, arXiv 2106.08254). A merge belongs to the last
-    block of its stage. Stacked parameters have one factor a layer.
+    With L layers, everything before the first block has decay^(L + 1), block i of 1..L has decay^(L + 1 - i), and
+    everything after the last block has 1 (ELECTRA, arXiv 2003.10555; BEiT, arXiv 2106.08254). A patch merging layer
+    belongs to the last block of its stage. Stacked parameters have one factor for each layer.
 
     Raises:
         UserError: the parameters are not those of a ViT or Swin.
@@ -140,29 +147,31 @@ def layer_rates(params: Mapping[str, Any], decay: float) -> dict[str, np.ndarray
 
 
 def _rate(path: str, leaf: Any, decay: float, stacks: Mapping[str, tuple[int, int]], total: int) -> np.ndarray:
-    first_room, rest = path.split("/")[0], path.partition(names.STACK + "/")[2]
-    if first_room in ("embedding", "embedding_norm", "pre_norm", "position_embedding", "class_token", "registers"):
+    root, rest = path.split("/")[0], path.partition(names.STACK + "/")[2]
+    if root in ("embedding", "embedding_norm", "pre_norm", "position_embedding", "class_token", "registers"):
         layer: Any = 0
-    elif first_room in ("norm", "pool", "pre_logits", "head"):
+    elif root in ("norm", "pool", "pre_logits", "head"):
         layer = total + 1
     elif (prefix := path.removesuffix(rest).removesuffix(names.STACK + "/")) in stacks and rest:
         first, count = stacks[prefix]
         step = count // leaf.shape[0]
         layer = first + 1 + step * np.arange(leaf.shape[0]) + (1 if rest.startswith("shifted/") else 0)
-    elif f"{first_room}/" in stacks:
-        layer = sum(stacks[f"{first_room}/"])
+    elif f"{root}/" in stacks:
+        layer = sum(stacks[f"{root}/"])
     else:
-        raise UserError(f"optim.layer_decay knows the layers of a ViT or Swin, and not where {path!r} belongs")
+        raise UserError(
+            f"optim.layer_decay works for a ViT or Swin only: the parameter {path!r} belongs to no layer that it knows"
+        )
     rate = np.asarray(decay ** (total + 1.0 - layer), np.float32)
     return rate.reshape(rate.shape + (1,) * (len(leaf.shape) - rate.ndim))
 
 
 def create(config: OptimConfig, params: Mapping[str, Any]) -> optax.GradientTransformation:
-    """Returns the transformation of gradients into a direction, for parameters like `params`.
+    """Returns the optimizer, which turns gradients into a direction, for parameters like `params`.
 
-    `update(grads, state, params)` gives `scaled gradient + decay * parameter`, zeros for frozen parameters. It does
-    not know the learning rate: the step subtracts `lr * schedule(step) * direction`, so that the schedule follows the
-    global step even when an update was skipped. The state is the scaling's own; frozen parameters have none.
+    `update(grads, state, params)` gives `scaled gradient + decay * parameter`, zeros for frozen parameters. The
+    learning rate is not part of it: the step subtracts `lr * schedule(step) * direction`, so the schedule follows the
+    global step even when an update was skipped. Frozen parameters have no state.
 
     Args:
         params: nested dict of arrays or of anything with a `shape`; only paths and shapes are read.
@@ -221,18 +230,18 @@ def _check(config: OptimConfig) -> None:
         if getattr(config, name) not in choices:
             raise UserError(f"optim.{name} is {getattr(config, name)!r}; choose one of {', '.join(choices)}")
     if config.layer_decay is not None and not 0 < config.layer_decay <= 1:
-        raise UserError(f"optim.layer_decay is {config.layer_decay}; a factor lies above 0 and at most at 1")
+        raise UserError(f"optim.layer_decay is {config.layer_decay}; it must be above 0 and at most 1")
     for name in ("beta1", "beta2", "ema"):
         value = getattr(config, name)
         if value is not None and not 0 <= value < 1:
-            raise UserError(f"optim.{name} is {value}; a decay lies in [0, 1)")
+            raise UserError(f"optim.{name} is {value}; it must be at least 0 and below 1")
     for name in ("lr", "weight_decay", "head_weight_decay"):
-        if not getattr(config, name) >= 0:
-            raise UserError(f"optim.{name} is {getattr(config, name)}; it cannot be negative")
-    if config.clip is not None and not config.clip > 0:
-        raise UserError(f"optim.clip is {config.clip}; give a positive norm, or None for no clipping")
+        if not 0 <= getattr(config, name) <= LARGEST:
+            raise UserError(f"optim.{name} is {getattr(config, name)}; it must be a number from 0 to {LARGEST:g}")
+    if config.clip is not None and not 0 < config.clip < math.inf:
+        raise UserError(f"optim.clip is {config.clip}; it must be a positive number, or None for no clipping")
     if config.accumulate < 1:
-        raise UserError(f"optim.accumulate is {config.accumulate}; give at least 1")
+        raise UserError(f"optim.accumulate is {config.accumulate}; it must be at least 1")
     for pattern, target in config.decay_rules:
         if target not in ("head", "body", "none"):
             raise UserError(f"optim.decay_rules gives {pattern!r} the decay {target!r}; choose head, body or none")

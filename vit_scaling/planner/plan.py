@@ -230,20 +230,14 @@ def _bytes_per_device(state: Any) -> int:
 
 def remat(model_config: Any) -> str:
     """Returns what a model's backward pass recomputes: none, dots or full."""
-    value = getattr(model_config, "remat", "none")
-    return ("full" if value else "none") if isinstance(value, bool) else value
+    return getattr(model_config, "remat", "none")
 
 
 def with_remat(config: Config, policy: str) -> Config | None:
     """Returns the config with this remat policy, or None where its model has no such choice."""
-    value = getattr(config.model, "remat", None)
-    if value is None:
+    if not hasattr(config.model, "remat"):
         return config if policy == remat(config.model) else None
-    if isinstance(value, bool):
-        if policy == "dots":
-            return None
-        return dataclasses.replace(config, model=dataclasses.replace(config.model, remat=policy == "full"))  # type: ignore[arg-type]
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, remat=policy))  # type: ignore[arg-type]
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, remat=policy))
 
 
 def _plan(
