@@ -219,11 +219,11 @@ def configuration(**fields):
 
 def perturbed(model):
     """With random numbers added: norms that start at zero, and the classifier, would hide what lies before them."""
-    description, parameters, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
+    graphdef, parameters, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
     leaves, tree = jax.tree.flatten(nnx.to_pure_dict(parameters))
     generator = np.random.default_rng(0)
     leaves = [leaf + 0.3 * generator.standard_normal(leaf.shape, np.float32) for leaf in leaves]
-    return nnx.merge(description, jax.tree.unflatten(tree, leaves), nnx.to_pure_dict(statistics))
+    return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves), nnx.to_pure_dict(statistics))
 
 
 def small(**fields):
@@ -234,11 +234,11 @@ def step(model, *arguments):
     """Loss, its gradient and the statistics after a training call, as the train step takes them."""
 
     def loss(parameters, statistics):
-        merged = nnx.merge(description, parameters, statistics)
+        merged = nnx.merge(graphdef, parameters, statistics)
         value = jnp.mean(jnp.square(merged(*arguments) - 1))
         return value, nnx.to_pure_dict(nnx.state(merged, nnx.BatchStat))
 
-    description, parameters, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
+    graphdef, parameters, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
     state = nnx.to_pure_dict(parameters), nnx.to_pure_dict(statistics)
     (value, statistics), gradient = jax.value_and_grad(loss, has_aux=True)(*state)
     return {"loss": value, "gradient": gradient, "statistics": statistics}

@@ -33,10 +33,10 @@ SMALL = {
 
 
 def make(config, image_size, num_classes=6):
-    """Returns (description, parameters filled by the rule of the goldens)."""
+    """Returns (graphdef, parameters filled by the rule of the goldens)."""
     build = lambda: models.build(config, image_size=image_size, num_classes=num_classes, key=jax.random.key(0))  # noqa: E731
-    description, parameters, _ = models.split(jax.eval_shape(build))
-    return description, jax.tree.map(jnp.asarray, fill.tree(parameters))
+    graphdef, parameters, _ = models.split(jax.eval_shape(build))
+    return graphdef, jax.tree.map(jnp.asarray, fill.tree(parameters))
 
 
 @functools.cache
@@ -45,24 +45,24 @@ def small(version, **fields):
 
     At the goldens' ten to forty its gradients multiply rounding errors by a thousand, and comparisons see no more.
     """
-    description, parameters = make(dataclasses.replace(SMALL[version], **fields), SIZE)
+    graphdef, parameters = make(dataclasses.replace(SMALL[version], **fields), SIZE)
     leaves = paths.flatten(parameters).items()
-    return description, paths.unflatten({p: x - 2.3 if p.endswith("logit_scale") else x for p, x in leaves})
+    return graphdef, paths.unflatten({p: x - 2.3 if p.endswith("logit_scale") else x for p, x in leaves})
 
 
 def images(*shape):
     return jnp.asarray(fill.images("images", (*shape, 3)))
 
 
-def call(description, parameters, images_BHWC, key=None):
-    return models.merge(description, parameters, {})(images_BHWC, key)
+def call(graphdef, parameters, images_BHWC, key=None):
+    return models.merge(graphdef, parameters, {})(images_BHWC, key)
 
 
 @functools.cache
 def logits(version):
     """Returns the logits of two images by the small model."""
-    description, parameters = small(version)
-    return jax.jit(functools.partial(call, description))(parameters, images(2, *SIZE))
+    graphdef, parameters = small(version)
+    return jax.jit(functools.partial(call, graphdef))(parameters, images(2, *SIZE))
 
 
 def noise(gradient):
@@ -73,8 +73,8 @@ def noise(gradient):
 @functools.cache
 def loss_and_gradient(version, **fields):
     """Loss (of the same images and weights) and gradients of a small model whose config has these fields."""
-    description, parameters = small(version, **fields)
-    loss = lambda parameters, images_BHWC: jnp.mean(jnp.square(call(description, parameters, images_BHWC)))  # noqa: E731
+    graphdef, parameters = small(version, **fields)
+    loss = lambda parameters, images_BHWC: jnp.mean(jnp.square(call(graphdef, parameters, images_BHWC)))  # noqa: E731
     return jax.jit(jax.value_and_grad(loss))(parameters, images(8, *SIZE))
 
 
@@ -122,9 +122,9 @@ def test_the_largest_sizes_are_as_large_as_the_paper_says(name, parameters):
 def test_logits_equal_transformers(name):
     case = CASES[name]
     fields = {field: tuple(value) if isinstance(value, list) else value for field, value in case["config"].items()}
-    description, parameters = make(swin.SwinConfig(**fields), tuple(case["image_size"]), case["num_classes"])
+    graphdef, parameters = make(swin.SwinConfig(**fields), tuple(case["image_size"]), case["num_classes"])
     images_BHWC = fill.images(name, (2, *case["image_size"], 3))
-    logits_BM = jax.jit(functools.partial(call, description))(parameters, images_BHWC)
+    logits_BM = jax.jit(functools.partial(call, graphdef))(parameters, images_BHWC)
     np.testing.assert_allclose(logits_BM, np.load(GOLDEN / "swin.npz")[name], rtol=0, atol=2e-5)
 
 
@@ -220,8 +220,8 @@ def test_scan_and_remat_change_no_number(version, fields):
 def test_extra_norms_stand_after_every_group():
     """Against a loop over blocks: norm after every second pair of a stage that is that deep, nowhere else."""
     config = dataclasses.replace(SMALL[2], depths=(8, 2), extra_norm_every=4)
-    description, parameters = make(config, SIZE)
-    model = models.merge(description, parameters, {})
+    graphdef, parameters = make(config, SIZE)
+    model = models.merge(graphdef, parameters, {})
     assert model.stage2.extra_norm is None
     x_BHWD = jax.random.normal(jax.random.key(0), (1, 10, 14, 8))
     rates = jnp.zeros((4, 2))
@@ -241,10 +241,10 @@ def test_extra_norms_stand_after_every_group():
 
 
 def test_drop_path_grows_with_depth_and_needs_a_key():
-    description, parameters = small(1, drop_path=0.5)
-    model = models.merge(description, parameters, {})
+    graphdef, parameters = small(1, drop_path=0.5)
+    model = models.merge(graphdef, parameters, {})
     np.testing.assert_allclose(model.drop_path_rates().reshape(-1), [0, 0.1, 0.2, 0.3, 0.4, 0.5], atol=1e-6)
-    run = jax.jit(functools.partial(call, description))
+    run = jax.jit(functools.partial(call, graphdef))
     one, two, again = (run(parameters, images(2, *SIZE), jax.random.key(seed)) for seed in (1, 2, 1))
     np.testing.assert_array_equal(one, again)
     assert min(float(jnp.abs(a - b).max()) for a, b in ((one, two), (one, logits(1)), (two, logits(1)))) > 1e-3
@@ -261,7 +261,7 @@ def test_drop_path_grows_with_depth_and_needs_a_key():
 @pytest.mark.parametrize("version", [1, 2])
 def test_bfloat16(version):
     """Finite gradients on an empty image too, whose tokens are all zero; float32 logits near those of float32."""
-    description, start = small(version, dtype="bfloat16")
+    graphdef, start = small(version, dtype="bfloat16")
     zero = ("embedding/bias", "embedding_norm/bias")
     parameters = paths.unflatten({p: jnp.where(p in zero, 0, x) for p, x in paths.flatten(start).items()})
     images_BHWC = images(2, *SIZE).at[0].set(0)
@@ -269,7 +269,7 @@ def test_bfloat16(version):
     @jax.jit
     def step(parameters):
         def loss(parameters):
-            logits_BM = call(description, parameters, images_BHWC)
+            logits_BM = call(graphdef, parameters, images_BHWC)
             assert logits_BM.dtype == jnp.float32
             return jnp.mean(jnp.square(logits_BM - 1))
 
@@ -283,7 +283,7 @@ def test_bfloat16(version):
         assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient))
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
     assert losses[-1] < 0.9 * losses[0]
-    half = jax.jit(functools.partial(call, description))(start, images(2, *SIZE))
+    half = jax.jit(functools.partial(call, graphdef))(start, images(2, *SIZE))
     assert float(jnp.linalg.norm(half - logits(version)) / jnp.linalg.norm(logits(version))) < 0.06
 
 
@@ -298,8 +298,8 @@ def test_any_size_after_it_is_built():
 
 
 def test_attention_maps_and_features():
-    description, parameters = small(1)
-    model = models.merge(description, parameters, {})
+    graphdef, parameters = small(1)
+    model = models.merge(graphdef, parameters, {})
     features, maps = jax.jit(lambda x: (model.features(x), model.attention_maps(x)))(images(2, *SIZE))
     assert features.shape == (2, 16)
     np.testing.assert_allclose(model.head(features), logits(1), atol=1e-6)
@@ -373,13 +373,13 @@ def test_sharded_equals_unsharded(version, monkeypatch):
     """On 8 devices, parameters split by the table: loss and gradients are those of one device."""
     fields = {"width": 16, "heads": (2, 4)}
     expected, expected_gradient = loss_and_gradient(version, **fields)
-    description, parameters = small(version, **fields)
+    graphdef, parameters = small(version, **fields)
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 2**8)
     mesh = mesh_of(1, 4, 2)
     with jax.set_mesh(mesh):
         split = jax.device_put(parameters, sharding.tree_shardings(parameters, mesh))
         images_BHWC = jax.device_put(images(8, *SIZE), sharding.batch_sharding(mesh))
-        loss = lambda parameters, images_BHWC: jnp.mean(jnp.square(call(description, parameters, images_BHWC)))  # noqa: E731
+        loss = lambda parameters, images_BHWC: jnp.mean(jnp.square(call(graphdef, parameters, images_BHWC)))  # noqa: E731
         actual, gradient = jax.jit(jax.value_and_grad(loss))(split, images_BHWC)
     query = split["stage1"]["blocks"]["plain"]["attention"]["query"]["kernel"]
     assert query.sharding.spec == jax.sharding.PartitionSpec(None, "data", "model", None)
@@ -415,7 +415,7 @@ def test_published_sizes_can_be_sharded():
         ({"dtype": "float16"}, SIZE, "model.dtype is 'float16'; choose one of float32, bfloat16"),
         ({"pretrained_windows": (4, 4)}, SIZE, "belong to model.version 2"),
         ({"version": 2, "depths": (6, 2), "extra_norm_every": 4}, SIZE, "model.extra_norm_every 4 must be even"),
-        ({"drop_path": 1.0}, SIZE, "model.drop_path is 1.0; a rate is at least 0 and below 1"),
+        ({"drop_path": 1.0}, SIZE, "model.drop_path is 1.0; it must be at least 0 and below 1"),
     ],
 )
 def test_what_cannot_work_is_said_in_one_sentence(fields, image_size, sentence):

@@ -80,9 +80,9 @@ def test_flops_equal_the_papers_table(name: str, column: int) -> None:
 def test_flops_of_one_block_equal_the_compilers() -> None:
     config = vit.ViTConfig(width=64, depth=1, mlp=128, heads=4, patch=(4, 4), pool="map", scan=False)
     model = models.build(config, image_size=(16, 16), num_classes=10, key=jax.random.key(0))
-    description, params, statistics = models.split(model)
+    graphdef, params, statistics = models.split(model)
     compiled = (
-        jax.jit(lambda p, x: models.merge(description, p, statistics)(x))
+        jax.jit(lambda p, x: models.merge(graphdef, p, statistics)(x))
         .lower(params, jnp.zeros((1, 16, 16, 3)))
         .compile()
     )
@@ -98,13 +98,13 @@ def build(**fields: object) -> vit.ViT:
     shape = jax.eval_shape(
         lambda key: models.build(config, image_size=(8, 12), num_classes=5, key=key), jax.random.key(0)
     )
-    description, params, statistics = models.split(shape)
+    graphdef, params, statistics = models.split(shape)
     generator = np.random.default_rng(1)
     moved = jax.tree.map(lambda leaf: jnp.asarray(generator.normal(0.2, 0.4, leaf.shape), jnp.float32), params)
-    return models.merge(description, moved, statistics)
+    return models.merge(graphdef, moved, statistics)
 
 
-# A module is a pytree, so one jitted function serves every model of one description.
+# A module is a pytree, so one jitted function serves every model of one graphdef.
 run = jax.jit(lambda model, images, key=None: model(images, key))
 IMAGES = jax.random.uniform(jax.random.key(2), (2, 8, 12, 3), minval=-1.0)
 
@@ -365,10 +365,10 @@ def loss_and_gradient(model: vit.ViT, config: vit.ViTConfig) -> tuple:
     """Of the same parameters under another way to run them."""
     params = models.split(model)[1]
     shape = jax.eval_shape(lambda k: models.build(config, image_size=(8, 12), num_classes=5, key=k), jax.random.key(0))
-    description = models.split(shape)[0]
+    graphdef = models.split(shape)[0]
 
     def loss(params: dict) -> jax.Array:
-        return jnp.sum(jnp.square(models.merge(description, params, {})(IMAGES, jax.random.key(3))))
+        return jnp.sum(jnp.square(models.merge(graphdef, params, {})(IMAGES, jax.random.key(3))))
 
     return jax.jit(jax.value_and_grad(loss))(params)
 
@@ -394,8 +394,8 @@ def test_scan_and_remat_change_no_number(plain: tuple, way: dict) -> None:
 
 def test_scan_is_a_loop_over_the_layers_and_unrolled_is_none() -> None:
     def lowered(scan: bool) -> str:
-        description, params, _ = models.split(build(scan=scan, depth=6))
-        return jax.jit(lambda p: models.merge(description, p, {})(IMAGES)).lower(params).as_text()
+        graphdef, params, _ = models.split(build(scan=scan, depth=6))
+        return jax.jit(lambda p: models.merge(graphdef, p, {})(IMAGES)).lower(params).as_text()
 
     assert "stablehlo.while" in lowered(True)
     assert "stablehlo.while" not in lowered(False)

@@ -54,6 +54,7 @@ def test_extreme_logits_stay_finite() -> None:
         (LossConfig("hinge"), "loss.kind is 'hinge'; choose one of softmax, sigmoid"),
         (LossConfig("softmax", label_smoothing=1.0), "loss.label_smoothing is 1.0"),
         (LossConfig("sigmoid", label_smoothing=0.1), "no meaning for the sigmoid loss"),
+        (LossConfig("sigmoid", head_bias=float("inf")), "loss.head_bias is inf; it must be a finite number"),
     ],
 )
 def test_losses_that_do_not_exist(config: LossConfig, sentence: str) -> None:

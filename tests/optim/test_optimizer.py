@@ -1,4 +1,4 @@
-"""The whole optimizer: decay by pattern, clipping, freezing, each choice under strict promotion."""
+"""The whole optimizer: decay by pattern, clipping, freezing, and each choice under strict dtype promotion."""
 
 import functools
 
@@ -72,12 +72,12 @@ def test_every_optimizer_under_jit_and_strict_promotion(name, dtype):
     step = jax.jit(tx.update)
     trace = functools.partial(optax.trace, 0.9, accumulator_dtype=dtype)
     theirs = {"adam": optax.scale_by_adam(mu_dtype=dtype), "sgd": trace(), "nesterov": trace(nesterov=True)}
-    twin = optax.chain(optax.clip_by_global_norm(1.0), theirs.get(name, scale_by_adafactor(momentum_dtype=dtype)))
-    twin_state = twin.init(params)
+    reference = optax.chain(optax.clip_by_global_norm(1.0), theirs.get(name, scale_by_adafactor(momentum_dtype=dtype)))
+    reference_state = reference.init(params)
     for seed in (1, 2, 3):
         direction, state = step(draw(seed), state, params)
         with jax.numpy_dtype_promotion("standard"):
-            want, twin_state = jax.jit(twin.update)(draw(seed), twin_state)
+            want, reference_state = jax.jit(reference.update)(draw(seed), reference_state)
         close(direction, want)
     # One state for every setting of clip and freeze, of the announced types, with the parameters' paths in it.
     assert jax.tree.map(lambda a: (a.shape, a.dtype), state) == jax.tree.map(lambda a: (a.shape, a.dtype), abstract)
@@ -163,7 +163,14 @@ def test_ema():
         ({"moment_dtype": "float8"}, "optim.moment_dtype.*bfloat16, float32"),
         ({"beta2": 1.0}, "optim.beta2 is 1.0"),
         ({"lr": -1.0}, "optim.lr is -1.0"),
-        ({"lr": float("nan")}, "optim.lr is nan"),
+        ({"lr": float("nan")}, r"optim.lr is nan; it must be a number from 0 to 1e\+06"),
+        ({"lr": float("inf")}, "optim.lr is inf; it must be"),
+        ({"weight_decay": 1e38}, r"optim.weight_decay is 1e\+38; it must be"),
+        ({"head_weight_decay": float("nan")}, "optim.head_weight_decay is nan"),
+        ({"clip": float("inf")}, "optim.clip is inf"),
+        ({"ema": float("nan")}, "optim.ema is nan"),
+        ({"freeze": ("blocks/(",)}, r"optim.freeze: 'blocks/\(' is no regular expression"),
+        ({"decay_rules": (("[", "body"),)}, r"optim.decay_rules: '\[' is no regular expression"),
         ({"clip": 0.0}, "optim.clip is 0.0.*None"),
         ({"accumulate": 0}, "optim.accumulate is 0"),
         ({"freeze": ("no_such/.*",)}, "optim.freeze.*no_such"),

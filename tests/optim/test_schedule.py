@@ -119,3 +119,9 @@ def test_durations():
 def test_bad_input_is_named(make, names):
     with pytest.raises(ValueError, match=names):
         make()
+
+
+def test_durations_are_rounded_to_the_nearest_step():
+    assert Duration(3, "epochs").to_steps(128, 4000) == 94  # 93.75
+    assert Duration(1000, "examples").to_steps(96, 4000) == 10  # 10.4
+    assert Duration(3).to_steps(128, 4000) == 3
