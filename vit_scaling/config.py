@@ -106,12 +106,20 @@ class Config:
 
 
 # Fields that are younger than some runs: their value there, by the last part of the name.
-BEFORE = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "alpha": "white"}
+BEFORE = {
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+    "alpha": "white",
+    "mlp_kind": "gelu",
+    "norm": "layernorm",
+    **dict.fromkeys(("key_bias", "proj_bias", "mlp_bias"), True),
+}
 
-# Where a run may differ from the one that began the workdir: nothing here changes what is computed. (What on_corrupt
+# Where a run may differ from the one that began the workdir: nothing here changes what is computed, but for rounding by
+# model.remat and model.scan. (What on_corrupt
 # lets pass as "error" is the same as "skip", so a run that stopped at a corrupt image can go on without it.)
 MAY_CHANGE = (
-    *("mesh", "evaluation", "checkpoint", "log"),
+    *("mesh", "evaluation", "checkpoint", "log", "model.remat", "model.scan"),
     *("data.workers", "data.threads", "data.prefetch", "data.timeout", "data.on_corrupt"),
 )
 
@@ -292,8 +300,9 @@ def differences(old: dict[str, Any], new: dict[str, Any], may_change: tuple[str,
     def differ(field: str) -> bool:
         if field in a and field in b:
             return a[field] != b[field]
-        value = a.get(field) or b.get(field)  # a field that came later: off, or as in BEFORE, is what it was
-        return bool(value) and value != BEFORE.get(field.rpartition(".")[2])
+        # A field that came later: as in BEFORE, or else off, is what it was.
+        value, name = a.get(field, b.get(field)), field.rpartition(".")[2]
+        return value != BEFORE[name] if name in BEFORE else bool(value)
 
     return [
         f"{field} is {a.get(field)!r} there and {b.get(field)!r} here"

@@ -27,10 +27,20 @@ GELUS = {
 }
 
 
-# What a block keeps for its backward pass: everything; the results of its matrix products with parameters; nothing.
+def _expensive(primitive: Any, *args: Any, **parameters: Any) -> bool:
+    """Whether an operation is a matrix product or a convolution with parameters, rather than of two activations."""
+    if primitive is jax.lax.conv_general_dilated_p:
+        return True
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **parameters)
+
+
+# What a block keeps for its backward pass: everything; what is expensive to compute again, which is its products with
+# parameters and the results of local attention; nothing. Elementwise work is faster to repeat than to read from memory.
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        _expensive, jax.checkpoint_policies.save_only_these_names("local_attention")
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

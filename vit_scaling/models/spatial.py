@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vit_scaling import UserError
@@ -128,6 +129,8 @@ class LocalAttention(nnx.Module):
         tables, size = (self.rel_row[...], self.rel_col[...]), self.rel_row.shape[0]
         q, k, v = self.query(x_BHWC), self.key(x_BHWC), self.value(x_BHWC)
         y_BHWNK = local.local_attention(q, k, v, *tables, kernel_size=size, backend=self.backend)
+        # Its backward pass recomputes blocks of logits already; computing its result again would cost a third pass.
+        y_BHWNK = checkpoint_name(y_BHWNK, "local_attention")
         y_BHWC = y_BHWNK.reshape(x_BHWC.shape)
         return average_pool(y_BHWC, 2, self.stride) if self.stride > 1 else y_BHWC
 

@@ -93,7 +93,7 @@ class ViTConfig:
     norm_eps: float = 1e-6
     dtype: str = "float32"  # of the computation; parameters are float32, positions and norms computed in it
     scan: bool = True  # one compiled block looped over the layers; unrolled otherwise
-    remat: str = "none"  # none | dots | full: what the backward pass recomputes
+    remat: str = "dots"  # none | dots | full: what the backward pass recomputes
     # By channel, for images in [0, 1]: the model sees (image - mean) / std; by default [-1, 1].
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
