@@ -204,7 +204,7 @@ def test_a_block_sees_its_window_and_nothing_else(version):
 
 @pytest.mark.parametrize(
     ("version", "fields"),
-    [(1, {"scan": False}), (2, {"remat": "full"}), (1, {"scan": False, "remat": "dots"})],
+    [(1, {"scan": False}), (2, {"remat": "full"}), (1, {"scan": False, "remat": "none"})],
     ids=str,
 )
 def test_scan_and_remat_change_no_number(version, fields):

@@ -380,7 +380,7 @@ def plain() -> tuple:
 
 
 @pytest.mark.parametrize(
-    "way", [{"scan": False}, {"remat": "full"}, {"remat": "dots"}, {"scan": False, "remat": "full"}]
+    "way", [{"scan": False}, {"remat": "full"}, {"remat": "none"}, {"scan": False, "remat": "full"}]
 )
 def test_scan_and_remat_change_no_number(plain: tuple, way: dict) -> None:
     model, expected = plain
