@@ -115,9 +115,9 @@ BEFORE = {
     **dict.fromkeys(("key_bias", "proj_bias", "mlp_bias"), True),
 }
 
-# Where a run may differ from the one that began the workdir: nothing here changes what is computed, but for rounding by
-# model.remat and model.scan. (What on_corrupt
-# lets pass as "error" is the same as "skip", so a run that stopped at a corrupt image can go on without it.)
+# Where a run may differ from the one that began the workdir: nothing here changes what is computed, except that
+# model.remat and model.scan change its rounding. (on_corrupt "skip" passes what "error" passes, so a run that stopped
+# at a corrupt image can go on without it.)
 MAY_CHANGE = (
     *("mesh", "evaluation", "checkpoint", "log", "model.remat", "model.scan"),
     *("data.workers", "data.threads", "data.prefetch", "data.timeout", "data.on_corrupt"),

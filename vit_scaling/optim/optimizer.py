@@ -19,7 +19,7 @@ from vit_scaling.optim.adafactor import factored_axes, scale_by_adafactor
 
 NAMES = ("adafactor", "adam", "sgd", "nesterov")
 DTYPES = ("bfloat16", "float32")
-LARGEST = 1e6  # of a learning rate or weight decay; larger values overflow float32 within a few steps
+LARGEST = 1e30  # of a learning rate or weight decay: what float32 can still multiply
 Tree = Any
 
 # The first rule that matches a parameter's whole path decides which decay it gets.
@@ -42,11 +42,11 @@ class OptimConfig:
 
     Attributes:
         name: "adafactor" (the paper's), "adam", "sgd" (with momentum) or "nesterov" (with Nesterov's).
-        lr: peak learning rate, at most 1e6.
+        lr: peak learning rate, at most 1e30.
         beta1: decay of the first moment; for "sgd" and "nesterov", of the momentum.
         beta2: decay of "adam"'s second moment; upper limit of "adafactor"'s.
         moment_dtype: dtype in which the first moment is stored, "bfloat16" or "float32".
-        weight_decay: of the body, in AdamW's units (multiplied by the learning rate), at most 1e6.
+        weight_decay: of the body, in AdamW's units (multiplied by the learning rate), at most 1e30.
         head_weight_decay: of the head, likewise.
         decay_rules: pairs of a regular expression and "head", "body" or "none"; the first that matches a parameter's
             whole path decides, and every parameter must match one.
