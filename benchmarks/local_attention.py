@@ -1,12 +1,12 @@
 """Time and memory of local attention's back ends, beside unfold and a 3x3 convolution.
 
-    python benchmarks/local_attention.py                         # the table of docs/local_attention.md
-    python benchmarks/local_attention.py --blocks 4 7 8 14       # block sizes, for ops.local.block_size
-    python benchmarks/local_attention.py --topology v5e:2x2      # compiled for a TPU that is not here (needs libtpu)
+    python -m benchmarks.local_attention                         # the table of docs/local_attention.md
+    python -m benchmarks.local_attention --blocks 4 7 8 14       # block sizes, for ops.local.block_size
+    python -m benchmarks.local_attention --topology v5e:2x2      # compiled for a described TPU (needs libtpu)
 
-Maps of a ResNet's groups at 224 pixels, k = 7, 8 heads, float32. Candidates take turns; the fastest call counts,
-in milliseconds of the clock and of all threads' CPU, which a machine with other work disturbs less. Memory is the
-compiled executable's temporary allocation.
+Maps of a ResNet's groups at 224 pixels, k = 7, 8 heads, float32. Candidates take turns. Reported: the fastest call, in
+milliseconds of wall time and of CPU time of all threads (less sensitive to other work on the machine), and the
+temporary memory of the compiled program.
 """
 
 import argparse
@@ -25,20 +25,20 @@ KERNEL, HEADS = 7, 8
 
 
 def unfold(q: jax.Array, k: jax.Array, v: jax.Array, rel_row: jax.Array, rel_col: jax.Array) -> jax.Array:
-    """What other implementations do: copy all neighbours of every pixel, then two small products a pixel."""
+    """What other implementations do: copy all neighbors of every pixel, then two small products for each pixel."""
     _, H, W, N, K = q.shape
     h = KERNEL // 2
 
-    def neighbours(x: jax.Array) -> jax.Array:
+    def neighbors(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, ((0, 0), (h, h), (h, h), (0, 0), (0, 0)))
         return jnp.stack([x[:, a : a + H, c : c + W] for a in range(KERNEL) for c in range(KERNEL)], axis=3)
 
     rows, columns = jnp.broadcast_arrays(rel_row[:, None], rel_col[None, :])
     embedding = jnp.concatenate([rows, columns], axis=-1).reshape(KERNEL**2, N, K)
-    logits = jnp.einsum("bhwnd,bhwpnd->bhwnp", q, neighbours(k)) + jnp.einsum("bhwnd,pnd->bhwnp", q, embedding)
-    inside = neighbours(jnp.ones((1, H, W, 1, 1)))[..., 0, 0] > 0
+    logits = jnp.einsum("bhwnd,bhwpnd->bhwnp", q, neighbors(k)) + jnp.einsum("bhwnd,pnd->bhwnp", q, embedding)
+    inside = neighbors(jnp.ones((1, H, W, 1, 1)))[..., 0, 0] > 0
     weights = jax.nn.softmax(jnp.where(inside[:, :, :, None], logits, -jnp.inf), axis=-1)
-    return jnp.einsum("bhwnp,bhwpnd->bhwnd", weights, neighbours(v))
+    return jnp.einsum("bhwnp,bhwpnd->bhwnd", weights, neighbors(v))
 
 
 def convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -115,7 +115,7 @@ def compile_for(topology: str, batch: int) -> None:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
     split, whole = (NamedSharding(mesh, PartitionSpec(axis)) for axis in ("data", None))
-    print(f"{len(devices)} x {devices[0].device_kind}, bfloat16, {batch} images a device; temporary MiB a device")
+    print(f"{len(devices)} x {devices[0].device_kind}, bfloat16, {batch} images per device; temporary MiB per device")
     for side, width in MAPS:
         head = width // HEADS
         shape = (batch * len(devices), side, side, HEADS, head)
@@ -131,7 +131,7 @@ def compile_for(topology: str, batch: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=4, help="images; with --topology, a device")
+    parser.add_argument("--batch", type=int, default=4, help="images; with --topology, images per device")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--blocks", type=int, nargs="+", default=[], help="compare these block sizes instead")
     parser.add_argument("--topology", help="compile for this TPU instead, such as v5e:2x2")

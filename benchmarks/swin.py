@@ -2,11 +2,11 @@
 
     python -m venv reference
     reference/bin/pip install torch==2.13.0 transformers==5.23.0
-    python benchmarks/swin.py --reference=reference/bin/python
+    python -m benchmarks.swin --reference=reference/bin/python
 
-One step is forward, backward and nothing else: cross-entropy of random images and labels, float32, no drop path. Each
-side runs in a process of its own, in turns, so that both see the same machine; the fastest of all repetitions counts.
-CPU seconds, of all threads, are what to compare on a machine that has other work too.
+One step is forward and backward: cross-entropy of random images and labels, float32, no drop path. Each side runs in a
+process of its own, and the processes alternate. Reported: the fastest of all repetitions. On a machine with other work,
+compare CPU seconds, which count all threads.
 """
 
 import argparse
@@ -40,13 +40,13 @@ def ours(version, batch, repetitions, shifted):
     side = SIDES[version]
     config = swin.variant("T" if version == 1 else "v2-T", drop_path=0.0, shifted=shifted)
     build = lambda key: models.build(config, image_size=(side, side), num_classes=CLASSES, key=key)  # noqa: E731
-    description, _, _ = models.split(jax.eval_shape(build, jax.random.key(0)))
+    graphdef, _, _ = models.split(jax.eval_shape(build, jax.random.key(0)))
     parameters = jax.jit(lambda key: models.split(build(key))[1])(jax.random.key(0))
     images = jax.random.normal(jax.random.key(1), (batch, side, side, 3))
     labels = jax.random.randint(jax.random.key(2), (batch,), 0, CLASSES)
 
     def loss(parameters, images, labels):
-        log_probabilities = jax.nn.log_softmax(models.merge(description, parameters, {})(images))
+        log_probabilities = jax.nn.log_softmax(models.merge(graphdef, parameters, {})(images))
         return -jnp.mean(jnp.take_along_axis(log_probabilities, labels[:, None], axis=1))
 
     step = jax.jit(jax.value_and_grad(loss))

@@ -1,7 +1,7 @@
 """Draws where each head of a trained Gaussian attention network looks, layer by layer.
 
     python -m vit_scaling.train --config=configs/attention_cnn_cifar10.py:quadratic --workdir=runs/quadratic
-    python benchmarks/where_heads_look.py runs/quadratic/checkpoints/STEP docs/attention_as_convolution.png
+    python -m benchmarks.where_heads_look runs/quadratic/checkpoints/STEP docs/attention_as_convolution.png
 
 The figure of Cordonnier et al. 2020 (arXiv 1911.03584, section 4.2): the query at the origin, for each head the line
 within which 40% of a Gaussian's mass lies (thick) and 90% (thin). Prints the numbers behind it as well.

@@ -417,7 +417,7 @@ def test_drop_path_grows_with_depth_from_zero() -> None:
     np.testing.assert_allclose(build(depth=3, drop_path=0.3)._drop_path_rates(), [0.0, 0.15, 0.3], rtol=1e-6)
 
 
-def test_initialisation_is_the_published_one() -> None:
+def test_initialization_is_the_published_one() -> None:
     config = dataclasses.replace(vit.variant("S/16", pool="map"), depth=2)
     init = jax.jit(lambda key: models.split(models.build(config, image_size=(224, 224), num_classes=9, key=key))[1])
     p = names.flatten(init(jax.random.key(0)))

@@ -130,7 +130,7 @@ def test_golden_numbers_in_float64(backend, border, corner, total, absolute):
 
 
 @pytest.mark.parametrize("backend", [*MEMORY_BACKENDS, "pallas"])
-def test_a_pixel_sees_exactly_its_neighbourhood(backend):
+def test_a_pixel_sees_exactly_its_neighborhood(backend):
     H, W, size = 5, 9, 3
     q, k, v, *tables = inputs(H, W, 1, 4, size, batch=1)
 

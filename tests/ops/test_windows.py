@@ -1,4 +1,4 @@
-"""Windows against slow twins that visit one token at a time, and against figures worked out elsewhere."""
+"""Windows against slow references that visit one token at a time, and against figures worked out elsewhere."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Adafactor against a slow float64 twin, against optax, and across stacked and separate layers."""
+"""Adafactor against a slow float64 reference, against optax, and across stacked and separate layers."""
 
 import jax
 import jax.numpy as jnp

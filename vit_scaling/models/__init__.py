@@ -23,7 +23,7 @@ ModelConfig = vit.ViTConfig | swin.SwinConfig | resnet.ResNetConfig | attention_
 
 
 def build(model_config: ModelConfig, *, image_size: tuple[int, int], num_classes: int, key: PRNGKeyArray) -> nnx.Module:
-    """Builds and initialises the model that a config describes.
+    """Builds and initializes the model that a config describes.
 
     Args:
         model_config: the config of any model in `MODELS`.

@@ -1,4 +1,4 @@
-"""What can stand where a residual network has a k x k convolution, and the parts around it.
+"""The layers that can replace a k x k convolution in a residual network, and batch normalization and pools.
 
 Convolution; stand-alone self-attention (SASA, Ramachandran et al. 2019, arXiv 1906.05909) and its stem; attention-
 augmented convolution (Bello et al. 2019, arXiv 1904.09925); the non-local block (Wang et al. 2018, arXiv 1711.07971).
@@ -45,10 +45,10 @@ class Conv(nnx.Module):
 
 
 class BatchNorm(nnx.Module):
-    """Normalises channels over batch and map, in float32: by the batch in training, else by the running statistics.
+    """Normalizes channels over batch and map, in float32: by the batch in training, else by the running statistics.
 
-    A training call updates the running statistics in place, for the caller to read. Under jit the mean of a batch that
-    is split over devices is the mean of all of it: XLA adds the reduction, so statistics are always synchronised.
+    A training call updates the running statistics in place, for the caller to read. Under jit, XLA reduces over the
+    whole batch even where it is sharded, so statistics are always synchronized.
     """
 
     def __init__(self, channels: int, *, decay: float, eps: float, zero_scale: bool = False):
@@ -74,7 +74,7 @@ class BatchNorm(nnx.Module):
 
 
 def average_pool(x_BHWC: Array, size: int, stride: int) -> Array:
-    """Mean of the pixels that are there: sides become ceil(side / stride), as those of a strided convolution."""
+    """Mean of the pixels inside the image: sides become ceil(side / stride), as those of a strided convolution."""
     window, strides = (1, size, size, 1), (1, stride, stride, 1)
     total = jax.lax.reduce_window(x_BHWC, np.zeros((), x_BHWC.dtype), jax.lax.add, window, strides, padding="SAME")
     ones = jnp.ones((1, *x_BHWC.shape[1:3], 1), x_BHWC.dtype)
@@ -99,8 +99,8 @@ def _scaled(init: layers.Initializer, factor: float) -> layers.Initializer:
 class LocalAttention(nnx.Module):
     """SASA's layer (section 3.1): full projections, relative tables of each head, no output projection.
 
-    With a stride the attention runs on the incoming map and a 2x2 average pool follows (section 3.2.1). Queries start
-    K^-1/2 times smaller, since the paper's logits carry no such factor (our choice).
+    With a stride, attention runs on the incoming map and a 2x2 average pool follows (section 3.2.1). Query kernels
+    start K^-1/2 times smaller (our choice), because the paper does not scale logits by K^-1/2.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class LocalAttention(nnx.Module):
 
 
 def head_dim(channels: int, heads: int) -> int:
-    """Returns channels / heads, an even number: half of a head looks at rows, half at columns."""
+    """Returns channels / heads, an even number: half of a head holds row positions, half column positions."""
     if channels % (2 * heads):
         raise UserError(
             f"{channels} channels cannot be split over {heads} heads of an even size; twice "
@@ -216,8 +216,11 @@ class AttentionStem(nnx.Module):
 
 
 def augmented_dims(channels: int, heads: int, key_fraction: float, value_fraction: float) -> tuple[int, int]:
-    """Returns the channels of all keys and of all values (AA, section 4): multiples of the heads, keys 20 a head at
-    least. The rounding is the one that gives the published sizes."""
+    """Returns the channels of all keys and of all values (AA, section 4).
+
+    Multiples of the number of heads, with at least 20 channels of keys for each head; rounded so that parameters and
+    FLOPs are the published ones.
+    """
     keys, values = (int(fraction * channels) // heads * heads for fraction in (key_fraction, value_fraction))
     return max(keys, 20 * heads), max(values, heads)
 
@@ -225,9 +228,9 @@ def augmented_dims(channels: int, heads: int, key_fraction: float, value_fractio
 class AugmentedConv(nnx.Module):
     """A 3x3 convolution beside global attention with relative positions, concatenated (AA, section 3).
 
-    With a stride, attention sees the map averaged to the resolution of the result. `pool` then halves it once more,
-    by a 3x3 average, and the result is enlarged again bilinearly: the paper's way to afford 28x28 maps. Its offsets
-    are then every second of the table.
+    With a stride, attention runs on the map averaged to the output's resolution. `pool` halves it once more, by a 3x3
+    average, and enlarges the result bilinearly, as the paper does on 28x28 maps; then every second offset of the table
+    is used.
     """
 
     def __init__(

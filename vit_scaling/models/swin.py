@@ -239,7 +239,7 @@ class Pair(nnx.Module):
 class Merging(nnx.Module):
     """Joins 2 x 2 tokens into one of twice the width (V1 section 3.1); a missing row or column is zero.
 
-    The four follow each other as (row, column) = (0, 0), (1, 0), (0, 1), (1, 1). V1 normalises before the linear map,
+    Their order is (row, column) = (0, 0), (1, 0), (0, 1), (1, 1). V1 normalizes before the linear map,
     V2 after it.
     """
 

@@ -1,4 +1,4 @@
-"""How are attention and its neighbourhoods computed: pure functions of arrays?
+"""How are attention and its neighborhoods computed: pure functions of arrays?
 
-Start reading in attention.py; local.py has the attention of a neighbourhood, windows.py that of Swin.
+Start reading in attention.py; local.py has the attention of a neighborhood, windows.py that of Swin.
 """

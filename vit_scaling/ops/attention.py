@@ -1,4 +1,4 @@
-"""Softmax attention between all tokens, exact, on whatever the device does best.
+"""Exact softmax attention between all tokens, by the fastest implementation that the device has.
 
 Shapes: B batch, L queries, S keys, N heads, K head dim.
 """
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# cuDNN's fused attention wants half precision and a head dim that is a multiple of 8, at most 128.
+# cuDNN's fused attention needs half precision and a head dim that is a multiple of 8, at most 128.
 _CUDNN_MAX_HEAD_DIM = 128
 
 

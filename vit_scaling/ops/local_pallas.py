@@ -1,12 +1,12 @@
 """Local attention as one fused kernel for TPU and GPU, forward and backward: no logits in memory.
 
 The map is cut into tiles of b x b pixels. A program holds the queries of one tile and the m x m tiles of keys that
-their neighbourhoods touch, so keys are read where they lie and no halo is copied. Logits by row and by column offset
-are made outside, [pixel, row of keys] and [pixel, column of keys], with -1e30 beyond the neighbourhood and the image;
+their neighborhoods touch, so keys are read in place and no halo is copied. Logits by row and by column offset
+are made outside, [pixel, row of keys] and [pixel, column of keys], with -1e30 beyond the neighborhood and the image;
 a product with a 0/1 matrix spreads them over a tile of keys. The backward pass recomputes the softmax from its
 logarithmic sum, once by tile of queries and once by tile of keys.
 
-Heads lie side by side in the last axis, which a TPU pads to 128 lanes: a head of 8 alone would take 16 times its room.
+Heads lie side by side in the last axis, which a TPU pads to 128 lanes: a head of 8 alone would take 16 times its size.
 
 Shapes: B batch, N heads, n heads of a program, Y X tiles of queries, I J tiles of keys (Y + m - 1, X + m - 1), Q S the
 b² queries or keys of a tile, K head dim, M = m·b rows or columns of keys that a tile of queries sees.
@@ -42,13 +42,13 @@ class Plan(NamedTuple):
     """What is static about a call."""
 
     heads: int  # N
-    neighbours: int  # m
-    program_heads: int  # n: all on a TPU, whose cores run programs one by one; one on a GPU, which wants many
+    neighbors: int  # m
+    program_heads: int  # n: all on a TPU, whose cores run programs one after another; one on a GPU, which needs many
     interpret: bool
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
-        return [(dy, dx) for dy in range(self.neighbours) for dx in range(self.neighbours)]
+        return [(dy, dx) for dy in range(self.neighbors) for dx in range(self.neighbors)]
 
 
 def local_attention(
@@ -145,7 +145,7 @@ def _store(refs: Sequence[Any], heads: Sequence[Sequence[Array]]) -> None:
 
 
 def _forward_kernel(plan: Plan, *refs: Any) -> None:
-    m, pairs, heads = plan.neighbours, plan.pairs, plan.program_heads
+    m, pairs, heads = plan.neighbors, plan.pairs, plan.program_heads
     query_refs, rest = refs[:3], refs[3:]
     key_refs, value_refs, outputs = rest[: m * m], rest[m * m : 2 * m * m], rest[2 * m * m :]
     results: list[tuple[Any, ...]] = []
@@ -162,7 +162,7 @@ def _forward_kernel(plan: Plan, *refs: Any) -> None:
 
 
 def _query_kernel(plan: Plan, *refs: Any) -> None:
-    m, pairs, heads = plan.neighbours, plan.pairs, plan.program_heads
+    m, pairs, heads = plan.neighbors, plan.pairs, plan.program_heads
     query_refs, rest = refs[:6], refs[6:]
     key_refs, value_refs, outputs = rest[: m * m], rest[m * m : 2 * m * m], rest[2 * m * m :]
     results = []
@@ -181,7 +181,7 @@ def _query_kernel(plan: Plan, *refs: Any) -> None:
 
 
 def _key_kernel(plan: Plan, rows: int, columns: int, *refs: Any) -> None:
-    m, pairs, heads = plan.neighbours, plan.pairs, plan.program_heads
+    m, pairs, heads = plan.neighbors, plan.pairs, plan.program_heads
     key_refs, rest = refs[:2], refs[2:]
     groups, outputs = [rest[i * m * m : (i + 1) * m * m] for i in range(6)], rest[6 * m * m :]
     y, x = pl.program_id(2), pl.program_id(3)
@@ -252,7 +252,7 @@ def _call(
 
 def _local_heads(plan: Plan, row: Array) -> Plan:
     """The plan of one device, which may hold some of the heads only."""
-    heads = row.shape[-1] // (plan.neighbours * TILE)
+    heads = row.shape[-1] // (plan.neighbors * TILE)
     return plan._replace(heads=heads, program_heads=min(plan.program_heads, heads))
 
 

@@ -1,4 +1,4 @@
-"""Relative positions of two-dimensional attention: the pieces that local, augmented and quadratic attention share.
+"""Relative positions of two-dimensional attention, for local, augmented and quadratic attention.
 
 An offset is key minus query, rows first. Shapes: B batch, H W grid, N heads, K head dim, Q queries and S keys along
 one axis, R rows of a relative table.
@@ -23,8 +23,8 @@ def accumulator(x: Array) -> jnp.dtype:
 def skew(x_QR: Float[Array, "*batch Q R"], fill: float) -> Float[Array, "*batch Q S"]:
     """Moves row q by q places to the right: out[q, q + r] = x[q, r], `fill` elsewhere; S = Q + R - 1.
 
-    Takes logits by relative offset to logits by absolute key without a gather, which accelerators do badly: pad,
-    flatten, cut, fold again (Music Transformer, Huang et al. 2019, section 3.4.1).
+    Turns logits by relative offset into logits by absolute key without a gather, which is slow on accelerators: pad,
+    flatten, cut, reshape (Music Transformer, Huang et al. 2019, section 3.4.1).
     """
     *batch, Q, R = x_QR.shape
     S = Q + R - 1
@@ -69,7 +69,7 @@ def global_logits(
 
 
 def offsets(queries: int, keys: int, before: int = 0) -> Float[Array, "Q S"]:
-    """Returns key minus query along one axis; `before` keys precede the key at which query 0 stands."""
+    """Returns key minus query along one axis; `before` keys precede the key at the position of query 0."""
     return (jnp.arange(keys)[None, :] - before - jnp.arange(queries)[:, None]).astype(jnp.float32)
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vit_scaling import UserError
 
-# The published code adds this to the logits of masked pairs (not minus infinity); trained weights know it.
+# The published code adds this to the logits of masked pairs, not minus infinity; published weights depend on it.
 MASKED = -100.0
 
 
@@ -60,8 +60,8 @@ def join(x_BGnD: Float[Array, "B G n D"], height: int, width: int, shift: int = 
 def regions(height: int, width: int, window: int, shift: int) -> Int[np.ndarray, "G n"]:
     """Returns for each token of the shifted windows the number, 0 to 8, of the image region it came from.
 
-    After the roll the last window of a row or column holds pieces that are not neighbours in the image. Tokens
-    attend to each other where their numbers agree (V1 section 3.2, "efficient batch computation").
+    After the roll the last window of a row or column holds pieces that are not adjacent in the image. Tokens attend to
+    each other where their numbers agree (V1 section 3.2, "efficient batch computation").
     """
 
     def part(length: int) -> Int[np.ndarray, " padded"]:
@@ -85,9 +85,9 @@ def tile(grid_HW: Int[np.ndarray, "H W"], window: int) -> Int[np.ndarray, "G n"]
 
 
 def masked_pairs(regions_Gn: Int[np.ndarray, "G n"]) -> Bool[Array, "G n n"]:
-    """Returns which pairs of a query and a key come from different regions and must not see each other.
+    """Returns which pairs of a query and a key come from different regions, so the query must not attend to the key.
 
-    Computed from the numbers inside the program, where it melts into the softmax: no mask is ever stored.
+    Computed from the numbers inside the program, where XLA fuses it into the softmax: no mask is ever stored.
     """
     numbers_Gn = jnp.asarray(regions_Gn)
     return numbers_Gn[:, :, None] != numbers_Gn[:, None, :]
@@ -165,7 +165,7 @@ def log_coordinates(window: int, pretrained_window: int | None = None) -> Float[
     """Returns the offsets, in the order of the table's rows, on V2's logarithmic scale (V2 section 3.3, eq. 4).
 
     sign(t)·log2(1 + |t|) / log2(8) with t = 8·offset / (w - 1) and w the window the weights were trained with:
-    the normalisation of the published code, which its checkpoints need. `pretrained_window`: None for this window.
+    the normalization of the published code, which its checkpoints need. `pretrained_window`: None for this window.
     """
     offsets = np.arange(1 - window, window, dtype=np.float64)
     t = 8 * offsets / max((pretrained_window or window) - 1, 1)
@@ -177,13 +177,13 @@ def log_coordinates(window: int, pretrained_window: int | None = None) -> Float[
 def cubic_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
     """Returns the matrix that resamples `old` points to `new` ones by cubic convolution (a = -0.75).
 
-    Half-pixel centres, edges repeated, no smoothing on the way down: what published checkpoints of Swin are
+    Half-pixel centers, edges repeated, no antialiasing: what published checkpoints of Swin are
     resized with.
     """
     a = -0.75
-    centre = (np.arange(new) + 0.5) * old / new - 0.5
-    taps = np.floor(centre).astype(int)[:, None] + np.arange(-1, 3)
-    d = np.abs(centre[:, None] - taps)
+    center = (np.arange(new) + 0.5) * old / new - 0.5
+    taps = np.floor(center).astype(int)[:, None] + np.arange(-1, 3)
+    d = np.abs(center[:, None] - taps)
     near = ((a + 2) * d - (a + 3)) * d * d + 1
     far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
     weights = np.zeros((new, old))

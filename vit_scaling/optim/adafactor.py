@@ -35,7 +35,7 @@ class AdafactorState(NamedTuple):
 
 
 class _Leaf(NamedTuple):
-    """One parameter's share of the state, and its update."""
+    """The state of one parameter, and its update."""
 
     row: Array | None
     col: Array | None

@@ -1,4 +1,4 @@
-"""Classification losses: each sums or normalises over classes and averages over the batch.
+"""Classification losses: each sums or normalizes over classes and averages over the batch.
 
 Shapes: B batch, M classes.
 """
