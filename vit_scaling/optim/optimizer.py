@@ -17,7 +17,7 @@ import optax
 from vit_scaling import UserError, names
 from vit_scaling.optim.adafactor import factored_axes, scale_by_adafactor
 
-NAMES = ("adafactor", "adam", "sgd", "nesterov")
+NAMES = ("adafactor", "adam", "sgd", "nesterov", "lion", "lamb")
 DTYPES = ("bfloat16", "float32")
 LARGEST = 1e30  # of a learning rate or weight decay: what float32 can still multiply
 Tree = Any
@@ -41,10 +41,12 @@ class OptimConfig:
     """How parameters are updated.
 
     Attributes:
-        name: "adafactor" (the paper's), "adam", "sgd" (with momentum) or "nesterov" (with Nesterov's).
+        name: "adafactor" (the paper's), "adam", "sgd" (with momentum), "nesterov" (with Nesterov's), "lion" (arXiv
+            2302.06675, with beta2 0.99) or "lamb" (arXiv 1904.00962).
         lr: peak learning rate, at most 1e30.
         beta1: decay of the first moment; for "sgd" and "nesterov", of the momentum.
-        beta2: decay of "adam"'s second moment; upper limit of "adafactor"'s.
+        beta2: decay of the second moment of "adam" and "lamb"; upper limit of "adafactor"'s; for "lion", decay of the
+            momentum, while beta1 weighs it in the update.
         moment_dtype: dtype in which the first moment is stored, "bfloat16" or "float32".
         weight_decay: of the body, in AdamW's units (multiplied by the learning rate), at most 1e30.
         head_weight_decay: of the head, likewise.
@@ -169,9 +171,10 @@ def _rate(path: str, leaf: Any, decay: float, stacks: Mapping[str, tuple[int, in
 def create(config: OptimConfig, params: Mapping[str, Any]) -> optax.GradientTransformation:
     """Returns the optimizer, which turns gradients into a direction, for parameters like `params`.
 
-    `update(grads, state, params)` gives `scaled gradient + decay * parameter`, zeros for frozen parameters. The
-    learning rate is not part of it: the step subtracts `lr * schedule(step) * direction`, so the schedule follows the
-    global step even when an update was skipped. Frozen parameters have no state.
+    `update(grads, state, params)` gives `scaled gradient + decay * parameter` ("lamb" multiplies it by the trust ratio
+    of each layer), zeros for frozen parameters. The learning rate is not part of it: the step subtracts
+    `lr * schedule(step) * direction`, so the schedule follows the global step even when an update was skipped. Frozen
+    parameters have no state.
 
     Args:
         params: nested dict of arrays or of anything with a `shape`; only paths and shapes are read.
@@ -200,11 +203,13 @@ def create(config: OptimConfig, params: Mapping[str, Any]) -> optax.GradientTran
         # optax's Adam and momentum add a float32 gradient to a bfloat16 moment and rely on promotion to float32.
         with jax.numpy_dtype_promotion("standard"):
             scaled, state = inner.update(kept, state)
-        scaled = names.flatten(scaled)
+        scaled, flat = names.flatten(scaled), names.flatten(params)
         direction = {
             path: jnp.zeros_like(param) if path in frozen else scaled[path] + decay[path] * param
-            for path, param in names.flatten(params).items()
+            for path, param in flat.items()
         }
+        if config.name == "lamb":
+            direction = {path: _trust_ratio(path, flat[path], direction[path]) * direction[path] for path in direction}
         direction |= {path: rate * direction[path] for path, rate in rates.items()}
         return names.unflatten(direction), state
 
@@ -216,12 +221,25 @@ def ema_update(ema: Tree, params: Tree, decay: float) -> Tree:
     return jax.tree.map(lambda average, param: average + (1.0 - decay) * (param - average), ema, params)
 
 
+def _trust_ratio(path: str, param: Any, direction: Any) -> Any:
+    """Returns LAMB's |parameter| / |direction| of each layer, 1 where either is 0 (arXiv 1904.00962, algorithm 2)."""
+    axes = tuple(range(names.stacked_dims(path), param.ndim))
+    squares = (jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axes, keepdims=True) for x in (param, direction))
+    param_norm, norm = (jnp.sqrt(square) for square in squares)
+    some = (param_norm > 0) & (norm > 0)
+    return jnp.where(some, param_norm / jnp.where(some, norm, 1.0), 1.0)
+
+
 def _scaling(config: OptimConfig) -> optax.GradientTransformation:
     dtype = jnp.dtype(config.moment_dtype)
     if config.name == "adafactor":
         return scale_by_adafactor(momentum=config.beta1, momentum_dtype=dtype, beta2_cap=config.beta2)
     if config.name == "adam":
         return optax.scale_by_adam(b1=config.beta1, b2=config.beta2, mu_dtype=dtype)
+    if config.name == "lamb":
+        return optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=1e-6, mu_dtype=dtype)
+    if config.name == "lion":
+        return optax.scale_by_lion(b1=config.beta1, b2=config.beta2, mu_dtype=dtype)
     return optax.trace(decay=config.beta1, nesterov=config.name == "nesterov", accumulator_dtype=dtype)
 
 
