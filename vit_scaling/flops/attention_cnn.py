@@ -23,7 +23,9 @@ def attention_cnn_forward(
     copies = config.heads * (1 + by_query + (config.position == "learned+content"))
     elements = tokens * ((6 + copies) * config.width + 2 * config.mlp)
     elements += 2 * config.heads * tokens**2 * by_query
-    kept = tokens * config.width * config.depth + elements if config.remat else elements * config.depth
+    entry, products_kept = tokens * config.width, tokens * ((5 + copies) * config.width + config.mlp)
+    kept = config.depth * {"none": elements, "dots": products_kept, "full": entry}[config.remat]
+    kept += elements if config.remat != "none" else 0
     linear = attention_cnn_linear(config, image_size, num_classes)
     return linear + 2.0 * config.depth * products, float(itemsize * kept)
 

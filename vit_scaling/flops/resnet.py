@@ -20,12 +20,13 @@ def resnet_forward(config: resnet.ResNetConfig, image_size: tuple[int, int], num
         width, outputs = resnet.group_width(config, group), resnet.EXPANSION * resnet.group_width(config, group)
         for layer in range(resnet.DEPTHS[config.depth][group - 1]):
             pixels_in, pixels = before[0] * before[1], size[0] * size[1]
-            spatial_macs, spatial_elements = _spatial(config, group, width, before, size)
+            spatial_macs, products, weights = _spatial(config, group, width, before, size)
             macs += pixels_in * inputs * width + spatial_macs + pixels * width * outputs
             macs += pixels * inputs * outputs if layer == 0 else 0
-            # Inputs of the convolutions and of the norms, and what the spatial layer keeps for itself.
-            elements = pixels_in * (inputs + 2 * width) + pixels * (2 * width + 2 * outputs) + spatial_elements
-            kept += pixels_in * inputs if config.remat else elements
+            # The block's input and the products with parameters; with their normalized forms and attention weights.
+            products += pixels_in * (inputs + width) + pixels * (width + outputs)
+            elements = products + pixels_in * width + pixels * (width + outputs) + weights
+            kept += {"none": elements, "dots": products, "full": pixels_in * inputs}[config.remat]
             largest = max(largest, elements)
             inputs, before = outputs, size
         if group in config.nonlocal_after:
@@ -33,7 +34,7 @@ def resnet_forward(config: resnet.ResNetConfig, image_size: tuple[int, int], num
             macs += pixels * outputs * (outputs // 2) * 4 + 2 * pixels**2 * (outputs // 2)
             kept += pixels * 4 * outputs + pixels**2
     macs += inputs * num_classes
-    return 2.0 * macs, itemsize * (kept + (largest if config.remat else 0.0))
+    return 2.0 * macs, itemsize * (kept + (largest if config.remat != "none" else 0.0))
 
 
 def _stem(config: resnet.ResNetConfig, image_size: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:
@@ -51,16 +52,19 @@ def _stem(config: resnet.ResNetConfig, image_size: tuple[int, int], size: tuple[
 
 def _spatial(
     config: resnet.ResNetConfig, group: int, width: int, before: tuple[int, int], size: tuple[int, int]
-) -> tuple[float, float]:
-    """Returns multiply-adds of one spatial layer from map `before` to map `size`, and the elements that it keeps."""
+) -> tuple[float, float, float]:
+    """Returns what one spatial layer from map `before` to map `size` needs.
+
+    Its multiply-adds, the elements of its products with parameters but the last, and those of its attention weights.
+    """
     kind = resnet.spatial_kind(config, group)
     pixels = size[0] * size[1]
     if kind == "attention":  # on the incoming map; a pool reduces it afterwards
         seen = before[0] * before[1]
         # The default back end recomputes its logits, so q, k and v are all that is kept.
-        return seen * (3 * width**2 + 3 * config.kernel_size**2 * width), 3 * seen * width
+        return seen * (3 * width**2 + 3 * config.kernel_size**2 * width), 3 * seen * width, 0
     if kind == "convolution":
-        return 9 * pixels * width**2, 0
+        return 9 * pixels * width**2, 0, 0
     keys, values = spatial.augmented_dims(width, config.heads, config.key_fraction, config.value_fraction)
     rows, columns = size
     if resnet.attends_to_half(config, size):
@@ -68,4 +72,4 @@ def _spatial(
     seen = rows * columns
     macs = 9 * pixels * width * (width - values) + seen * (width * (2 * keys + values) + values**2)
     macs += seen**2 * (keys + values) + seen * (2 * rows + 2 * columns - 2) * keys
-    return macs, seen * (2 * keys + 2 * values) + 2 * config.heads * seen**2
+    return macs, seen * (2 * keys + 2 * values), 2 * config.heads * seen**2
