@@ -36,5 +36,6 @@ def parse(command: str, *arguments: str) -> object:
     from vit_scaling import cli
 
     with loaded(command, *arguments) as module:
-        cli.parse(sys.argv, getattr(module, "COMMANDS", ()))
+        argv = module.joined(sys.argv) if hasattr(module, "joined") else sys.argv
+        cli.parse(argv, getattr(module, "COMMANDS", ()), words=command == "predict")
         return flags.FLAGS["config"].value if "config" in flags.FLAGS else None

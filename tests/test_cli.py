@@ -147,7 +147,7 @@ def interrupted() -> None:
 )
 def test_exit_codes(fault, code: int, sentence: str | None, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["command"])
-    monkeypatch.setattr(cli, "parse", lambda argv, commands: [])
+    monkeypatch.setattr(cli, "parse", lambda *arguments: [])
     with pytest.raises(SystemExit) as left:
         cli.run(lambda argv: fault(), "A command.")
     error = capsys.readouterr().err

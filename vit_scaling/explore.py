@@ -1,7 +1,8 @@
 """Look inside a model, compare runs, or see what a network is fed: each is one HTML file that works offline.
 
     ./run.sh explore --weights=runs/smoke --output=attention.html
-    ./run.sh explore --weights=weights/vit_b16 --images=PHOTOS --output=attention.html
+    ./run.sh explore --weights=weights/vit_b16 --images=PHOTOS \\
+        --output=attention.html
     ./run.sh explore --weights=runs/heads --checkpoints=all --output=heads.html
     ./run.sh explore --compare runs/a runs/b --output=comparison.html
     ./run.sh explore --fed=runs/smoke --steps=0,1000 --output=fed.html
