@@ -9,8 +9,9 @@ A record stands on its own:
               where the image is raw uint8 values and not an encoded file
     rest      the image: an encoded file (JPEG, PNG, ...) as it was, or raw values
 
-The manifest gives, for the whole set, {"format", "num_classes", "class_names", "multi_label"} and for every split the
-number of examples and each shard's name, number of records, bytes and SHA-256.
+The manifest gives, for the whole set, {"format", "num_classes", "class_names", "multi_label", "left_out"} and for every
+split the number of examples, the number in each class, what was left out, and each shard's name, number of records,
+bytes and SHA-256.
 """
 
 import json
@@ -53,9 +54,33 @@ def unpack(record: bytes) -> tuple[dict[str, Any], bytes | np.ndarray]:
     """
     if record[:4] != MAGIC:
         raise UserError(f"not a record of this project: it begins with {record[:4]!r} and not with {MAGIC!r}")
-    start = 8 + struct.unpack_from("<I", record, 4)[0]
-    header = json.loads(record[8:start])
-    image: bytes | np.ndarray = record[start:]
-    if "shape" in header:
-        image = np.frombuffer(record, np.uint8, offset=start).reshape(header["shape"])
+    try:
+        start = 8 + struct.unpack_from("<I", record, 4)[0]
+        header = json.loads(record[8:start])
+        image: bytes | np.ndarray = record[start:]
+        if "shape" in header:
+            image = np.frombuffer(record, np.uint8, offset=start).reshape(header["shape"])
+    except (ValueError, struct.error, TypeError) as error:
+        raise UserError(f"the record's header is damaged: {error}") from None
     return header, image
+
+
+def read_manifest(path: Any) -> dict[str, Any]:
+    """Returns the manifest of a prepared set.
+
+    Args:
+        path: the file, a pathlib or epath path.
+
+    Raises:
+        UserError: it is damaged, or of another format.
+    """
+    try:
+        manifest = json.loads(path.read_text())
+        found = manifest.get("format")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if found != FORMAT:
+        raise UserError(f"{path} is of format {found!r}, not {FORMAT!r}")
+    if missing := {"num_classes", "class_names", "multi_label", "splits"} - set(manifest):
+        raise UserError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
+    return manifest

@@ -49,10 +49,11 @@ def images(tmp_path):
 
 
 def run(folder, output, *, shard_examples=6, workers=0, exclude=(), **work):
-    prepare.prepare(
-        folder, output, work=Work(**work), shard_examples=shard_examples, workers=workers, exclude=list(exclude)
+    source = folder if isinstance(folder, SourceConfig) else sources.parse(str(folder))
+    exclude = [sources.parse(str(path)) for path in exclude]
+    return prepare.prepare(
+        source, output, work=Work(**work), shard_examples=shard_examples, workers=workers, exclude=exclude
     )
-    return json.loads((output / records.MANIFEST).read_text())
 
 
 def read(output, split):
@@ -316,9 +317,9 @@ BAD_TARS = {
     "symbolic link": ([(special("1.jpg", tarfile.SYMTYPE, "/etc/passwd"), b"")], "is a link"),
     "hard link": ([(special("1.jpg", tarfile.LNKTYPE, "2.jpg"), b"")], "is a link"),
     "device": ([(special("1.jpg", tarfile.CHRTYPE), b"")], "a device"),
-    "no label": ([("1.jpg", b"x")], "1.jpg has no label; 1.cls or 1.json should hold it"),
+    "no label": ([("1.jpg", b"x")], "holds 1.jpg without a label; 1.cls or 1.json should hold it"),
     "two images": ([("1.jpg", b"x"), ("1.png", b"x"), ("1.cls", b"0")], "images of the same key"),
-    "bad json": ([("1.jpg", b"x"), ("1.json", b"{")], "1.json holds no label"),
+    "bad json": ([("1.jpg", b"x"), ("1.json", b"{")], "1.json at byte 1536 holds no label"),
     "large image": ([("1.jpg", b"x" * 2000), ("1.cls", b"0")], "2000 bytes, more than 1000"),
     "large label": ([("1.jpg", b"x"), ("1.cls", b"0" * (1 << 21))], "too many for a label"),
 }
@@ -334,16 +335,13 @@ def test_unsafe_and_broken_archives_are_refused_before_anything_is_written(tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
-def test_cut_and_compressed_archives_are_refused(tmp_path):
+def test_cut_archives_are_refused(tmp_path):
     (tmp_path / "in").mkdir()
     path = tmp_path / "in" / "train-0.tar"
     write_tar(path, [("1.cls", b"0"), ("1.jpg", jpeg(scene(1)))])
     whole = path.read_bytes()
     path.write_bytes(whole[:1800])
     with pytest.raises(ValueError, match=r"train-0\.tar (is cut off|cannot be read)"):
-        run(tmp_path / "in", tmp_path / "set")
-    write_tar(path, [("1.cls", b"0"), ("1.jpg", jpeg(scene(1)))], "w:gz")
-    with pytest.raises(ValueError, match="cannot be read as an uncompressed tar"):
         run(tmp_path / "in", tmp_path / "set")
 
 
@@ -380,7 +378,7 @@ def test_verify_finds_every_kind_of_damage(images, tmp_path):
 
 
 def test_verify_decodes_every_image(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "prepare_image", lambda item, work, excluded: b"\xff\xd8 no image")
+    monkeypatch.setattr(shards, "prepare_image", lambda item, work, excluded: (b"\xff\xd8 no image", 0, ""))
     run(images, tmp_path / "set")
     with pytest.raises(ValueError, match=r"array_record record 0 \(train/.*\) is corrupt"):
         shards.verify(tmp_path / "set")
@@ -400,8 +398,8 @@ def test_the_command_prepares_and_verifies(images, tmp_path):
     [
         (["--output=OUT", "--verify"], "OUT holds no manifest.json: there is nothing to verify"),
         (["--output=OUT"], "--input is missing"),
-        (["--input=nowhere", "--output=OUT"], "nowhere is no folder"),
-        (["--input=nowhere"], "--output"),
+        (["--input=nowhere", "--output=OUT"], "'nowhere' is neither a file nor a folder"),
+        (["--input=tests"], "--output is missing"),
     ],
 )
 def test_mistakes_end_in_one_sentence(tmp_path, arguments, message):

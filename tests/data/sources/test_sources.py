@@ -15,7 +15,7 @@ import pytest
 
 from vit_scaling.data import records
 from vit_scaling.data.images import codec
-from vit_scaling.data.sources import SourceConfig, listing, open_source, split_ranges
+from vit_scaling.data.sources import SourceConfig, folders, listing, open_source, split_ranges
 
 
 def picture(number: int) -> np.ndarray:
@@ -159,7 +159,7 @@ def test_folder_with_a_table(folder, tmp_path, table, multi_label, names, labels
     ("table", "message"),
     [
         ("file,name\na.jpg,1\n", "needs the columns file and label"),
-        ("file,label\na.jpg\n", "line 2 lacks"),
+        ("file,label\na.jpg\n", "line 2 has 1 fields, and the first line has 2"),
         ("file,label\na.jpg,1\na.jpg,2\n", "lists a.jpg twice"),
         ("file,label\n", "lists no labelled image"),
     ],
@@ -167,7 +167,7 @@ def test_folder_with_a_table(folder, tmp_path, table, multi_label, names, labels
 def test_bad_tables_are_explained(tmp_path, table, message):
     (tmp_path / "train.csv").write_text(table)
     with pytest.raises(ValueError, match=message):
-        listing.list_folder(tmp_path)
+        folders.list_folder(tmp_path)
 
 
 def test_class_names_that_are_numbers_keep_their_order():
@@ -340,11 +340,11 @@ def test_sources_survive_pickling(folder, idx, tfds_dir):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kind": "hdf5"}, "choose one of builtin, tfds, array_record, folder, idx, mixture"),
+        ({"kind": "hdf5"}, "choose one of builtin, tfds, array_record, folder, webdataset, parquet, idx"),
         ({"name": "cifar"}, "the built-in set is mnist"),
         (
             {"kind": "array_record", "name": "/nonesuch"},
-            "python -m vit_scaling.prepare --input=IMAGES --output=/nonesuch",
+            "./run.sh prepare --input=IMAGES --output=/nonesuch",
         ),
         ({"kind": "folder", "name": "/nonesuch"}, "/nonesuch is no folder"),
         ({"kind": "idx", "name": "/nonesuch"}, "holds no IDX files such as train-images"),
@@ -357,4 +357,4 @@ def test_what_is_missing_is_explained(fields, message):
 
 def test_an_empty_folder_is_explained(tmp_path):
     with pytest.raises(ValueError, match="holds no class folders of images such as"):
-        listing.list_folder(tmp_path)
+        folders.list_folder(tmp_path)

@@ -1,5 +1,6 @@
-"""One job of preparing a set: what it reads, which shards it writes, and how it goes on after a kill."""
+"""One job of preparing a set: what it reads, which shards it writes, and how it continues after an interruption."""
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -7,6 +8,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -15,94 +17,81 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from vit_scaling import UserError
-from vit_scaling.data import records, sources
+from vit_scaling import TransientError, UserError
+from vit_scaling.data import records
 from vit_scaling.data import workers as children
 from vit_scaling.data.images import codec
-from vit_scaling.data.prepare import shards, tars
-from vit_scaling.data.prepare.shards import Item, Work
-from vit_scaling.data.sources import listing as files
+from vit_scaling.data.prepare import shards
+from vit_scaling.data.prepare.inputs import Input, Item, list_input
+from vit_scaling.data.prepare.shards import LEFT_OUT, Work
+from vit_scaling.data.sources import SourceConfig
 
-JOB = ".prepare.jsonl"  # the job, then a line for each finished shard; gone when the manifest is there
-
-
-@dataclasses.dataclass
-class Input:
-    """Everything that an input folder holds, listed."""
-
-    class_names: tuple[str, ...] | None
-    num_classes: int
-    multi_label: bool
-    splits: dict[str, list[Item]]
+JOB = ".prepare.jsonl"  # the job, then a line for each finished shard; deleted when the manifest is written
+EXPANDED = ".expanded"  # compressed tar shards, decompressed; deleted with it
 
 
-def list_input(folder: Path, max_bytes: int = Work.max_bytes) -> Input:
-    """Lists a folder of IDX files, of tar shards, or of images.
+def prepare(
+    config: SourceConfig,
+    output: Path,
+    *,
+    work: Work,
+    shard_examples: int,
+    workers: int,
+    exclude: list[SourceConfig],
+    strict: bool = False,
+) -> dict[str, Any]:
+    """Writes every split of a set to `output`, or continues an interrupted run of the same job.
 
-    Raises:
-        UserError: the folder is none of these, or something in it is refused.
-    """
-    if any(folder.glob("*-idx?-ubyte*")):
-        arrays = files.read_idx_folder(folder)
-        splits = {
-            split: [Item(f"{split}/{i}", int(label), image) for i, (image, label) in enumerate(zip(*pair, strict=True))]
-            for split, pair in arrays.items()
-        }
-        return Input(None, max(item.label for items in splits.values() for item in items) + 1, False, splits)  # type: ignore[operator]
-    archives = sorted(folder.glob("*.tar"))
-    if archives:
-        listing, places = tars.list_tars(archives, max_bytes)
-    else:
-        listing = files.list_folder(folder)
-        names = [file for rows in listing.splits.values() for file, _ in rows]
-        places = {file: tars.Place(str(folder / file)) for file in names}
-    splits = {
-        split: [Item(file, label, places[file]) for file, label in rows] for split, rows in listing.splits.items()
-    }
-    return Input(listing.class_names, listing.num_classes, listing.multi_label, splits)
+    `on_corrupt` may differ from the interrupted run's, and `max_bytes` may be larger: neither changes a record that is
+    written already.
 
-
-def prepare(folder: Path, output: Path, *, work: Work, shard_examples: int, workers: int, exclude: list[Path]) -> None:
-    """Writes every split of `folder` to `output`, or continues a run of the same job that was stopped.
+    Returns:
+        The manifest.
 
     Raises:
-        UserError: bad input, or `output` holds another job's files.
+        UserError: bad input, something is left out and `strict`, or `output` holds another job's files.
         CorruptImageError: naming the image, if `work.on_corrupt` is "error"; finished shards stay.
+        TransientError: a writing process died.
     """
     if (output / records.MANIFEST).exists():
         raise UserError(f"{output} already holds a prepared set; delete it or name another --output")
-    content = list_input(folder, work.max_bytes)
+    content = list_input(config, max_bytes=work.max_bytes, on_corrupt=work.on_corrupt, expanded=output / EXPANDED)
+    if strict:
+        refuse_left_out(content)
     plan = list(_plan(content, output, shard_examples))
     excluded = hash_images(exclude)
     done = _resume(output, _fingerprint(content, work, shard_examples, excluded))
-    progress = tqdm(total=sum(len(items) for _, items in plan), unit="img", desc=str(output), disable=None)
+    total = sum(len(items) for _, items in plan)
+    written = sum(len(items) for path, items in plan if path.name in done)
+    progress = tqdm(total=total, initial=written, unit="img", desc=str(output), disable=None)
     with progress, (output / JOB).open("a") as journal:
         for entry, items in _write(plan, work, excluded, workers, done):
-            if entry["file"] not in done:
-                journal.write(json.dumps(entry) + "\n")
-                journal.flush()
-                os.fsync(journal.fileno())
+            journal.write(json.dumps(entry) + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
             done[entry["file"]] = entry
             progress.update(len(items))
-    _write_manifest(content, plan, done, output)
+    manifest = _write_manifest(content, plan, done, output)
     (output / JOB).unlink()
+    shutil.rmtree(output / EXPANDED, ignore_errors=True)
+    return manifest
 
 
-def hash_images(folders: list[Path]) -> np.ndarray:
-    """Returns the perceptual hashes, uint64 [n], of all images of the given inputs or prepared sets."""
+def refuse_left_out(content: Input) -> None:
+    """Raises UserError if the listing left anything out."""
+    if content.report.left_out:
+        lines = [line for line in content.report.lines() if line.startswith("left out")]
+        raise UserError(f"--strict allows nothing to be left out: {'; '.join(lines)}")
+
+
+def hash_images(configs: list[SourceConfig]) -> np.ndarray:
+    """Returns the perceptual hashes, uint64 [n], of all images of the given sets."""
     hashes = []
-    for folder in folders:
-        if (folder / records.MANIFEST).exists():
-            splits = json.loads((folder / records.MANIFEST).read_text())["splits"]
-            source = sources.open_source(sources.SourceConfig("array_record", str(folder), "+".join(splits)))
-            images: Iterator[Any] = (source[i]["image"] for i in range(len(source)))
-            total = len(source)
-        else:
-            items = [item for items in list_input(folder).splits.values() for item in items]
-            images = (item.image if isinstance(item.image, np.ndarray) else item.image.read() for item in items)
-            total = len(items)
-        for image in tqdm(images, total=total, unit="img", desc=f"hashes of {folder}", disable=None):
-            with contextlib.suppress(codec.CorruptImageError):  # an evaluation image that nobody can see
+    for config in configs:
+        items = [item for items in list_input(config).splits.values() for item in items]
+        for item in tqdm(items, unit="img", desc=f"hashes of {config.name}", disable=None):
+            with contextlib.suppress(codec.CorruptImageError):  # it cannot be evaluated on either
+                image, _ = item.read(Work.max_bytes)
                 hashes.append(shards.perceptual_hash(codec.decode(image) if isinstance(image, bytes) else image))
     return np.array(hashes, np.uint64)
 
@@ -120,10 +109,7 @@ def _plan(content: Input, output: Path, shard_examples: int) -> Iterator[tuple[P
 def _write(
     plan: list[tuple[Path, list[Item]]], work: Work, excluded: np.ndarray, workers: int, done: dict[str, dict]
 ) -> Iterator[tuple[dict, list[Item]]]:
-    """Yields (entry of the manifest, items) of every shard: the finished ones, then the others as they are written."""
-    for path, items in plan:
-        if path.name in done:
-            yield done[path.name], items
+    """Yields (entry of the manifest, items) of every shard that is not done, as they are written."""
     left = [(path, items) for path, items in plan if path.name not in done]
     if not workers:
         for path, items in left:
@@ -136,11 +122,11 @@ def _write(
         for future in concurrent.futures.as_completed(running):
             yield future.result(), running[future]
     except BrokenProcessPool:
-        raise UserError(
-            "a writing process died (out of memory?); the same command goes on, with fewer --workers"
+        raise TransientError(
+            "a writing process died (out of memory?); the same command continues, if need be with fewer --workers"
         ) from None
-    except ValueError as error:
-        raise UserError(str(error)) from None  # from another process: its traceback says nothing here
+    except UserError as error:
+        raise error from None  # from another process: its traceback says nothing here
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -150,7 +136,7 @@ def _fingerprint(content: Input, work: Work, shard_examples: int, excluded: np.n
     listing = hashlib.sha256()
     for split, items in content.splits.items():
         for item in items:
-            listing.update(f"{split}\n{item.id}\n{item.label}\n".encode())
+            listing.update(f"{split}\n{item.id}\n{item.label}\n".encode("utf-8", "surrogateescape"))
     return {
         "listing": listing.hexdigest(),
         "excluded": hashlib.sha256(excluded.tobytes()).hexdigest(),
@@ -171,11 +157,10 @@ def _resume(output: Path, job: dict[str, Any]) -> dict[str, dict]:
         journal.write_text(json.dumps(job) + "\n")
         return {}
     first, *lines = journal.read_text().splitlines()
-    if json.loads(first) != job:
-        changed = [name for name, value in job.items() if json.loads(first).get(name) != value]
-        raise UserError(
-            f"{output} holds an unfinished run that differs in {', '.join(changed)}; delete it or finish that"
-        )
+    try:
+        earlier = json.loads(first)
+    except json.JSONDecodeError:
+        raise UserError(f"{journal} is damaged; delete {output} and start again") from None
     done = {}
     for line in lines:
         with contextlib.suppress(json.JSONDecodeError):  # the line that was being written when the run was killed
@@ -183,29 +168,63 @@ def _resume(output: Path, job: dict[str, Any]) -> dict[str, dict]:
             path = output / entry["file"]
             if path.exists() and path.stat().st_size == entry["bytes"]:
                 done[entry["file"]] = entry
+    _compare(earlier, job, output, done)
     with journal.open("w") as stream:
         stream.writelines(json.dumps(line) + "\n" for line in [job, *done.values()])
     return done
 
 
-def _write_manifest(content: Input, plan: list[tuple[Path, list[Item]]], done: dict[str, dict], output: Path) -> None:
+def _compare(earlier: dict[str, Any], job: dict[str, Any], output: Path, done: dict[str, dict]) -> None:
+    """Raises UserError unless an interrupted job can be continued as `job`."""
+    corrupt = [identity for entry in done.values() for identity in entry["corrupt"]]
+    changed = [name for name, value in job.items() if earlier.get(name) != value]
+    if "on_corrupt" in changed:
+        changed.remove("on_corrupt")
+        if corrupt and job["on_corrupt"] == "error":
+            raise UserError(
+                f"{output} holds an unfinished run that left out {corrupt[0]} as corrupt; continue with "
+                "--on_corrupt=skip, or delete it"
+            )
+    if "max_bytes" in changed and job["max_bytes"] > earlier.get("max_bytes", 0) and not corrupt:
+        changed.remove("max_bytes")
+    if changed:
+        raise UserError(
+            f"{output} holds an unfinished run that differs in {', '.join(changed)}; finish it with the same flags, "
+            "or delete it"
+        )
+
+
+def _write_manifest(
+    content: Input, plan: list[tuple[Path, list[Item]]], done: dict[str, dict], output: Path
+) -> dict[str, Any]:
     splits: dict[str, Any] = {
-        split: {"num_examples": 0, "corrupt": [], "near_duplicates": [], "shards": []} for split in content.splits
+        split: {
+            "num_examples": 0,
+            "classes": collections.Counter(),
+            **{reason: [] for reason in LEFT_OUT},
+            "shards": [],
+        }
+        for split in content.splits
     }
     for path, _ in plan:
         entry = dict(done[path.name])
         split = splits[path.name.rsplit("-", 3)[0]]
         split["num_examples"] += entry["num_examples"]
-        split["corrupt"] += entry.pop("corrupt")
-        split["near_duplicates"] += entry.pop("near_duplicates")
+        split["classes"].update({int(number): count for number, count in entry.pop("classes").items()})
+        for reason in LEFT_OUT:
+            split[reason] += entry.pop(reason)
         split["shards"].append(entry)
+    for split in splits.values():
+        split["classes"] = {str(number): split["classes"][number] for number in sorted(split["classes"])}
     manifest = {
         "format": records.FORMAT,
         "num_classes": content.num_classes,
         "class_names": content.class_names,
         "multi_label": content.multi_label,
+        "left_out": content.report.left_out,
         "splits": splits,
     }
     temporary = output / f".{records.MANIFEST}"
     temporary.write_text(json.dumps(manifest, indent=1))
     os.replace(temporary, output / records.MANIFEST)
+    return json.loads(json.dumps(manifest))

@@ -1,17 +1,17 @@
-"""One shard of a prepared set: checked, if asked for re-encoded and cleared of near-duplicates, written whole or not.
+"""One shard of a prepared set: its images are checked, shrunk if asked, and compared with evaluation images.
 
-A near-duplicate is an image whose perceptual hash differs in few bits from that of an evaluation image. The hash is
-the signs of the 63 lowest frequencies, but the mean, of a 32 x 32 grey copy against their median: it survives another
-size, another compression and small changes of brightness, not a crop or a mirror.
+A near-duplicate is an image whose perceptual hash differs in few bits from that of an evaluation image. The hash
+compares the 63 lowest frequencies of a 32 x 32 grey copy, without the mean, with their median. It survives another
+size, another compression and small changes of brightness, but no crop or mirror.
 """
 
+import collections
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -21,15 +21,11 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from vit_scaling import UserError
 from vit_scaling.data import records
 from vit_scaling.data.images import codec
-from vit_scaling.data.prepare.tars import Place
+from vit_scaling.data.prepare.inputs import Item
+from vit_scaling.data.sources.listing import MAX_BYTES, shown
 
-
-class Item(NamedTuple):
-    """One image to be written."""
-
-    id: str
-    label: int | list[int]
-    image: Place | np.ndarray  # where an encoded file lies, or raw uint8 values
+LEFT_OUT = ("corrupt", "near_duplicates", "unlabelled")
+"""Why an image of the listing is not in its shard."""
 
 
 @dataclasses.dataclass
@@ -44,7 +40,7 @@ class Work:
     """The same for the longer side."""
     quality: int = 95
     """JPEG quality of what shrinks."""
-    max_bytes: int = 100_000_000
+    max_bytes: int = MAX_BYTES
     """Larger files count as corrupt."""
     distance: int = 4
     """Images within so many bits of an excluded image's hash are near-duplicates."""
@@ -67,20 +63,26 @@ def write_shard(path: Path, items: list[Item], work: Work, excluded: np.ndarray)
     cv2.setNumThreads(1)  # shards are written in parallel
     temporary = path.with_name(f".{path.name}")
     writer = ArrayRecordWriter(str(temporary), "group_size:1")
-    corrupt, duplicates, count = [], [], 0
+    left_out: dict[str, list[str]] = {reason: [] for reason in LEFT_OUT}
+    classes: collections.Counter[int] = collections.Counter()
+    count = 0
     for item in items:
         try:
-            image = prepare_image(item, work, excluded)
-        except codec.CorruptImageError as error:
+            image, label, reason = prepare_image(item, work, excluded)
+        except (codec.CorruptImageError, PermissionError, FileNotFoundError) as error:
             if work.on_corrupt != "skip":
                 writer.close()
-                raise codec.CorruptImageError(f"{item.id} is corrupt: {error}") from None
-            corrupt.append(item.id)
+                temporary.unlink()
+                raise codec.CorruptImageError(
+                    f"{shown(item.id)} is corrupt: {error}; with --on_corrupt=skip the same command continues"
+                ) from None
+            left_out["corrupt"].append(item.id)
             continue
-        if image is None:
-            duplicates.append(item.id)
+        if reason:
+            left_out[reason].append(item.id)
             continue
-        writer.write(records.pack(item.id, item.label, image))
+        writer.write(records.pack(item.id, label, image))
+        classes.update(label if isinstance(label, list) else [label])
         count += 1
     writer.close()
     with temporary.open("rb") as stream:
@@ -88,19 +90,26 @@ def write_shard(path: Path, items: list[Item], work: Work, excluded: np.ndarray)
         os.fsync(stream.fileno())
     entry = {"file": path.name, "num_examples": count, "bytes": temporary.stat().st_size, "sha256": digest}
     os.replace(temporary, path)
-    return entry | {"corrupt": corrupt, "near_duplicates": duplicates}
+    return entry | {"classes": {str(number): n for number, n in sorted(classes.items())}} | left_out
 
 
-def prepare_image(item: Item, work: Work, excluded: np.ndarray) -> bytes | np.ndarray | None:
-    """Returns what a record stores for `item`, or None if it is a near-duplicate of an excluded image."""
-    if isinstance(item.image, np.ndarray):
-        return None if len(excluded) and _is_near(item.image, work, excluded) else item.image
-    data = item.image.read()
-    if len(data) > work.max_bytes:
-        raise codec.CorruptImageError(f"its {len(data)} bytes are more than max_bytes = {work.max_bytes}")
-    pixels = codec.decode(data)
+def prepare_image(item: Item, work: Work, excluded: np.ndarray) -> tuple[bytes | np.ndarray, int | list[int], str]:
+    """Returns (what a record stores, label, why the image is left out or "").
+
+    Raises:
+        CorruptImageError: the image cannot be decoded, or is too large.
+    """
+    data, label = item.read(work.max_bytes)
+    if label == -1:
+        return data, label, "unlabelled"
+    pixels = codec.decode(data) if isinstance(data, bytes) else data
     if len(excluded) and _is_near(pixels, work, excluded):
-        return None
+        return data, label, "near_duplicates"
+    return (_shrink(data, pixels, work) if isinstance(data, bytes) else data), label, ""
+
+
+def _shrink(data: bytes, pixels: np.ndarray, work: Work) -> bytes:
+    """Returns an image within the limits on its sides: the file as it was, or a smaller JPEG."""
     height, width = pixels.shape[:2]
     ratio = 1.0
     if work.shorter_side:
@@ -143,7 +152,7 @@ def verify(folder: Path, report: Callable[[int], Any] = id) -> dict[str, int]:
     """
     if not (folder / records.MANIFEST).exists():
         raise UserError(f"{folder} holds no {records.MANIFEST}: there is nothing to verify")
-    manifest = json.loads((folder / records.MANIFEST).read_text())
+    manifest = records.read_manifest(folder / records.MANIFEST)
     counts = {}
     for split, content in manifest["splits"].items():
         seen: set[str] = set()

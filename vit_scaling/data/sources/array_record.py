@@ -1,7 +1,6 @@
 """Sets of ArrayRecord shards that `prepare` wrote."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,17 +35,8 @@ class ArrayRecordSource:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
         from etils import epath
 
-        folder = epath.Path(config.name)
-        if not (folder / records.MANIFEST).exists():
-            raise UserError(
-                f"{config.name} holds no {records.MANIFEST}; write a set there with "
-                f"`python -m vit_scaling.prepare --input=IMAGES --output={config.name}`"
-            )
-        manifest = json.loads((folder / records.MANIFEST).read_text())
-        if manifest.get("format") != records.FORMAT:
-            raise UserError(
-                f"{folder / records.MANIFEST} is of format {manifest.get('format')!r}, not {records.FORMAT!r}"
-            )
+        folder = epath.Path(config.name).expanduser()
+        manifest = _manifest(config)
         self.config = config
         self.num_classes: int = manifest["num_classes"]
         self.class_names = tuple(manifest["class_names"]) if manifest["class_names"] else None
@@ -65,6 +55,10 @@ class ArrayRecordSource:
     def __reduce__(self):
         return open_source, (self.config,)
 
+    @staticmethod
+    def splits(config: SourceConfig) -> list[str]:
+        return list(_manifest(config)["splits"])
+
     def __len__(self) -> int:
         return len(self._records)
 
@@ -75,3 +69,16 @@ class ArrayRecordSource:
 
     def id(self, index: int) -> str:
         return describe_place(self._slices, index)
+
+
+def _manifest(config: SourceConfig) -> dict[str, Any]:
+    """Reads the manifest of a prepared set."""
+    from etils import epath
+
+    path = epath.Path(config.name).expanduser() / records.MANIFEST
+    if not path.exists():
+        raise UserError(
+            f"{config.name} holds no {records.MANIFEST}; write a set there with "
+            f"`./run.sh prepare --input=IMAGES --output={config.name}`"
+        )
+    return records.read_manifest(path)

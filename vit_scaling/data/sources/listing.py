@@ -1,162 +1,246 @@
-"""Labelled image files as people keep them: folders of classes, tables of labels, IDX files. Plain listing, no pixels.
+"""What every listing shares: where an image's bytes are, how labels become class indices, and what was left out.
 
-A folder of images has one of these forms, and its splits follow from it:
+folders.py lists folders of images, tables.py tables of labels, tars.py webdataset's tar shards.
 
-    FOLDER/train.csv, FOLDER/val.csv       every table is a split; columns file and label (or labels)
-    FOLDER/train/cat/1.jpg, FOLDER/val/... every sub-folder that holds class folders is a split
-    FOLDER/cat/1.jpg                       class folders themselves: one split, called "all"
+Class names are numbered in the order of their code points, or of their values if all of them are whole numbers. The
+training split (train, training) fixes the classes; another split may lack some of them and must not add any.
 
-Classes are numbered in the order of their names (names that are numbers in the order of the numbers), over all splits.
-In tables labels are class indices if all of them are whole numbers, else class names; under the heading "labels" an
-image has any number of them, separated by semicolons, and the set is multi-label. Files are relative to the folder.
+Labels in tables and shards are class numbers if all of them are whole numbers, else class names. Class numbers are
+kept as they are: the number of classes is the largest number plus one, and numbers in between that no image has are
+classes without images. -1 means unlabelled: the image is left out and counted.
 """
 
 import collections
-import csv
-import gzip
+import contextlib
+import dataclasses
 import os
-import zlib
+import re
+import stat
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
+from absl import logging
 
 from vit_scaling import UserError
+from vit_scaling.data.images.codec import CorruptImageError
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+MAX_BYTES = 100_000_000
+"""Larger image files are not read."""
+MAX_CLASSES = 1_000_000
+"""Class numbers must be smaller."""
+EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp"}
+"""Files with these extensions are images; their content decides the format when they are decoded."""
+OTHER_EXTENSIONS = {".gif", ".apng", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".ppm", ".pgm"}
+TRAINING = ("train", "training")
+SPLITS = {*TRAINING, "val", "valid", "validation", "dev", "test", "testing"}
+
+Label = int | list[int]
 
 
-class Listing(NamedTuple):
-    """What a folder of images holds."""
+class Place(NamedTuple):
+    """Where the bytes of an image are: part of a file."""
+
+    path: str
+    offset: int = 0
+    size: int | None = None  # None: to the end of the file
+
+    def read(self, max_bytes: int = MAX_BYTES) -> bytes:
+        """Returns the bytes; never waits for a device or a pipe, and never takes more memory than the limit.
+
+        Raises:
+            CorruptImageError: no regular file, or more than `max_bytes`.
+            OSError: the file cannot be read.
+        """
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb", buffering=0) as stream:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise CorruptImageError("it is not a regular file")
+            size = status.st_size - self.offset if self.size is None else self.size
+            if size > max_bytes:
+                raise CorruptImageError(f"its {size} bytes are more than max_bytes = {max_bytes}")
+            if self.offset:
+                stream.seek(self.offset)
+            parts, left = [], size
+            while left > 0 and (part := stream.read(left)):
+                parts.append(part)
+                left -= len(part)
+            if left > 0:
+                raise OSError(f"{self.path} ended {left} bytes early: it was changed while it was read")
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+@dataclasses.dataclass
+class Report:
+    """What looked like data and is not read, by reason, and what else the user should know."""
+
+    left_out: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    ignored: list[str] = dataclasses.field(default_factory=list)
+    """Hidden and system files and folders, and folders without images."""
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def leave_out(self, reason: str, name: str) -> None:
+        self.left_out.setdefault(reason, []).append(name)
+
+    def lines(self) -> list[str]:
+        """Returns one sentence for each reason."""
+        lines = [f"left out {summary(names)}: {reason}" for reason, names in self.left_out.items()]
+        if self.ignored:
+            lines.append(f"ignored {summary(self.ignored)}: hidden or system files, or folders without images")
+        return lines + self.notes
+
+    def log(self, where: str) -> None:
+        """Logs what was left out and noted, each line once in a process."""
+        for line in self.lines():
+            if (text := f"{shown(where)}: {line}") not in _LOGGED:
+                _LOGGED.add(text)
+                logging.warning("%s", text)
+
+
+_LOGGED: set[str] = set()
+
+
+@dataclasses.dataclass
+class Listing:
+    """The labelled images of a set, without their pixels."""
 
     class_names: tuple[str, ...] | None
     num_classes: int
     multi_label: bool
-    splits: dict[str, list[tuple[str, int | list[int]]]]  # split: (file relative to the folder, label or labels)
+    splits: dict[str, list[tuple[str, Label]]]
+    """For each split (name of the image relative to the folder, class index or indices)."""
+    report: Report = dataclasses.field(default_factory=Report)
+    places: dict[str, Place] | None = None
+    """Where each image is, if it is not a file of its own."""
 
 
-def list_folder(folder: str | Path) -> Listing:
-    """Lists a folder of images, in the order of file names.
+def shown(name: str) -> str:
+    """Returns a file name for messages: control characters and bytes that are not UTF-8 are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
-    Raises:
-        UserError: there is no such folder, it has none of the forms above, or a table cannot be read.
+
+def summary(names: list[str], most: int = 5) -> str:
+    """Returns the number of names and the first of them."""
+    return f"{len(names):,} ({', '.join(map(shown, names[:most]))}{', ...' if len(names) > most else ''})"
+
+
+def split_of_shard(name: str) -> str:
+    """Returns the split of a shard by its file name: without extension and numbering (train-00000-of-00002: train)."""
+    stem = re.sub(r"\.(tar|tgz|parquet)(\.\w+)?$", "", name)
+    return re.sub(r"[-_.]?\d*([-_.]?of[-_.]?\d+)?$", "", stem) or "all"
+
+
+def find_files(folder: str | Path, suffixes: tuple[str, ...]) -> list[str]:
+    """Returns the files with these suffixes in a folder or, if there are none, in its folders called data or a split.
+
+    They are relative to the folder and sorted; hidden files are ignored.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; expected one that holds class folders of images, or tables of labels")
-    tables = sorted(folder.glob("*.csv"))
-    if tables:
-        return _list_tables(tables)
-    children = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    splits = {child: files for child in children if (files := _list_classes(folder, child))}
-    splits = splits or {"all": _list_classes(folder, "")}
-    names = class_order(name for files in splits.values() for _, name in files)
-    if not names:
-        raise UserError(
-            f"{folder} holds no class folders of images such as {folder}/cat/1.jpg, and no tables of labels"
-        )
-    index = {name: number for number, name in enumerate(names)}
-    numbered: dict = {split: [(file, index[name]) for file, name in files] for split, files in splits.items()}
-    return Listing(names, len(names), False, numbered)
+    root = Path(folder)
+    found = [path.name for path in root.iterdir() if path.name.endswith(suffixes)]
+    if not found:
+        inner = [child for child in root.iterdir() if child.name.lower() in SPLITS | {"data"} and child.is_dir()]
+        found = [f"{child.name}/{path.name}" for child in inner for path in child.iterdir()]
+        found = [name for name in found if name.endswith(suffixes)]
+    return sorted(name for name in found if not os.path.basename(name).startswith("."))
+
+
+# ---- classes ---------------------------------------------------------------------------------------------------------
 
 
 def class_order(names: Iterable[str]) -> tuple[str, ...]:
     """Returns the distinct names in the order in which classes are numbered."""
     distinct = set(names)
-    return tuple(sorted(distinct, key=int if all(name.isdecimal() for name in distinct) else None))
+    if all(re.fullmatch(r"[0-9]+", name) for name in distinct):  # 01 and 1 have one value: the text decides
+        return tuple(sorted(distinct, key=lambda name: (len(name.lstrip("0")), name.lstrip("0"), name)))
+    return tuple(sorted(distinct))
 
 
-def _list_classes(folder: Path, split: str) -> list[tuple[str, str]]:
-    """Returns (file relative to `folder`, class name) of every folder/split/class/**/image."""
-    found = []
-    for child in sorted(entry.name for entry in os.scandir(folder / split) if entry.is_dir()):
-        for base, below, names in os.walk(folder / split / child):
-            below.sort()
-            relative = os.path.relpath(base, folder)
-            found += [
-                (f"{relative}/{name}", child) for name in sorted(names) if Path(name).suffix.lower() in EXTENSIONS
-            ]
-    return found
-
-
-def _list_tables(tables: list[Path]) -> Listing:
-    """Reads CSV tables with the columns file and label (or labels)."""
-    splits: dict[str, list[tuple[str, list[str]]]] = {}
-    headings = set()
-    for table in tables:
-        with table.open(newline="", encoding="utf-8") as stream:
-            rows = csv.DictReader(stream, restval="")
-            columns = set(rows.fieldnames or ())
-            if "file" not in columns or len(heading := columns & {"label", "labels"}) != 1:
-                raise UserError(f"{table} needs the columns file and label (or labels); it has {', '.join(columns)}")
-            headings |= heading
-            splits[table.stem] = []
-            for row in rows:
-                text = row[min(heading)]
-                labels = (
-                    [part.strip() for part in text.split(";") if part.strip()]
-                    if "labels" in heading
-                    else [text.strip()]
-                )
-                if not row["file"] or (heading == {"label"} and not labels[0]):
-                    raise UserError(f"{table} line {rows.line_num} lacks its file or its label")
-                splits[table.stem].append((row["file"], labels))
-    if len(headings) > 1:
-        raise UserError(f"of the tables {', '.join(map(str, tables))} some have the column label and some labels")
-    return number_labels(splits, multi_label=headings == {"labels"}, where=str(tables[0].parent))
-
-
-def number_labels(splits: dict[str, list[tuple[str, list[str]]]], multi_label: bool, where: str) -> Listing:
-    """Turns labels as they are written into class indices: whole numbers are indices, anything else a class name."""
-    written = {label for rows in splits.values() for _, labels in rows for label in labels}
-    if not written:
-        raise UserError(f"{where} lists no labelled image")
-    for split, rows in splits.items():
-        if len(files := collections.Counter(file for file, _ in rows)) < len(rows):
-            raise UserError(f"{where} lists {files.most_common(1)[0][0]} twice in {split}")
-    names = None if all(label.isdecimal() for label in written) else class_order(written)
-    index = {label: int(label) for label in written} if names is None else {name: i for i, name in enumerate(names)}
-    numbered: dict = {
-        split: [(file, sorted(index[x] for x in labels) if multi_label else index[labels[0]]) for file, labels in rows]
-        for split, rows in splits.items()
-    }
-    return Listing(names, max(index.values()) + 1, multi_label, numbered)
-
-
-def read_idx_folder(folder: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns {"train": (images, labels), "test": ...} of a folder of IDX files, whichever of the two are there.
-
-    The files are named as MNIST's: train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-..., with .gz or without.
+def unite_classes(splits: dict[str, set[str]], where: str, report: Report) -> tuple[str, ...]:
+    """Returns the class names of all splits; those of the training split, if there is one.
 
     Raises:
-        UserError: there are none, or a file is not what its name says.
+        UserError: a split has a class that the training split lacks.
     """
-    splits = {}
-    for split, prefix in (("train", "train"), ("test", "t10k")):
-        found = [sorted(Path(folder).glob(f"{prefix}-{what}-idx?-ubyte*")) for what in ("images", "labels")]
-        if all(found):
-            images, labels = (_read_idx(files[0]) for files in found)
-            if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
-                raise UserError(f"{found[0][0]} holds {images.shape} images and its labels are {labels.shape}")
-            splits[split] = images, labels
-    if not splits:
+    training = next((name for name in splits if name.lower() in TRAINING), None)
+    if training is None:
+        return class_order(set().union(*splits.values()))
+    for split, names in splits.items():
+        if unknown := sorted(names - splits[training]):
+            raise UserError(
+                f"split {split} of {shown(where)} has the class {shown(unknown[0])}, which {training} lacks; rename "
+                f"or remove it ({len(unknown)} such in all)"
+            )
+        if missing := sorted(splits[training] - names):
+            report.notes.append(f"split {split} lacks {summary(missing)} of the classes; the numbering is {training}'s")
+    return class_order(splits[training])
+
+
+def normal_name(name: str) -> str:
+    """Returns a class name in Unicode's composed form, as file systems differ in the form they keep."""
+    return unicodedata.normalize("NFC", name)
+
+
+# ---- labels ----------------------------------------------------------------------------------------------------------
+
+
+def number_labels(
+    splits: dict[str, list[tuple[str, list[str]]]], multi_label: bool, where: str, report: Report
+) -> Listing:
+    """Turns written labels into class indices, by the rule in the module's docstring.
+
+    Raises:
+        UserError: an image is listed twice, a class number is out of range, or a split has a class of its own.
+    """
+    for split, rows in splits.items():
+        if len(files := collections.Counter(file for file, _ in rows)) < len(rows):
+            raise UserError(f"{shown(where)} lists {shown(files.most_common(1)[0][0])} twice in {split}")
+    written = {label for rows in splits.values() for _, labels in rows for label in labels}
+    if not written:
+        raise UserError(f"{shown(where)} lists no labelled image")
+    names: tuple[str, ...] | None = None
+    if all(re.fullmatch(r"[+-]?[0-9]+", label) for label in written):
+        index = {label: _class_number(label, multi_label, where) for label in written}
+    elif all(_is_number(label) for label in written):
         raise UserError(
-            f"{folder} holds no IDX files such as train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz"
+            f"{shown(where)} has labels such as {min(written, key=lambda x: (x.isdigit(), x))}; class numbers must be "
+            "whole numbers, written as 0, 1, 2"
         )
-    return splits
+    else:
+        named = {split: {normal_name(x) for _, labels in rows for x in labels} for split, rows in splits.items()}
+        names = unite_classes(named, where, report)
+        numbers = {name: i for i, name in enumerate(names)}
+        index = {label: numbers[normal_name(label)] for label in written}
+    numbered: dict[str, list[tuple[str, Label]]] = {}
+    for split, rows in splits.items():
+        numbered[split] = []
+        for file, labels in rows:
+            if not multi_label and index[labels[0]] == -1:
+                report.leave_out("unlabelled (label -1)", file)
+            else:
+                numbered[split].append((file, sorted({index[x] for x in labels}) if multi_label else index[labels[0]]))
+    num_classes = max(index.values()) + 1
+    if num_classes < 1:
+        raise UserError(f"{shown(where)} lists no labelled image: every label is -1")
+    if names is None and (gaps := num_classes - len({i for i in index.values() if i >= 0})):
+        first = next(i for i in range(num_classes) if i not in index.values())
+        report.notes.append(f"{gaps:,} of {num_classes:,} class numbers have no image (the first is {first})")
+    return Listing(names, num_classes, multi_label, numbered, report)
 
 
-def _read_idx(path: Path) -> np.ndarray:
-    """Reads one IDX file of bytes: two zeros, the type (8: uint8), the rank, big-endian sizes, then the values."""
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path} cannot be decompressed: {error}") from None
-    if data[:3] != b"\0\0\x08" or len(data) < 4 + 4 * data[3]:
-        raise UserError(f"{path} is no IDX file of bytes: it begins with {data[:4]!r}")
-    shape = tuple(np.frombuffer(data, ">u4", data[3], 4).astype(int))
-    values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
-    if values.size != np.prod(shape):
-        raise UserError(f"{path} says {shape} values and holds {values.size}: it is cut off or damaged")
-    return values.reshape(shape)
+def _class_number(label: str, multi_label: bool, where: str) -> int:
+    number = int(label) if len(label) < 20 else MAX_CLASSES
+    if number >= MAX_CLASSES or number < (0 if multi_label else -1):
+        raise UserError(
+            f"{shown(where)} has the label {label[:40]}; class numbers must be at least 0 and below {MAX_CLASSES:,}"
+            + ("" if multi_label else ", or -1 for an unlabelled image")
+        )
+    return number
+
+
+def _is_number(label: str) -> bool:
+    with contextlib.suppress(ValueError):
+        float(label)
+        return True
+    return False
