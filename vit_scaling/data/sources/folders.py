@@ -6,7 +6,7 @@
       FOLDER/val/images/2.jpg, FOLDER/val/val_annotations.txt
     FOLDER/train.csv, FOLDER/val.csv          tables of labels (tables.py): every table is a split
 
-Split names are train, training, val, valid, validation, dev, test and testing, in any case, and ImageNet's
+Split names are train, training, val, valid, validation, dev, test, testing and all, in any case, and ImageNet's
 ILSVRC2012_img_train and _val. Hidden and system files and folders are ignored. An image is a file with a usual
 extension (its content decides the format when it is read), or any other file that begins as an image format does.
 """

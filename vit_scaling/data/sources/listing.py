@@ -34,7 +34,7 @@ EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp"}
 """Files with these extensions are images; their content decides the format when they are decoded."""
 OTHER_EXTENSIONS = {".gif", ".apng", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".ppm", ".pgm"}
 TRAINING = ("train", "training")
-SPLITS = {*TRAINING, "val", "valid", "validation", "dev", "test", "testing"}
+SPLITS = {*TRAINING, "val", "valid", "validation", "dev", "test", "testing", "all"}
 
 Label = int | list[int]
 

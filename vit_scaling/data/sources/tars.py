@@ -173,12 +173,14 @@ def _members(stream: Any, path: str, fail: Callable[[str, str], None]) -> Iterat
             continue
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-            if zeros == 1 or info.size < 0:
-                raise tarfile.HeaderError("the header before it is zero" if zeros else "its size is negative")
+            if info.size < 0:
+                raise tarfile.HeaderError("its size is negative")
         except (tarfile.HeaderError, ValueError) as error:
             position = _next_header(stream, position, path, str(error), fail)
             zeros = 0
             continue
+        if zeros == 1:  # the end marker is two blocks of zeros
+            fail(path, f"has a damaged header at byte {position - _BLOCK} (it is zero)")
         zeros = 0
         data = position + _BLOCK
         if info.isdir():
@@ -223,7 +225,7 @@ def _extended(payload: bytes, info: tarfile.TarInfo) -> dict[str, str]:
 
 def _next_header(stream: Any, position: int, path: str, why: str, fail: Callable[[str, str], None]) -> int:
     """Reports a damaged header and returns the position of the next one that is intact."""
-    start = position
+    start, position = position, position + _BLOCK
     while block := stream.read(_BLOCK):
         position += _BLOCK
         if block.strip(b"\0"):
