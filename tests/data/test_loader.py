@@ -277,7 +277,7 @@ def test_composited_images_and_decoder_warnings_are_counted(workers, caplog):
     batches = eval_batches(Files(files), PLAIN, batch_size=4, workers=workers)
     (batch,) = batches
     assert (batch["image"] == 255).all()
-    assert batches.counts == {"skipped": 0, "alpha": 1, "warning": 1}
+    assert batches.counts == {"skipped": 0, "alpha": 1, "warning": 1, "unlabelled": 0}
     assert batches.summary == "1 transparent, 1 decoded with a warning"
     assert workers or "number 1: the JPEG file has no end-of-image marker" in caplog.text
 
@@ -285,6 +285,21 @@ def test_composited_images_and_decoder_warnings_are_counted(workers, caplog):
 def test_evaluation_leaves_a_skipped_record_out():
     (batch,) = eval_batches(Numbers(8, corrupt=[3]), AsItIs(), batch_size=8, on_corrupt="skip")
     assert batch["mask"].tolist() == [True, True, True, False, True, True, True, True]
+
+
+def test_unlabelled_records_are_left_out_in_training_and_evaluation_and_counted():
+    class Partly(Numbers):
+        def __getitem__(self, index):
+            record = super().__getitem__(index)
+            return record | {"label": np.int32(-1)} if index in (3, 7) else record
+
+    evaluation = eval_batches(Partly(8), AsItIs(), batch_size=8)
+    (batch,) = evaluation
+    assert batch["mask"].tolist() == [True, True, True, False, True, True, True, False]
+    assert evaluation.counts["unlabelled"] == 2
+    seen = take(3, Partly(8), AsItIs(), batch_size=8)
+    assert {value for batch in seen for value in values(batch)} == {0, 1, 2, 4, 5, 6}
+    assert all((batch["label"] >= 0).all() for batch in seen)
 
 
 def test_a_set_of_nothing_but_corrupt_records_is_an_error():

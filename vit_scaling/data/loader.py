@@ -174,11 +174,18 @@ class _Read:
         self._status = status
 
     def __call__(self, index: int, rng: np.random.Generator | None, out: np.ndarray | None) -> Example | None:
-        """Returns the example of a record, or None if it is corrupt and skipped; for `out` see `Transform`."""
+        """Returns the example of a record, or None if it is unlabelled (-1), or corrupt and skipped.
+
+        For `out` see `Transform`.
+        """
         self._status.begin(index)
         try:
             codec.take_notes()
-            example = self.transform(self.source[index], rng, out)
+            record = self.source[index]
+            if not self.source.multi_label and record["label"] < 0:
+                self._status.count("unlabelled")
+                return None
+            example = self.transform(record, rng, out)
             for note in codec.take_notes():
                 self._status.count(note.kind)
                 if note.kind == "warning":
@@ -211,11 +218,13 @@ class _TrainExamples:
     def __call__(self, position: int, out: np.ndarray | None) -> Example:
         first = self._order[position // self._repeats]
         rng = self._generators.at(position)
-        for attempt in range(_ATTEMPTS):  # the next record replaces a corrupt one: the same in every run
+        for attempt in range(_ATTEMPTS):  # the next record replaces one that is left out: the same in every run
             example = self._read((first + attempt) % len(self._read.source), rng, out)
             if example is not None:
                 return example
-        raise CorruptImageError(f"{self._read.source.id(first)} and the {_ATTEMPTS - 1} records after it are corrupt")
+        raise CorruptImageError(
+            f"{self._read.source.id(first)} and the {_ATTEMPTS - 1} records after it are corrupt or unlabelled"
+        )
 
 
 class _EvalExamples:

@@ -31,8 +31,13 @@ Batch = dict[str, np.ndarray]
 
 _START_SECONDS = 120.0  # worker processes may take this long to start on a busy host
 
-PID, RECORD, SINCE, SKIPPED, ALPHA, WARNING, COLUMNS = range(7)
-COUNTED = {"skipped": SKIPPED, "alpha": ALPHA, "warning": WARNING}  # what happened to images, beyond being read
+PID, RECORD, SINCE, SKIPPED, ALPHA, WARNING, UNLABELLED, COLUMNS = range(8)
+COUNTED = {
+    "skipped": SKIPPED,
+    "alpha": ALPHA,
+    "warning": WARNING,
+    "unlabelled": UNLABELLED,
+}  # what happened to images, beyond being read
 _worker = 0  # the number of this worker process, 0 in the training process
 
 
@@ -91,7 +96,7 @@ class ReadStatus:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many reads of all threads skipped an image, composited its alpha, or met a decoder's warning."""
+        """How many images were skipped, composited, decoded with a warning, or unlabelled, over all threads."""
         return {event: int(self._table[:, column].sum()) for event, column in COUNTED.items()}
 
     def reading(self) -> list[Reading]:
@@ -170,6 +175,7 @@ class Batches:
     def summary(self) -> str:
         """What `counts` says in words; "" where nothing happened."""
         words = {"skipped": "corrupt and skipped", "alpha": "transparent", "warning": "decoded with a warning"}
+        words["unlabelled"] = "unlabelled and left out"
         return ", ".join(f"{count} {words[event]}" for event, count in self.counts.items() if count)
 
     def close(self) -> None:

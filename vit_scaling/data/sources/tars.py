@@ -194,8 +194,10 @@ def _members(stream: Any, path: str, fail: Callable[[str, str], None]) -> Iterat
             return
         position = data + -(-length // _BLOCK) * _BLOCK
         if special:
-            if info.type != tarfile.XGLTYPE:
-                extended |= _extended(stream.read(length) if length <= _MAX_LABEL_BYTES else b"", info)
+            if length > _MAX_LABEL_BYTES:
+                fail(path, f"has an extended header of {length} bytes at byte {data - _BLOCK}")
+            elif info.type != tarfile.XGLTYPE:
+                extended |= _extended(stream.read(length), info)
             continue
         info.name, info.size = extended.get("path", info.name).rstrip("/"), length
         extended = {}
