@@ -126,7 +126,9 @@ def chinchilla(rows):
         ours, (from_, to) = getattr(law, name), law.interval(name)
         verdict = "inside" if low <= ours <= high else "outside"
         spans = f"{from_:.4g} to {to:.4g}", f"{low:g} to {high:g}"
-        lines.append((name, f"{ours:.4g}", spans[0], f"{value:g}", *spans[1:], verdict, f"{(to - from_) / (high - low):.2f}"))
+        lines.append(
+            (name, f"{ours:.4g}", spans[0], f"{value:g}", *spans[1:], verdict, f"{(to - from_) / (high - low):.2f}")
+        )
     header = ("coefficient", "ours", "our 95% interval", "published", "its interval", "verdict", "ratio of widths")
     return f"{len(loss)} points\n" + names.render_table(header, lines)
 

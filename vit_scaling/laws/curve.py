@@ -3,7 +3,7 @@
     E = c + a x^-b                                           one power law
     E = c + a x^-b (1 + (x / turn)^(1 / WIDTH))^(-s WIDTH)   with one break (arXiv 2210.14891)
 
-The start of a curve follows another law than its end. Residuals therefore count in proportion to x, so that the end
+The start of a curve follows another law than its end. Squared residuals therefore count by x^1.5, so that the end
 decides. The broken law is used only if it predicts the last fifth of the curve better than the plain one does.
 
 R replicates, P points, K = 3 coefficients, or 5 with a break.
@@ -22,9 +22,11 @@ from vit_scaling.laws.fitting import Fitted, Form
 from vit_scaling.laws.robust import Floats, Values
 
 LEAST_POINTS = 6
+LATE = 1.5  # squared residuals count by this power of x
 WIDTH = 0.3  # of the break, in units of log x: about a factor of two to either side
 HELD_OUT = 0.2  # share of the points, the last ones, by which the two laws are compared
 BETTER = 0.7  # the break must bring the error of prediction below this share of the plain law's
+EXACT = 1e-6  # relative error below which the plain law needs no break
 RATES = (0.1, 0.2, 0.4, 0.7, 1.0, 1.5)
 
 
@@ -64,9 +66,7 @@ class CurveLaw(Fitted):
         return np.asarray(low), np.asarray(high)
 
 
-def fit(
-    images: ArrayLike, error: ArrayLike, *, bootstrap: int = 200, level: float = 0.95, seed: int = 0
-) -> CurveLaw:
+def fit(images: ArrayLike, error: ArrayLike, *, bootstrap: int = 200, level: float = 0.95, seed: int = 0) -> CurveLaw:
     """Fits the learning curve of one model, robustly and in relative error.
 
     Args:
@@ -101,14 +101,14 @@ def _break_predicts_better(x: Floats, y: Floats) -> bool:
         float(np.mean(np.log(_law(_solve(x[early], y[early], one, kind)[0], x[last]) / y[last]) ** 2)) ** 0.5
         for kind in (False, True)
     )
-    return broken < BETTER * plain
+    return plain > EXACT and broken < BETTER * plain
 
 
 def _solve(x: Floats, y: Floats, weight_RP: Floats, broken: bool) -> Floats:
     """Returns (c, a, b, turn, s) [R, 5] under each row of weights. Works with x over the largest x."""
     unit_x, unit_y = float(np.max(x)), float(np.max(y))
     u = x / unit_x
-    late = u**2 / np.mean(u**2)  # squared residuals count by the square of x
+    late = u**LATE / np.mean(u**LATE)
     theta = fitting.solve(_form(u, broken), y / unit_y, weight_RP * late, relative=True)
     if broken:
         b, s, log_turn, c, a = theta.T
