@@ -30,6 +30,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "sasa_imagenet": ("50,stem=attention", "26"),
     "aa_resnet_imagenet": ("101", "50"),
     "finetune": ("B/16,cifar10", "L/14,imagenet,res=518,flat", "S/16,pets,res=256x384,crop=inception,probe"),
+    "own_images": ("builtin:mnist,model=mu/7,res=28",),
     "attention_cnn_cifar10": ("learned+content", "quadratic", "gaussian"),
     "attention_cnn_digits": ("gaussian", "quadratic"),
 }

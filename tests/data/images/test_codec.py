@@ -120,11 +120,14 @@ def translucent(glass: Image.Image, kind: str) -> bytes:
         return encode(glass.convert("LA"), "png")
     if kind == "gif":
         return encode(glass.convert("RGB").quantize(16), "gif", transparency=3)
+    if kind == "lossy webp":
+        return encode(glass, "webp", quality=90)
     return encode(glass, kind, **({"lossless": True, "exact": True} if kind == "webp" else {}))
 
 
 @pytest.mark.parametrize(
-    "kind", ["png", "webp", "tiff", "grey", "palette", "palette, a table", "grey key", "colour key", "gif"]
+    "kind",
+    ["png", "webp", "lossy webp", "tiff", "grey", "palette", "palette, a table", "grey key", "colour key", "gif"],
 )
 def test_alpha_is_composited_and_noted(glass, kind):
     data = translucent(glass, kind)

@@ -14,6 +14,7 @@ worker process has its own handles.
     parquet       a folder of Hugging Face's parquet files        the files' names without their numbers
     idx           a folder of IDX files (the MNIST family)        train, test
     mixture       (none: see `parts` and `weights`)               (none)
+    holdout       (none: `parts` names a set to divide)           train, validation (see holdout.py)
 
 A split can be cut as in TFDS: "train[:99%]", "train[1000:2000]", "train+validation". The images of a folder
 and of tar shards are shuffled once, by a fixed rule, so every cut holds images of every class. A label of -1 means
@@ -112,12 +113,12 @@ def find_kind(name: str) -> str:
     return "webdataset" if path.is_dir() and tars.find_shards(path) else "folder"
 
 
-KINDS = ("builtin", "tfds", "array_record", "folder", "webdataset", "parquet", "idx", "mixture")
+KINDS = ("builtin", "tfds", "array_record", "folder", "webdataset", "parquet", "idx", "mixture", "holdout")
 
 
 def _kind(config: SourceConfig) -> Any:
     # Imported here because the modules of the kinds import this one.
-    from vit_scaling.data.sources import array_record, arrays, folder, mixture, parquet, tfds
+    from vit_scaling.data.sources import array_record, arrays, folder, holdout, mixture, parquet, tfds
 
     classes = (
         arrays.BuiltinSource,
@@ -128,6 +129,7 @@ def _kind(config: SourceConfig) -> Any:
         parquet.ParquetSource,
         arrays.IdxSource,
         mixture.MixtureSource,
+        holdout.HoldoutSource,
     )
     if config.kind not in KINDS:
         raise UserError(f"source kind {config.kind!r} is unknown; choose one of {', '.join(KINDS)}")
