@@ -113,7 +113,7 @@ def _source(run: dict[str, Any] | None):
     own = None if run is None else run["evaluation"]["test"] or run["evaluation"]["validation"]
     if own is None:
         raise UserError("--data must be given: these weights name no set of their own")
-    return SourceConfig(**own)
+    return SourceConfig.from_json(own)
 
 
 if __name__ == "__main__":

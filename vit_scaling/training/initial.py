@@ -56,7 +56,7 @@ def class_names(path: str | Path, weights: Weights) -> tuple[str, ...] | None:
     names = record.get("classes")
     if names is None:
         try:
-            names = open_source(SourceConfig(**record["config"]["data"]["train"])).class_names
+            names = open_source(SourceConfig.from_json(record["config"]["data"]["train"])).class_names
         except (UserError, OSError):
             return None  # a run of before names were noted, whose set is no longer there
     return tuple(names) if names and len(names) == weights.num_classes else None

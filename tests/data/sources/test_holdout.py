@@ -1,6 +1,8 @@
 """A validation split that is made: by class, the same every time, with near-duplicates on one side."""
 
+import dataclasses
 import io
+import json
 
 import numpy as np
 import pytest
@@ -98,6 +100,10 @@ def test_the_source_has_two_sides_of_one_set(tmp_path):
         return sources.open_source(SourceConfig("holdout", split=split, parts=(whole,), weights=(0.8, 0.2)))
 
     train, validation = side("train"), side("validation")
+    written = dataclasses.asdict(SourceConfig("holdout", split="train", parts=(whole,), weights=(0.8, 0.2)))
+    assert (
+        len(sources.open_source(SourceConfig.from_json(json.loads(json.dumps(written))))) == 16
+    )  # from a run's config.json
     assert (len(train), len(validation)) == (16, 4)
     names = [source.id(index) for source in (train, validation) for index in range(len(source))]
     assert sorted(names) == sorted(str(path) for path in tmp_path.rglob("*.jpg"))

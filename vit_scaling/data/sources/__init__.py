@@ -23,6 +23,7 @@ unlabelled: training and evaluation leave the image out and count it.
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -46,6 +47,12 @@ class SourceConfig:
     """Mixture: the SourceConfigs of its parts, which must have the same classes."""
     weights: tuple[float, ...] = ()
     """Mixture: each part's share of the training examples, in any unit."""
+
+    @staticmethod
+    def from_json(fields: Mapping[str, Any]) -> "SourceConfig":
+        """Returns the source that a run's config.json holds."""
+        parts = tuple(SourceConfig.from_json(part) for part in fields.get("parts", ()))
+        return SourceConfig(**{**fields, "parts": parts, "weights": tuple(fields.get("weights", ()))})
 
 
 @runtime_checkable
