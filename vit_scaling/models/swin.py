@@ -96,9 +96,8 @@ def check(config: SwinConfig) -> None:
     """Raises UserError, in one sentence, for the first field that cannot work."""
     choices = {"version": (1, 2), "gelu": tuple(layers.GELUS), "dtype": layers.DTYPES}
     choices["remat"] = tuple(layers.REMAT_POLICIES)
-    layers.check(
-        config, choices=choices, positive=("width", "window", "patch", "mlp_ratio"), rates=("drop_path", "norm_eps")
-    )
+    positive, rates = ("width", "window", "patch", "mlp_ratio"), ("drop_path", "norm_eps")
+    layers.check(config, choices=choices, positive=positive, rates=rates)
     if not config.depths or any(depth < 2 or depth % 2 for depth in config.depths):
         raise UserError(f"model.depths {config.depths} must be even numbers: blocks come in pairs, plain and shifted")
     for field in ("heads", "pretrained_windows"):
@@ -239,8 +238,7 @@ class Pair(nnx.Module):
 class Merging(nnx.Module):
     """Joins 2 x 2 tokens into one of twice the width (V1 section 3.1); a missing row or column is zero.
 
-    Their order is (row, column) = (0, 0), (1, 0), (0, 1), (1, 1). V1 normalizes before the linear map,
-    V2 after it.
+    Their order is (row, column) = (0, 0), (1, 0), (0, 1), (1, 1). V1 normalizes before the linear map, V2 after it.
     """
 
     def __init__(self, config: SwinConfig, stage: int, *, key: PRNGKeyArray):
@@ -316,9 +314,8 @@ class Stage(nnx.Module):
 class Swin(nnx.Module):
     """Images to logits. Parameters of pairs of blocks are stacked: `stage1/blocks/...` has a leading axis P.
 
-    Any height and width of at least one patch: what does not fill a patch, a merge or a window is padded with zeros
-    at the bottom and right, and a grid smaller than the window has a smaller one (see `ops.windows`). An absolute
-    position embedding belongs to the size that the model was built for.
+    Any height and width of at least one patch: incomplete patches, merges and windows are padded with zeros at the
+    bottom and right; a grid smaller than the window has a smaller one. Absolute positions belong to one image size.
     """
 
     def __init__(self, config: SwinConfig, *, image_size: tuple[int, int], num_classes: int, key: PRNGKeyArray):
