@@ -97,6 +97,17 @@ def test_empty_and_foreign_files_are_refused(tmp_path):
             tars.list_tars(tmp_path)
 
 
+def test_the_zeroed_header_of_an_empty_file_is_no_end_marker(tmp_path):
+    path = write_tar(tmp_path / "train-0.tar", [*sample("a"), ("empty.txt", b""), *sample("b", 1)])
+    with tarfile.open(path) as archive:
+        offset = archive.getmember("empty.txt").offset
+    whole = path.read_bytes()
+    path.write_bytes(whole[:offset] + bytes(512) + whole[offset + 512 :])
+    with pytest.raises(UserError, match=rf"has a damaged header at byte {offset} \(it is zero\)"):
+        tars.list_tars(tmp_path)
+    assert len(names(tars.list_tars(tmp_path, on_corrupt="skip"))) == 2
+
+
 # ---- samples ---------------------------------------------------------------------------------------------------------
 
 

@@ -32,6 +32,10 @@ class MixtureSource:
         self.multi_label = first.multi_label
         self.starts = list(itertools.accumulate([len(part) for part in self.parts[:-1]], initial=0))
 
+    @staticmethod
+    def splits(config: SourceConfig) -> list[str]:
+        raise UserError("a mixture has no splits of its own; name one of its parts")
+
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)
 
