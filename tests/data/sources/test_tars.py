@@ -225,9 +225,7 @@ def test_compressed_shards_are_listed_and_not_read_in_place(tmp_path):
 
 
 def test_a_shard_that_inflates_beyond_reason_is_refused(tmp_path):
-    with gzip.open(tmp_path / "train-0.tar.gz", "wb", compresslevel=1) as stream:
-        for _ in range(200):
-            stream.write(bytes(1 << 20))
+    (tmp_path / "train-0.tar.gz").write_bytes(6 * gzip.compress(bytes(32 << 20), 1))
     with pytest.raises(UserError, match="inflates to more than 100 times its size"):
         tars.list_tars(tmp_path, expanded=tmp_path / "expanded")
 
