@@ -33,6 +33,7 @@ _OWN_FLAGS = ("parallel", "print", "only", "report")
 def main(argv: Sequence[str]) -> None:
     del argv
     # Heavy imports wait until the flags are known to be good, so that a typo is answered at once.
+    from vit_scaling.pages import study as study_page
     from vit_scaling.studies import grid, report, runner, scaling
     from vit_scaling.studies import table as runs
 
@@ -70,8 +71,9 @@ def main(argv: Sequence[str]) -> None:
     runs.write(workdir / "runs.csv", table)
     unfinished = {job.name: failed.get(job.name, "has not run yet") for job in jobs if not runner.done(job, workdir)}
     path = report.write(workdir, f"Scaling study {workdir.name}", table, study.budgets, unfinished)
+    shown = study_page.write(workdir, f"Scaling study {workdir.name}", table, unfinished)
     print(path.read_text().split("\n## ")[1])
-    print(f"report:  {path}\ntable:   {workdir / 'runs.csv'}\nfigures: {workdir / 'figures'}")
+    print(f"report:  {path} and {shown}\ntable:   {workdir / 'runs.csv'}\nfigures: {workdir / 'figures'}")
     _leave_if(failed, len(jobs))
 
 

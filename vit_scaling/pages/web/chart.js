@@ -8,9 +8,9 @@ function ticks(low, high, log, count) {
   if (log) {
     const from = Math.floor(Math.log10(low)), to = Math.ceil(Math.log10(high));
     const every = Math.max(1, Math.ceil((to - from) / count));
-    for (const steps of [[1], [1, 3], [1, 2, 5]]) {
+    for (const [stride, steps] of [[every, [1]], [1, [1]], [1, [1, 3]], [1, [1, 2, 5]]]) {
       const found = [];
-      for (let power = from; power <= to; power += every) {
+      for (let power = from; power <= to; power += stride) {
         for (const step of steps) {
           const value = step * 10 ** power;
           if (value >= low * 0.9999 && value <= high * 1.0001) found.push(value);
