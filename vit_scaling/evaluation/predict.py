@@ -23,6 +23,7 @@ from vit_scaling.data import loader
 from vit_scaling.data.config import DataConfig
 from vit_scaling.data.images import codec
 from vit_scaling.data.images.transforms import Transform, TransformConfig, transform
+from vit_scaling.data.sources.listing import Place
 from vit_scaling.evaluation.model import Frozen
 from vit_scaling.interop import Weights
 from vit_scaling.parallel import sharding
@@ -221,8 +222,7 @@ class _Reader:
     def __call__(self, record: dict[str, Any], rng: Any, out: np.ndarray | None = None) -> dict[str, Any]:
         index = record["image"]
         try:
-            with open(self._files[index], "rb") as stream:
-                data = stream.read()
+            data = Place(self._files[index]).read()  # never from a device or a pipe, and at most 100 MB
             return self._convert({"image": data, "label": record["label"]}, rng, out)
         except (OSError, UserError) as error:
             self.errors[index] = error.strerror or str(error) if isinstance(error, OSError) else str(error)
