@@ -15,6 +15,7 @@ from PIL import Image
 from tests import tiny
 from vit_scaling import UserError, interop, models
 from vit_scaling.data import mixing
+from vit_scaling.data.images import codec
 from vit_scaling.data.images.transforms import TransformConfig
 from vit_scaling.evaluation import model, predict
 from vit_scaling.parallel.mesh import MeshConfig
@@ -86,7 +87,7 @@ def test_predictions_are_the_models_probabilities_in_order(weights: Path, images
 
     good = [prediction for prediction in found if prediction.error is None]
     assert len(good) == COUNT - 1
-    pixels = np.stack([np.asarray(Image.open(p.file)) for p in good])
+    pixels = np.stack([codec.decode(Path(p.file).read_bytes()) for p in good])
     description, *arrays = models.split(read.module())
     net = models.merge(description, *arrays)
     logits = np.asarray(jax.jit(lambda x: net(mixing.to_float(x)))(pixels))
@@ -144,7 +145,8 @@ def test_the_command_writes_json_features_and_a_sheet(weights: Path, images: Pat
     with np.load(features) as saved:
         assert saved["files"].tolist() == [row["file"] for row in rows]
         assert saved["features"].shape == (COUNT, 16)
-    assert Image.open(sheet).size == (8 * 136, 3 * 152)
+    with Image.open(sheet) as picture:
+        assert picture.size == (8 * 136, 3 * 152)
 
     table = tmp_path / "table.csv"
     done = run(str(images / "00.png"), "--format=csv", "--top=1", f"--output={table}")
