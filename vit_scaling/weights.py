@@ -29,6 +29,12 @@ _LAYOUT = flags.DEFINE_enum("layout", "huggingface", LAYOUTS, "Whose names an ex
 _IMAGE_SIZE = flags.DEFINE_string("image_size", None, "Adapt to this size, HEIGHTxWIDTH or one number.")
 _NUM_CLASSES = flags.DEFINE_integer("num_classes", None, "Adapt to so many classes: a fresh classifier.", 1)
 _CLASSES = flags.DEFINE_string("classes", None, "File with one number a line: for each new class the old one.")
+_TRAINED_SIZE = flags.DEFINE_string(
+    "trained_size", None, "Size the weights were trained at, where the file leaves it open."
+)
+_NORMALISATION = flags.DEFINE_string(
+    "normalisation", None, "half, imagenet, clip, none, or three means and three stds."
+)
 _IGNORE = flags.DEFINE_multi_string("ignore", [], "Pattern of tensors that may be left over; may be repeated.")
 _EMA = flags.DEFINE_bool("ema", False, "Of a run: its average of the parameters.")
 
@@ -40,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     # Heavy imports wait until the flags are known to be good, so that a typo is answered at once.
     from vit_scaling import config as config_lib
     from vit_scaling import interop
-    from vit_scaling.interop import card
+    from vit_scaling.interop import card, normalisation
     from vit_scaling.training import initial, workdir
 
     weights = initial.read(
@@ -49,6 +55,10 @@ def main(argv: Sequence[str]) -> None:
             image_size=config_lib.image_size("--image_size", _IMAGE_SIZE.value) if _IMAGE_SIZE.value else None,
             num_classes=_NUM_CLASSES.value,
             class_map=_class_map(_CLASSES.value),
+            trained_size=(
+                config_lib.image_size("--trained_size", _TRAINED_SIZE.value) if _TRAINED_SIZE.value else None
+            ),
+            normalisation=normalisation.named(_NORMALISATION.value) if _NORMALISATION.value else None,
         ),
         ignore=_IGNORE.value,
         ema=_EMA.value,
@@ -102,6 +112,7 @@ def _table(weights) -> str:
     total = sum(leaf.size for leaf in leaves.values())
     height, image_width = weights.image_size
     fresh = ", from zero" if weights.fresh_head else ""
+    names = weights.class_names
     return "\n".join(
         [
             *lines,
@@ -109,7 +120,9 @@ def _table(weights) -> str:
             f"layout:     {weights.layout}",
             f"model:      {weights.config!r}",
             f"images:     {height} x {image_width}",
-            f"classes:    {weights.num_classes}{fresh}",
+            f"classes:    {weights.num_classes}{fresh}" + (f", {', '.join(names[:3])}, ..." if names else ""),
+            f"pixels:     {weights.normalisation or 'not said: give --normalisation'}",
+            f"assumed:    {', '.join(weights.assumed) or 'nothing'}",
             f"parameters: {total:,}",
         ]
     )

@@ -20,8 +20,8 @@ import safetensors.numpy
 
 from tests.golden import fill
 from vit_scaling import interop, models, names
-from vit_scaling.interop import files
-from vit_scaling.models import resnet, swin, vit
+from vit_scaling.interop import files, normalisation
+from vit_scaling.models import adapt, resnet, swin, vit
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "files.json").read_text())
@@ -132,7 +132,7 @@ def test_official_swin_names_and_buffers(name: str, tmp_path: pathlib.Path) -> N
     official["layers.0.blocks.1.attn_mask"] = np.zeros((4, 16, 16), np.float32)
     official["layers.0.blocks.0.attn.relative_coords_table"] = np.zeros((1, 7, 7, 2), np.float32)
     config = swin.SwinConfig(version=2 if "V2" in name else 1, width=16, depths=(4, 2), heads=(2, 4), window=4)
-    model = interop.load(write(tmp_path / "official", official), config, image_size=(64, 64))
+    model = interop.load(write(tmp_path / "official", official), config, trained_size=(64, 64))
     assert_same(model, interop.load(reference_file(name, tmp_path / "timm")))
     actual = outputs(model, fill.images(name, (2, 64, 64, 3)))
     np.testing.assert_allclose(actual, LOGITS[name], atol=2e-5, rtol=0)
@@ -188,7 +188,7 @@ def test_npz_of_vision_transformer_and_big_vision(style: str, pool: str, tmp_pat
     config = dataclasses.replace(VIT, pool=pool, pre_logits=style == "vision_transformer")
     model = make(config)
     np.savez(tmp_path / "weights.npz", **flax_names(model, style))
-    loaded = interop.load(tmp_path / "weights.npz", image_size=SIZE)
+    loaded = interop.load(tmp_path / "weights.npz", trained_size=SIZE)
     assert loaded.config == config
     one, other = leaves(loaded), leaves(model)
     assert one.keys() == other.keys()
@@ -201,13 +201,13 @@ def test_bfloat16_stored_as_void(tmp_path: pathlib.Path) -> None:
     model = make(dataclasses.replace(VIT, pool="gap"))
     tensors = {name: leaf.astype(ml_dtypes.bfloat16) for name, leaf in flax_names(model, "params").items()}
     np.savez(tmp_path / "half.npz", **{name: leaf.view(np.dtype("V2")) for name, leaf in tensors.items()})
-    loaded = leaves(interop.load(tmp_path / "half.npz", image_size=SIZE))
+    loaded = leaves(interop.load(tmp_path / "half.npz", trained_size=SIZE))
     for path, leaf in leaves(model).items():
         np.testing.assert_array_equal(loaded[path], leaf.astype(ml_dtypes.bfloat16).astype(np.float32), err_msg=path)
     safetensors.numpy.save_file(tensors, tmp_path / "half.safetensors")
     assert_same(
-        interop.load(tmp_path / "half.safetensors", image_size=SIZE),
-        interop.load(tmp_path / "half.npz", image_size=SIZE),
+        interop.load(tmp_path / "half.safetensors", trained_size=SIZE),
+        interop.load(tmp_path / "half.npz", trained_size=SIZE),
     )
 
 
@@ -360,7 +360,7 @@ def test_a_config_that_contradicts_the_weights(tmp_path: pathlib.Path) -> None:
         interop.load(reference_file("hf ViT with pooler, no classifier", tmp_path / "bare"))
     model = make(dataclasses.replace(VIT, pool="gap"), (24, 40))
     np.savez(tmp_path / "odd.npz", **flax_names(model, "params"))
-    with pytest.raises(ValueError, match="position table of 15 rows is of no square grid; give the image_size"):
+    with pytest.raises(ValueError, match="position table of 15 rows is of no square grid; give the trained_size"):
         interop.load(tmp_path / "odd.npz")
 
 
@@ -427,7 +427,7 @@ def test_files_that_are_refused(
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_bytes(content())
     with pytest.raises(ValueError, match=sentence):
-        interop.load(tmp_path / name, image_size=SIZE)
+        interop.load(tmp_path / name, trained_size=SIZE)
     assert [path.name for path in tmp_path.iterdir()] == [name], "something was executed or written"
 
 
@@ -446,7 +446,7 @@ def test_oversize_tensors_are_refused_by_their_shape_alone(tmp_path: pathlib.Pat
     with pytest.raises(
         ValueError, match=r"Dense_0/kernel' has the shape \(1048576, 1048576\); the model needs \(16, 24"
     ):
-        interop.load(tmp_path / "big.safetensors", image_size=SIZE)
+        interop.load(tmp_path / "big.safetensors", trained_size=SIZE)
 
 
 def test_folders(tmp_path: pathlib.Path) -> None:
@@ -471,3 +471,122 @@ def test_folders(tmp_path: pathlib.Path) -> None:
         interop.load(tmp_path / "empty")
     with pytest.raises(ValueError, match="there is no weight file or folder"):
         interop.load(tmp_path / "absent")
+
+
+# ---- What travels with the weights
+
+
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+
+
+def processed(folder: pathlib.Path, **fields: Any) -> pathlib.Path:
+    """Returns the folder of "hf ViT" with a preprocessor_config.json beside it."""
+    reference_file("hf ViT", folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def test_the_normalisation_is_read_from_the_preprocessor(tmp_path: pathlib.Path) -> None:
+    crop = {"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}}
+    weights = interop.read(processed(tmp_path / "a", **IMAGENET, resample=3, **crop))
+    found = weights.known_normalisation()
+    assert (found.mean, found.std) == normalisation.IMAGENET
+    assert (weights.config.mean, weights.config.std) == normalisation.IMAGENET
+    assert (found.interpolation, found.crop_ratio, found.crop_mode) == ("bicubic", 0.875, "center")
+    assert found.input_size == (224, 224)
+    squashed = interop.read(processed(tmp_path / "b", **IMAGENET, size={"height": 64, "width": 64}))
+    assert squashed.known_normalisation().crop_mode == "squash"
+    assert interop.describe(tmp_path / "a")[0].mean == normalisation.IMAGENET[0]
+
+
+def test_an_unknown_normalisation_is_asked_for(tmp_path: pathlib.Path) -> None:
+    weights = interop.read(reference_file("hf ViT", tmp_path / "file"))
+    assert weights.normalisation is None
+    for layout in ("huggingface", "timm", "vit_scaling"):
+        with pytest.raises(ValueError, match="which mean and std their images have; say it with"):
+            interop.write(weights, tmp_path / "export", layout=layout)
+    asked = interop.read(tmp_path / "file", interop.Target(normalisation=normalisation.named("clip")))
+    assert asked.config.mean == normalisation.CLIP[0]
+    with pytest.raises(ValueError, match="choose one of half, imagenet, clip, none"):
+        normalisation.named("imagenet21k")
+    assert normalisation.named("0.1,0.2,0.3,0.4,0.5,0.6").std == (0.4, 0.5, 0.6)
+
+
+@pytest.mark.parametrize("fields", [{"image_mean": [123.7, 116.3, 103.5], "image_std": [58, 57, 57]}])
+def test_a_normalisation_of_other_pixels_is_refused(fields: Any, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match="must be three numbers from 0 to 1, of pixels in"):
+        interop.read(processed(tmp_path / "a", **fields))
+    with pytest.raises(ValueError, match=r"rescale_factor 1\.0; pixels are divided by 255 here"):
+        interop.read(processed(tmp_path / "b", **IMAGENET, rescale_factor=1.0))
+
+
+@pytest.mark.parametrize("layout", ["huggingface", "timm", "vit_scaling"])
+def test_exports_carry_pixels_and_names(layout: str, tmp_path: pathlib.Path) -> None:
+    """Mean, std, interpolation, crop and the names of the classes survive the way out and in."""
+    crop = {"size": {"shortest_edge": 80}, "do_center_crop": True, "crop_size": {"height": 64, "width": 64}}
+    folder = processed(tmp_path / "file", **IMAGENET, resample=3, **crop)
+    config = json.loads((folder / "config.json").read_text())
+    names_ = tuple(f"bird {index}" for index in range(7))
+    config |= {"id2label": {str(i): name for i, name in enumerate(names_)}, "layer_norm_eps": 1e-6}
+    (folder / "config.json").write_text(json.dumps(config))
+    before = interop.read(folder)
+    assert before.class_names == names_
+    interop.write(before, tmp_path / "export", layout=layout)
+    after = interop.read(tmp_path / "export")
+    assert after.class_names == names_
+    one, other = before.known_normalisation(), after.known_normalisation()
+    for field in ("mean", "std", "interpolation", "crop_ratio", "crop_mode"):
+        assert getattr(one, field) == getattr(other, field), field
+    mapped = before.adapted(interop.Target(class_map=(6, 0)))
+    assert mapped.class_names == ("bird 6", "bird 0")
+
+
+def test_families_without_a_word_on_pixels(tmp_path: pathlib.Path) -> None:
+    np.savez(tmp_path / "w.npz", **flax_names(make(dataclasses.replace(VIT, pool="gap"), (16, 16)), "params"))
+    assert interop.describe(tmp_path / "w.npz")[0].mean == normalisation.HALF[0]
+    swin_ = write(tmp_path / "swin", reference_tensors("timm Swin"))
+    assert interop.describe(swin_)[0].mean == normalisation.IMAGENET[0]
+
+
+# ---- Grids and classes that could be two things
+
+
+def test_a_square_table_is_resampled_and_not_reshaped(tmp_path: pathlib.Path) -> None:
+    """36 rows for images of 4 x 9 patches: the table of the .npz is a square of 6 x 6."""
+    model = make(dataclasses.replace(VIT, pool="gap"), (48, 48))
+    np.savez(tmp_path / "w.npz", **flax_names(model, "params"))
+    table = leaves(model)["position_embedding"]
+    loaded = leaves(interop.load(tmp_path / "w.npz", image_size=(32, 72)))["position_embedding"]
+    np.testing.assert_array_equal(loaded, adapt.resize_positions(table, (6, 6), (4, 9)))
+    assert np.abs(loaded - table).max() > 0.1
+
+
+def test_a_row_that_may_be_the_class_tokens_is_asked_for(tmp_path: pathlib.Path) -> None:
+    """225 rows are 15 x 15 patches, or 16 x 14 and the class token."""
+    model = make(dataclasses.replace(VIT, gelu="exact"), (128, 112))
+    interop.save(model, tmp_path / "file", layout="timm")
+    (tmp_path / "file" / "config.json").unlink()
+    told = interop.Target(vit.ViTConfig(16, 2, 24, 2, (8, 8), pool="token", gelu="exact"))
+    with pytest.raises(ValueError, match=r"225 rows fits more than one grid; give the trained_size"):
+        interop.read(tmp_path / "file", told)
+    again = interop.load(tmp_path / "file", told.config, trained_size=(128, 112))
+    assert_same(again, model)
+
+
+def test_class_counts_are_checked(tmp_path: pathlib.Path) -> None:
+    path = reference_file("hf ViT", tmp_path / "file")
+    for target, sentence in (({"num_classes": 0}, "num_classes is 0"), ({"class_map": ()}, "the class map is empty")):
+        with pytest.raises(ValueError, match=sentence):
+            interop.load(path, **target)
+
+
+def test_other_kinds_of_hugging_face_are_named(tmp_path: pathlib.Path) -> None:
+    path = write(tmp_path / "deit", reference_tensors("hf ViT"), {"model_type": "beit"})
+    with pytest.raises(ValueError, match=r"config\.json says model_type 'beit'; of Hugging Face's models vit, siglip"):
+        interop.load(path)
+
+
+def test_a_pooler_beside_a_classifier_stands_idle(tmp_path: pathlib.Path) -> None:
+    extra = {"vit.pooler.dense.weight": np.ones((48, 48), np.float32), "vit.pooler.dense.bias": np.ones(48, np.float32)}
+    both = write(tmp_path / "both", reference_tensors("hf ViT") | extra, RECORDS["hf ViT"]["config"])
+    assert_same(interop.load(both), interop.load(reference_file("hf ViT", tmp_path / "plain")))

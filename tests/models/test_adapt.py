@@ -74,15 +74,15 @@ def test_classes(tmp_path: pathlib.Path):
     np.savez(tmp_path / "w.npz", **flax_names(model, "params"))
     images = fill.images("x", (2, *SIZE, 3))
     before = outputs(model, images)
-    np.testing.assert_allclose(outputs(interop.load(tmp_path / "w.npz", image_size=SIZE), images), before, atol=1e-6)
-    fresh = interop.load(tmp_path / "w.npz", image_size=SIZE, num_classes=3)
+    np.testing.assert_allclose(outputs(interop.load(tmp_path / "w.npz", trained_size=SIZE), images), before, atol=1e-6)
+    fresh = interop.load(tmp_path / "w.npz", trained_size=SIZE, num_classes=3)
     np.testing.assert_array_equal(outputs(fresh, images), np.zeros((2, 3)))
-    mapped = interop.load(tmp_path / "w.npz", image_size=SIZE, class_map=(4, 0, 4))
+    mapped = interop.load(tmp_path / "w.npz", trained_size=SIZE, class_map=(4, 0, 4))
     np.testing.assert_allclose(outputs(mapped, images), before[:, [4, 0, 4]], atol=1e-6)
     with pytest.raises(ValueError, match="names class 5; the weights have classes 0 to 4"):
-        interop.load(tmp_path / "w.npz", image_size=SIZE, class_map=(0, 5))
+        interop.load(tmp_path / "w.npz", trained_size=SIZE, class_map=(0, 5))
     with pytest.raises(ValueError, match="class map has 2 entries"):
-        interop.load(tmp_path / "w.npz", image_size=SIZE, num_classes=3, class_map=(0, 1))
+        interop.load(tmp_path / "w.npz", trained_size=SIZE, num_classes=3, class_map=(0, 1))
 
 
 def test_swin_v2_keeps_its_positions_in_other_windows(tmp_path: pathlib.Path):

@@ -37,7 +37,12 @@ class Frozen:
 
 
 def freeze(weights: Weights, mesh_config: mesh_lib.MeshConfig) -> Frozen:
-    """Returns the model on a mesh, parameters sharded by the table of rules."""
+    """Returns the model on a mesh, parameters sharded by the table of rules.
+
+    Raises:
+        UserError: nobody says which mean and std the weights' images have.
+    """
+    weights.known_normalisation()
     mesh = mesh_lib.create(mesh_config)
     graphdef = models.split(weights.abstract())[0]
 

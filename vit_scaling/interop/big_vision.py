@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import re
 
-from vit_scaling.interop import convert
+from vit_scaling.interop import convert, normalisation
 from vit_scaling.interop.convert import Entry, entry
 from vit_scaling.interop.files import Stored
 from vit_scaling.interop.layout import Described, Json, Layout, Tensors, shape_of, vit_grid
@@ -53,11 +53,12 @@ def canonical(tensors: Tensors) -> dict[str, Stored] | None:
     return renamed
 
 
-def describe(tensors: Tensors, neighbour: Json | None, image_size: tuple[int, int] | None) -> Described:
+def describe(tensors: Tensors, neighbour: Json | None, trained_size: tuple[int, int] | None) -> Described:
     del neighbour
     height, width, _, features = shape_of(tensors, "embedding/kernel", 4)
     token = "cls" in tensors
-    size, class_row = vit_grid(shape_of(tensors, POSITIONS, 3)[1], (height, width), token, image_size)
+    rows = shape_of(tensors, POSITIONS, 3)[1]
+    size, prefix_rows = vit_grid(rows, (height, width), (1, 0) if token else (0,), trained_size, square=True)
     attention = "Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel"
     config = vit.ViTConfig(
         width=features,
@@ -71,10 +72,11 @@ def describe(tensors: Tensors, neighbour: Json | None, image_size: tuple[int, in
         norm_eps=1e-6,
     )
     classes = shape_of(tensors, "head/kernel", 2)[1] if "head/kernel" in tensors else None
-    return Described(config, size, classes, ("gelu", "norm_eps"), class_row)
+    found = normalisation.family("google .npz")
+    return Described(config, size, classes, ("gelu", "norm_eps"), prefix_rows, normalisation=found)
 
 
-def entries(config: ModelConfig, class_row: bool, head: bool) -> list[Entry]:
+def entries(config: ModelConfig, prefix_rows: int, head: bool) -> list[Entry]:
     assert isinstance(config, vit.ViTConfig)
 
     def same(theirs: str, ours: str, *names: str) -> list[Entry]:
@@ -90,7 +92,7 @@ def entries(config: ModelConfig, class_row: bool, head: bool) -> list[Entry]:
     found = same("embedding", "embedding")
     found.append(
         Entry(POSITIONS, ("class_token+", "position_embedding"), "lead", axis=1)
-        if class_row
+        if prefix_rows
         else entry(POSITIONS, "position_embedding", "lead")
     )
     found += [entry("cls", "class_token", "lead")] if config.pool == "token" else []

@@ -24,6 +24,7 @@ import safetensors.numpy
 from vit_scaling import UserError
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
+PROCESSOR = "preprocessor_config.json"
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
 MAX_INFLATION = 16  # weights hardly compress; an archive that claims to hold so many times its size is a bomb
 _SAFETENSORS_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -94,6 +95,13 @@ def _neighbour(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     return read_json(path)
+
+
+def processor(path: str | Path) -> dict[str, Any] | None:
+    """Returns what preprocessor_config.json beside a weight file, or in its folder, says; None if there is none."""
+    path = Path(path)
+    beside = (path if path.is_dir() else path.parent) / PROCESSOR
+    return read_json(beside) if beside.exists() else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

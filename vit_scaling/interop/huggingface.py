@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from vit_scaling import UserError
-from vit_scaling.interop import convert
+from vit_scaling.interop import convert, normalisation, timm
 from vit_scaling.interop.convert import Entry, entry
 from vit_scaling.interop.layout import (
     Described,
@@ -22,6 +22,7 @@ from vit_scaling.interop.layout import (
     vit_grid,
     vit_heads,
 )
+from vit_scaling.interop.normalisation import Normalisation
 from vit_scaling.interop.timm import refuse
 from vit_scaling.models import ModelConfig, swin, vit
 from vit_scaling.ops import windows
@@ -31,7 +32,13 @@ IGNORED = (
     # Beside an image model in one file: a text tower, and what compares the two.
     r"text_model\..*|logit_scale|logit_bias",
 )
-ACTIVATIONS = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
+ACTIVATIONS = {
+    "gelu": "exact",
+    "gelu_new": "tanh",
+    "gelu_pytorch_tanh": "tanh",
+    "gelu_fast": "tanh",
+    "quick_gelu": "quick",
+}
 # Newer module names to the files'; the first groups belong to Swin and ViT alike.
 _RENAME = (
     (r"^(vit|swin|swinv2|vision_model)\.", ""),
@@ -45,6 +52,7 @@ _RENAME = (
     (r"(?<!pooler\.)(?<!head\.)\bmlp\.fc1\.", "intermediate.dense."),
     (r"(?<!pooler\.)(?<!head\.)\bmlp\.fc2\.", "output.dense."),
 )
+MODEL_TYPES = ("vit", "siglip", "siglip_vision_model", "swin", "swinv2")
 _QKV = {"q": "query", "k": "key", "v": "value"}
 
 
@@ -62,12 +70,20 @@ def canonical(tensors: Tensors) -> dict[str, Any] | None:
     if siglip and "classifier.weight" in renamed:
         # Then the mean of the tokens is classified, and the attention pooling of the pretraining stands idle.
         renamed = {name: tensor for name, tensor in renamed.items() if not name.startswith("head.")}
+    if "classifier.weight" in renamed:
+        # ForImageClassification reads the class token; a pooler in the same file stands idle.
+        renamed = {name: tensor for name, tensor in renamed.items() if not name.startswith("pooler.")}
     return renamed
 
 
-def describe(tensors: Tensors, neighbour: Json | None, image_size: tuple[int, int] | None) -> Described:
+def describe(tensors: Tensors, neighbour: Json | None, trained_size: tuple[int, int] | None) -> Described:
     told: dict[str, Any] = dict(neighbour or {})
     told = {**told, **(told.get("vision_config") or {})}
+    kind = told.get("model_type")
+    if kind is not None and kind not in MODEL_TYPES:
+        raise UserError(
+            f"config.json says model_type {kind!r}; of Hugging Face's models {', '.join(MODEL_TYPES)} are read here"
+        )
     assumed = [] if "layer_norm_eps" in told else ["norm_eps"]
     assumed += [] if "hidden_act" in told else ["gelu"]
     activation = str(told.get("hidden_act", "gelu"))
@@ -77,9 +93,10 @@ def describe(tensors: Tensors, neighbour: Json | None, image_size: tuple[int, in
     classes = shape_of(tensors, "classifier.weight", 2)[0] if "classifier.weight" in tensors else None
     if any(name.startswith("encoder.layers.0.blocks.") for name in tensors):
         config, tables = _describe_swin(tensors, told, assumed, common)
-        size = swin_size(tables, config.window, size_pair(told.get("image_size")) or image_size)
+        size = swin_size(tables, config.window, size_pair(told.get("image_size")) or trained_size)
         unknown = tuple(field for field in assumed if field == "window")
-        return Described(config, size, classes, tuple(assumed), unknown=unknown)
+        found, names = normalisation.family("swin"), _class_names(told)
+        return Described(config, size, classes, tuple(assumed), 0, unknown, found, names)
     siglip = "embeddings.patch_embedding.weight" in tensors
     config_, rows = _describe_siglip(tensors) if siglip else _describe_vit(tensors)
     heads = told.get("num_attention_heads")
@@ -89,11 +106,21 @@ def describe(tensors: Tensors, neighbour: Json | None, image_size: tuple[int, in
     config_.heads = int(heads)
     config_.gelu = "tanh" if siglip and "gelu" in assumed else common["gelu"]
     config_.norm_eps = float(told.get("layer_norm_eps", 1e-6 if siglip else 1e-12))
-    size, class_row = vit_grid(
-        rows, config_.patch, config_.pool == "token", size_pair(told.get("image_size")), image_size
-    )
+    prefixes = (1,) if config_.pool == "token" else (0,)
+    size, prefix_rows = vit_grid(rows, config_.patch, prefixes, size_pair(told.get("image_size")) or trained_size)
     unknown = ("heads",) if "heads" in assumed and vit_heads(config_.width) is None else ()
-    return Described(config_, size, classes, tuple(assumed), class_row, unknown)
+    family = normalisation.family("siglip") if siglip else None
+    names = _class_names(told)
+    return Described(config_, size, classes, tuple(assumed), prefix_rows, unknown, family, names)
+
+
+def _class_names(told: Json) -> tuple[str, ...] | None:
+    """Returns the names of id2label in order; None where they are missing or only numbered (LABEL_0)."""
+    labels = told.get("id2label") or {}
+    names = [labels.get(str(index)) for index in range(len(labels))]
+    if not names or any(name is None for name in names) or all(re.fullmatch(r"LABEL_\d+", str(n)) for n in names):
+        return None
+    return tuple(str(name) for name in names)
 
 
 def _describe_vit(tensors: Tensors) -> tuple[vit.ViTConfig, int]:
@@ -156,11 +183,11 @@ def _describe_swin(
     return config, tables
 
 
-def entries(config: ModelConfig, class_row: bool, head: bool) -> list[Entry]:
+def entries(config: ModelConfig, prefix_rows: int, head: bool) -> list[Entry]:
     if isinstance(config, swin.SwinConfig):
         return _swin_entries(config, head)
     assert isinstance(config, vit.ViTConfig)
-    found = _vit_entries(config, class_row) if config.pool == "token" else _siglip_entries(config)
+    found = _vit_entries(config, prefix_rows) if config.pool == "token" else _siglip_entries(config)
     return found + (_linear("classifier", "head") if head else [])
 
 
@@ -184,11 +211,11 @@ def _layer(theirs: str, ours: str, owner: str, norms: tuple[str, str], qkv_bias:
     return found + _linear(f"{theirs}.output.dense", f"{ours}/mlp/down")
 
 
-def _vit_entries(config: vit.ViTConfig, class_row: bool) -> list[Entry]:
+def _vit_entries(config: vit.ViTConfig, prefix_rows: int) -> list[Entry]:
     found = [entry("embeddings.cls_token", "class_token", "lead")]
     found.append(
         Entry("embeddings.position_embeddings", ("class_token+", "position_embedding"), "lead", axis=1)
-        if class_row
+        if prefix_rows
         else entry("embeddings.position_embeddings", "position_embedding", "lead")
     )
     found += _linear("embeddings.patch_embeddings.projection", "embedding", "conv")
@@ -255,13 +282,20 @@ def file_name(model_type: str, name: str) -> str:
     return name if name.startswith("classifier.") else PREFIXES[model_type] + name
 
 
-def neighbour(config: ModelConfig, image_size: tuple[int, int], num_classes: int) -> dict[str, Any]:
+def neighbour(
+    config: ModelConfig,
+    image_size: tuple[int, int],
+    num_classes: int,
+    found: Normalisation,
+    class_names: tuple[str, ...] | None,
+) -> dict[str, Any]:
     """Returns the config.json from which transformers' AutoModelForImageClassification makes the same network.
 
     Raises:
         UserError: transformers has no such network; the sentence names the field.
     """
-    labels = {str(index): f"LABEL_{index}" for index in range(num_classes)}
+    del found  # it stands in preprocessor_config.json
+    labels = {str(index): name for index, name in enumerate(class_names or _numbered(num_classes))}
     common = {"num_channels": 3, "dtype": "float32"}
     classes = {"id2label": labels, "label2id": {label: int(index) for index, label in labels.items()}}
     if isinstance(config, vit.ViTConfig) and config.pool == "token":
@@ -300,19 +334,8 @@ def neighbour(config: ModelConfig, image_size: tuple[int, int], num_classes: int
     raise UserError(f"Hugging Face's layout is written for ViT and Swin, not for a {type(config).__name__}")
 
 
-def processor(image_size: tuple[int, int]) -> dict[str, Any]:
-    """Returns the preprocessor_config.json that brings pixels to [-1, 1] and images to this size."""
-    return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": image_size[0], "width": image_size[1]},
-        "resample": 2,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-    }
+def _numbered(num_classes: int) -> list[str]:
+    return [f"LABEL_{index}" for index in range(num_classes)]
 
 
 def _square(size: tuple[int, int]) -> int | list[int]:
@@ -320,7 +343,7 @@ def _square(size: tuple[int, int]) -> int | list[int]:
 
 
 def _activation(gelu: str) -> str:
-    return {"exact": "gelu", "tanh": "gelu_pytorch_tanh"}[gelu]
+    return {"exact": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}[gelu]
 
 
 def _vit_fields(config: vit.ViTConfig, layout: str) -> dict[str, Any]:
@@ -334,6 +357,9 @@ def _vit_fields(config: vit.ViTConfig, layout: str) -> dict[str, Any]:
         registers=0,
         pre_logits=False,
         patch=(config.patch[0], config.patch[0]),
+        class_token=False,
+        pool_norm=False,
+        **timm.PLAIN,
     )
     return {
         "hidden_size": config.width,

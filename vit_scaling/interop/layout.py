@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vit_scaling import UserError
 from vit_scaling.interop.convert import Entry
 from vit_scaling.interop.files import Stored
+from vit_scaling.interop.normalisation import Normalisation
 from vit_scaling.models import ModelConfig, layers, swin, vit
 from vit_scaling.ops import windows
 
@@ -23,16 +24,20 @@ class Described:
         config: the model; of its fields `assumed` are those that neither the file nor its neighbour tells.
         image_size: height and width in pixels that its positions or windows belong to.
         num_classes: of its classifier; None if it has none.
-        class_row: whether the position table has a row for the class token.
+        prefix_rows: rows of the position table that belong to the class token and the registers.
         unknown: the assumed fields for which there is not even a usual value; the user must tell them.
+        normalisation: of the input; None if nobody says.
+        class_names: of the classifier; None if nobody says.
     """
 
     config: ModelConfig
     image_size: tuple[int, int]
     num_classes: int | None
     assumed: tuple[str, ...] = ()
-    class_row: bool = False
+    prefix_rows: int = 0
     unknown: tuple[str, ...] = ()
+    normalisation: Normalisation | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 class Layout(NamedTuple):
@@ -41,17 +46,20 @@ class Layout(NamedTuple):
     name: as users write it.
     canonical: {name: tensor} of a file to {name in this layout's newest form: tensor}, or None if it is another layout.
     ignored: regular expressions of canonical names that hold no parameter of the image model.
-    describe: (tensors, neighbour, image size if the user gave one) to the network.
-    entries: (config, class_row, with a classifier) to the name map.
-    neighbour: (config, image_size, num_classes) to the config.json that goes with an export, or None where none does.
+    describe: (tensors, neighbour, the size they were trained at if the user gave one) to the network.
+    entries: (config, prefix_rows, with a classifier) to the name map.
+    neighbour: (config, image_size, num_classes, normalisation, class names) to the config.json that goes with an
+        export, or None where none does.
     """
 
     name: str
     canonical: Callable[[Tensors], dict[str, Stored] | None]
     ignored: tuple[str, ...]
     describe: Callable[[Tensors, Json | None, tuple[int, int] | None], Described]
-    entries: Callable[[ModelConfig, bool, bool], list[Entry]]
-    neighbour: Callable[[ModelConfig, tuple[int, int], int], dict[str, Any]] | None
+    entries: Callable[[ModelConfig, int, bool], list[Entry]]
+    neighbour: (
+        Callable[[ModelConfig, tuple[int, int], int, Normalisation, tuple[str, ...] | None], dict[str, Any]] | None
+    )
 
 
 def shape_of(tensors: Tensors, name: str, dims: int) -> tuple[int, ...]:
@@ -75,29 +83,41 @@ def vit_heads(width: int) -> int | None:
 
 
 def vit_grid(
-    rows: int, patch: tuple[int, int], has_class: bool, *image_sizes: tuple[int, int] | None
-) -> tuple[tuple[int, int], bool]:
-    """Returns (image size, whether a row is the class token's) of a position table of this many rows.
+    rows: int,
+    patch: tuple[int, int],
+    prefixes: Sequence[int],
+    trained_size: tuple[int, int] | None,
+    *,
+    square: bool = False,
+) -> tuple[tuple[int, int], int]:
+    """Returns (image size, rows that belong to no patch) of a position table of this many rows.
 
-    The first image size that fits counts; without one the grid must be a square.
+    Args:
+        rows: of the table.
+        patch: height and width in pixels.
+        prefixes: how many rows the class token and the registers may have.
+        trained_size: height and width in pixels as config.json or the user says; None: the one square grid.
+        square: whether the first prefix that gives a square counts, as in families without any other table.
 
     Raises:
-        UserError: none fits.
+        UserError: no grid fits, or more than one does.
     """
-    for class_row in (True, False) if has_class else (False,):
-        tokens = rows - class_row
-        for size in image_sizes:
-            if size is not None and math.prod(layers.grid_size(size, patch)) == tokens:
-                return size, class_row
-        if tokens > 0 and math.isqrt(tokens) ** 2 == tokens:
-            side = math.isqrt(tokens)
-            return (side * patch[0], side * patch[1]), class_row
-    given = ", ".join(f"{size[0]}x{size[1]}" for size in image_sizes if size is not None)
-    raise UserError(
-        f"the position table of {rows} rows is of no square grid"
-        + (f", nor of images of {given} pixels" if given else "")
-        + "; give the image_size that the weights were trained at"
-    )
+    if trained_size is not None:
+        tokens = math.prod(layers.grid_size(trained_size, patch))
+        for prefix in prefixes:
+            if rows - prefix == tokens:
+                return trained_size, prefix
+        raise UserError(
+            f"the position table of {rows} rows is not of images of {trained_size[0]}x{trained_size[1]} pixels, which "
+            f"have {tokens} patches; give the trained_size that the weights were trained at"
+        )
+    sides = {prefix: math.isqrt(max(rows - prefix, 0)) for prefix in prefixes}
+    squares = {prefix: side for prefix, side in sides.items() if side and side**2 == rows - prefix}
+    if len(squares) == 1 and (square or len(prefixes) == 1 or 0 not in squares):
+        prefix, side = next(iter(squares.items()))
+        return (side * patch[0], side * patch[1]), prefix
+    why = "is of no square grid" if not squares else "fits more than one grid"
+    raise UserError(f"the position table of {rows} rows {why}; give the trained_size that the weights were trained at")
 
 
 def swin_size(tables: list[tuple[int, ...]], window: int, image_size: tuple[int, int] | None) -> tuple[int, int]:

@@ -5,10 +5,12 @@ It holds every model of this project with its batch statistics, and is what `wei
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from vit_scaling import UserError, models
 from vit_scaling.interop.layout import Json
+from vit_scaling.interop.normalisation import Normalisation
+from vit_scaling.interop.weights import Weights
 from vit_scaling.models import ModelConfig
 
 KEY = "vit_scaling"  # of config.json: the version of this format
@@ -41,8 +43,18 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(part) for part in value) if isinstance(value, list) else value
 
 
-def read_config(neighbour: Json) -> tuple[ModelConfig, tuple[int, int], int]:
-    """Returns (model config, image size, number of classes).
+class Header(NamedTuple):
+    """What config.json says."""
+
+    config: ModelConfig
+    image_size: tuple[int, int]
+    num_classes: int
+    normalisation: Normalisation
+    class_names: tuple[str, ...] | None
+
+
+def read_config(neighbour: Json) -> Header:
+    """Returns what config.json says.
 
     Raises:
         UserError: the file is of another version, or says something that is no config.
@@ -52,18 +64,25 @@ def read_config(neighbour: Json) -> tuple[ModelConfig, tuple[int, int], int]:
     try:
         height, width = neighbour["image_size"]
         config = model_config(neighbour["config"], neighbour["model"])
-        return config, (int(height), int(width)), int(neighbour["num_classes"])
+        fields = {key: _tuples(value) for key, value in (neighbour.get("normalisation") or {}).items()}
+        found = Normalisation(config.mean, config.std, **fields)
+        names = neighbour.get("class_names")
+        names = tuple(map(str, names)) if names else None
+        return Header(config, (int(height), int(width)), int(neighbour["num_classes"]), found, names)
     except (KeyError, TypeError) as error:
         raise UserError(f"config.json is no config of this project's weights: {error!r}") from None
 
 
-def write_config(config: ModelConfig, image_size: tuple[int, int], num_classes: int) -> dict[str, Any]:
+def write_config(weights: Weights) -> dict[str, Any]:
+    fields = dataclasses.asdict(weights.known_normalisation())
     return {
         KEY: VERSION,
-        "model": type(config).__name__,
-        "config": dataclasses.asdict(config),
-        "image_size": list(image_size),
-        "num_classes": num_classes,
+        "model": type(weights.config).__name__,
+        "config": dataclasses.asdict(weights.config),
+        "image_size": list(weights.image_size),
+        "num_classes": weights.num_classes,
+        "normalisation": {key: value for key, value in fields.items() if key not in ("mean", "std")},
+        **({"class_names": list(weights.class_names)} if weights.class_names else {}),
     }
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from vit_scaling import UserError, models, names
-from vit_scaling.interop import big_vision, convert, files, huggingface, native, timm
+from vit_scaling.interop import big_vision, convert, files, huggingface, native, normalisation, timm
 from vit_scaling.interop.files import Stored
 from vit_scaling.interop.layout import Described, Layout
+from vit_scaling.interop.normalisation import Normalisation
 from vit_scaling.interop.weights import Leaves, Target, Weights, abstract
 from vit_scaling.models import ModelConfig
 
@@ -23,9 +24,9 @@ def read(path: str | Path, target: Target, ignore: Sequence[str]) -> Weights:
     tensors, neighbour = files.open_weights(path)
     if native.is_native(neighbour):
         assert neighbour is not None
-        weights = _read_native(tensors, *native.read_config(neighbour))
+        weights = _read_native(tensors, native.read_config(neighbour))
     else:
-        weights = _read_foreign(tensors, neighbour, target, ignore)
+        weights = _read_foreign(tensors, neighbour, files.processor(path), target, ignore)
     return weights.adapted(target)
 
 
@@ -34,15 +35,24 @@ def describe(path: str | Path) -> tuple[ModelConfig, tuple[int, int], int | None
     tensors, neighbour = files.open_weights(path)
     if native.is_native(neighbour):
         assert neighbour is not None
-        return native.read_config(neighbour)
+        return native.read_config(neighbour)[:3]
     layout, named = _recognise(tensors)
     described = layout.describe(named, neighbour, None)
-    return _settled(described, None), described.image_size, described.num_classes
+    found = _normalisation(described, files.processor(path))
+    config = _settled(described, None)
+    if found is not None:
+        config = dataclasses.replace(config, mean=found.mean, std=found.std)
+    return config, described.image_size, described.num_classes
 
 
-def _read_native(
-    tensors: Mapping[str, Stored], config: ModelConfig, image_size: tuple[int, int], num_classes: int
-) -> Weights:
+def _normalisation(described: Described, processor: Mapping[str, Any] | None) -> Normalisation | None:
+    """Returns the normalisation that a file's neighbours tell, the more particular one first."""
+    told = None if processor is None else normalisation.from_processor(processor)
+    return told or described.normalisation
+
+
+def _read_native(tensors: Mapping[str, Stored], header: native.Header) -> Weights:
+    config, image_size, num_classes, found, class_names = header
     _, parameters, statistics = models.split(abstract(config, image_size, num_classes))
     own, running = names.flatten(parameters), names.flatten(statistics)
     shapes = native.named(own, running)
@@ -52,14 +62,18 @@ def _read_native(
         return {path: np.asarray(_finite(prefix + path, tensors), np.float32) for path in paths}
 
     leaves, statistics = arrays(own, ""), arrays(running, native.STATISTICS)
-    return Weights(config, image_size, num_classes, leaves, statistics, "vit_scaling", False)
+    return Weights(config, image_size, num_classes, leaves, statistics, "vit_scaling", False, found, class_names)
 
 
 def _read_foreign(
-    tensors: Mapping[str, Stored], neighbour: Mapping[str, Any] | None, target: Target, ignore: Sequence[str]
+    tensors: Mapping[str, Stored],
+    neighbour: Mapping[str, Any] | None,
+    processor: Mapping[str, Any] | None,
+    target: Target,
+    ignore: Sequence[str],
 ) -> Weights:
     layout, named = _recognise(tensors)
-    described = layout.describe(named, neighbour, target.image_size)
+    described = layout.describe(named, neighbour, target.trained_size)
     config = _settled(described, target.config)
     if described.num_classes is None and target.num_classes is None:
         raise UserError("the weights have no classifier; give num_classes, and it starts from zero")
@@ -68,7 +82,7 @@ def _read_foreign(
     classes = described.num_classes or 1
     like = names.flatten(models.split(abstract(config, described.image_size, classes))[1])
     shapes = {path: tuple(leaf.shape) for path, leaf in convert.unstack(like).items()}
-    entries = layout.entries(config, described.class_row, not fresh)
+    entries = layout.entries(config, described.prefix_rows, not fresh)
     _account({entry.theirs: convert.their_shape(entry, shapes) for entry in entries}, named, (*layout.ignored, *ignore))
     leaves: Leaves = {}
     for entry in entries:
@@ -77,7 +91,13 @@ def _read_foreign(
         leaves[name.removesuffix("+")] = leaves[name.removesuffix("+")] + leaves.pop(name)
     if fresh:
         leaves |= {path: np.zeros(shapes[path], np.float32) for path in ("head/kernel", "head/bias")}
-    return Weights(config, described.image_size, classes, convert.stack(leaves, like), {}, layout.name, fresh)
+    found = target.normalisation or _normalisation(described, processor)
+    if found is not None:
+        config = dataclasses.replace(config, mean=found.mean, std=found.std)
+    names_ = described.class_names if described.class_names and len(described.class_names) == classes else None
+    stacked = convert.stack(leaves, like)
+    assumed = described.assumed
+    return Weights(config, described.image_size, classes, stacked, {}, layout.name, fresh, found, names_, assumed)
 
 
 def _settled(described: Described, hint: ModelConfig | None) -> ModelConfig:

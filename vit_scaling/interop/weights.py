@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from vit_scaling import UserError, models, names
+from vit_scaling.interop.normalisation import NAMED, Normalisation
 from vit_scaling.models import ModelConfig, adapt, swin
 
 Leaves = dict[str, np.ndarray]
@@ -27,12 +28,17 @@ class Target:
         image_size: height and width in pixels.
         num_classes: of the classifier; a number other than the file's starts it afresh, from zero.
         class_map: for each new class the file's class that it was, instead of a fresh classifier.
+        trained_size: height and width in pixels of the images the weights were trained on, where the file leaves it
+            open; `image_size` is the size they are wanted for.
+        normalisation: of the input, in place of what the file says; see `normalisation.named`.
     """
 
     config: ModelConfig | None = None
     image_size: tuple[int, int] | None = None
     num_classes: int | None = None
     class_map: Sequence[int] | None = None
+    trained_size: tuple[int, int] | None = None
+    normalisation: Normalisation | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +53,9 @@ class Weights:
         running: {path: float32 array} of the batch statistics.
         layout: of the file that they came from.
         fresh_head: whether the classifier is new and zero.
+        normalisation: of the input; None if nobody says. `config.mean` and `config.std` are then [-1, 1]'s.
+        class_names: of the classifier; None if nobody says.
+        assumed: fields of the model that the file leaves open, taken as its family has them.
     """
 
     config: ModelConfig
@@ -56,6 +65,22 @@ class Weights:
     running: Leaves
     layout: str
     fresh_head: bool
+    normalisation: Normalisation | None = None
+    class_names: tuple[str, ...] | None = None
+    assumed: tuple[str, ...] = ()
+
+    def known_normalisation(self) -> Normalisation:
+        """Returns the normalisation.
+
+        Raises:
+            UserError: nobody says it.
+        """
+        if self.normalisation is None:
+            raise UserError(
+                f"neither the weights nor a file beside them say which mean and std their images have; say it with "
+                f"`weights import --normalisation=NAME`, NAME one of {', '.join(NAMED)} or six numbers"
+            )
+        return self.normalisation
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -87,15 +112,32 @@ class Weights:
             UserError: no resizing leads there.
         """
         config = target.config or self._config_for(target.image_size)
+        found = target.normalisation or self.normalisation
+        if found is not None:
+            config = dataclasses.replace(config, mean=found.mean, std=found.std)
         image_size = target.image_size or self.image_size
         leaves = adapt.adapt(self.leaves, self.config, self.image_size, target=config, target_image_size=image_size)
         classes = self.num_classes
         if target.num_classes is not None or target.class_map is not None:
             classes = len(target.class_map or ()) if target.num_classes is None else target.num_classes
             leaves |= adapt.classes(leaves, classes, target.class_map)
+        if target.num_classes == 0:
+            raise UserError("num_classes is 0; a classifier has at least one class")
+        if target.class_map is not None and not target.class_map:
+            raise UserError("the class map is empty; it names one class of the weights for each new class")
+        class_names = self.class_names if classes == self.num_classes else None
+        if target.class_map is not None and self.class_names:
+            class_names = tuple(self.class_names[index] for index in target.class_map)
         fresh = target.class_map is None and (self.fresh_head or classes != self.num_classes)
         return dataclasses.replace(
-            self, config=config, image_size=image_size, num_classes=classes, leaves=leaves, fresh_head=fresh
+            self,
+            config=config,
+            image_size=image_size,
+            num_classes=classes,
+            leaves=leaves,
+            fresh_head=fresh,
+            normalisation=found,
+            class_names=class_names,
         )
 
     def _config_for(self, image_size: tuple[int, int] | None) -> ModelConfig:
@@ -133,4 +175,5 @@ def of_trees(
     """Returns weights of this project's own nested dicts of arrays."""
     leaves, running = ({k: np.asarray(v) for k, v in names.flatten(t).items()} for t in (parameters, statistics))
     classes = leaves["head/kernel"].shape[1]
-    return Weights(config, image_size, classes, leaves, running, layout="vit_scaling", fresh_head=False)
+    found = Normalisation(config.mean, config.std, source="the model's config")
+    return Weights(config, image_size, classes, leaves, running, "vit_scaling", False, found)

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from vit_scaling import UserError
-from vit_scaling.interop import convert, files, huggingface, native, timm
+from vit_scaling.interop import convert, files, huggingface, native, normalisation, timm
 from vit_scaling.interop.layout import Layout
+from vit_scaling.interop.normalisation import Normalisation
 from vit_scaling.interop.weights import Weights
 from vit_scaling.models import layers, vit
 
@@ -25,32 +26,38 @@ def write(weights: Weights, path: str | Path, *, layout: str, texts: Mapping[str
     if layout not in LAYOUTS:
         raise UserError(f"layout is {layout!r}; choose one of {', '.join(LAYOUTS)}")
     foreign = LAYOUTS[layout]
+    found = weights.known_normalisation()
     if foreign is None:
-        config = native.write_config(weights.config, weights.image_size, weights.num_classes)
-        tensors = native.named(weights.leaves, weights.running)
+        config, tensors = native.write_config(weights), native.named(weights.leaves, weights.running)
     else:
-        tensors, config = _foreign(weights, foreign)
+        tensors, config = _foreign(weights, foreign, found)
     beside = dict(texts or {})
     if layout == "huggingface":
-        beside["preprocessor_config.json"] = json.dumps(huggingface.processor(weights.image_size), indent=2) + "\n"
+        processor = normalisation.processor(found, weights.image_size)
+        beside["preprocessor_config.json"] = json.dumps(processor, indent=2) + "\n"
     files.write_folder(path, tensors, config, beside)
 
 
-def _foreign(weights: Weights, layout: Layout) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _foreign(weights: Weights, layout: Layout, found: Normalisation) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Returns (tensors, config.json) of another library's folder."""
     assert layout.neighbour is not None
-    config = layout.neighbour(weights.config, weights.image_size, weights.num_classes)
+    config = layout.neighbour(weights.config, weights.image_size, weights.num_classes, found, weights.class_names)
     leaves = dict(weights.leaves)
-    class_row = False
+    prefix_rows = 0
     if isinstance(weights.config, vit.ViTConfig):
-        class_row = weights.config.pool == "token" and not weights.config.registers
+        has_class = vit.prefix_tokens(weights.config) > weights.config.registers
+        prefix_rows = int(has_class and not weights.config.registers)
+        if vit.rotary_positions(weights.config):
+            raise UserError(f"{layout.name} has no such network: model.position is {weights.config.position!r}")
         if weights.config.position != "learned":
             # Fixed positions, or none, become a table of theirs.
             grid, width = layers.grid_size(weights.image_size, weights.config.patch), weights.config.width
             table = layers.sincos2d(*grid, width) if weights.config.position == "sincos2d" else np.zeros((1, width))
             leaves["position_embedding"] = np.broadcast_to(np.asarray(table, np.float32), (grid[0] * grid[1], width))
     own = convert.unstack(leaves)
-    tensors = {entry.theirs: convert.to_theirs(entry, own) for entry in layout.entries(weights.config, class_row, True)}
+    tensors = {
+        entry.theirs: convert.to_theirs(entry, own) for entry in layout.entries(weights.config, prefix_rows, True)
+    }
     if layout is huggingface.LAYOUT:
         tensors = {huggingface.file_name(config["model_type"], name): tensor for name, tensor in tensors.items()}
     return tensors, config

@@ -121,6 +121,12 @@ def start_of(config: Config, num_classes: int, workdir: Path) -> Weights | None:
         ignore=init.ignore,
         ema=init.ema,
     )
+    found, model = weights.known_normalisation(), config.model
+    if (found.mean, found.std) != (model.mean, model.std):
+        raise UserError(
+            f"{init.path} expects images of {found}, and the config has model.mean {model.mean} and model.std {model.std}; "
+            "set these two to the weights' values"
+        )
     if init.keep_head and weights.fresh_head:
         raise UserError(f"init.keep_head: {init.path} has no classifier of {num_classes} classes to keep")
     if not init.keep_head and not init.class_map:
