@@ -8,8 +8,8 @@
 Writes two files. vit_scaling/interop/timm_models.json, {name: [class, arguments, preprocessing]}, holds the arguments
 that timm's own definitions give to the four classes this project reads, where they differ from the class's defaults,
 and mean, std, interpolation, crop ratio and mode where all weights published under the name agree; of any other class
-its name or module alone. tests/golden/timm_models.json.gz holds for each name the tensors' names and shapes (a layer's number
-as #, with the layers), the config.json that timm would save, and facts read off the live module.
+its name or module alone. tests/golden/timm_models.json.gz holds for each name the tensors' names and shapes (a layer's
+number as #, with the layers), the config.json that timm would save, and facts read off the live module.
 """
 
 import functools

@@ -590,3 +590,15 @@ def test_a_pooler_beside_a_classifier_stands_idle(tmp_path: pathlib.Path) -> Non
     extra = {"vit.pooler.dense.weight": np.ones((48, 48), np.float32), "vit.pooler.dense.bias": np.ones(48, np.float32)}
     both = write(tmp_path / "both", reference_tensors("hf ViT") | extra, RECORDS["hf ViT"]["config"])
     assert_same(interop.load(both), interop.load(reference_file("hf ViT", tmp_path / "plain")))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "model.", "backbone."])
+def test_names_of_wrappers_are_removed(prefix: str, tmp_path: pathlib.Path) -> None:
+    wrapped = {prefix + name: tensor for name, tensor in reference_tensors("hf ViT").items()}
+    path = write(tmp_path / "wrapped", wrapped, RECORDS["hf ViT"]["config"])
+    assert_same(interop.load(path), interop.load(reference_file("hf ViT", tmp_path / "plain")))
+
+
+def test_safetensors_hold_no_average(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no average of parameters; of weight files only \.pth"):
+        interop.load(reference_file("hf ViT", tmp_path / "plain"), ema=True)

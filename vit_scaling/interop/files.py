@@ -8,6 +8,8 @@ import dataclasses
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import tempfile
 import zipfile
@@ -26,6 +28,13 @@ from vit_scaling import UserError
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 PROCESSOR = "preprocessor_config.json"
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
+TORCH = (".pth", ".pt", ".bin")
+CONTAINERS, AVERAGES = ("model", "state_dict", "model_state_dict"), ("model_ema", "state_dict_ema")
+CONVERSION = (
+    'python -c "import sys, torch; from safetensors.torch import save_file; f = torch.load(sys.argv[1], '
+    "map_location='cpu', weights_only=True); f = f.get('model', f.get('state_dict', f)); "
+    "save_file({k: v.contiguous().clone() for k, v in f.items()}, 'model.safetensors')\""
+)
 MAX_INFLATION = 16  # weights hardly compress; an archive that claims to hold so many times its size is a bomb
 _SAFETENSORS_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Formats that run code when they are read.
@@ -45,11 +54,12 @@ class Stored:
         return Stored(self.shape[1:], self.dtype, lambda: self.read()[index])
 
 
-def open_weights(path: str | Path) -> tuple[dict[str, Stored], dict[str, Any] | None]:
+def open_weights(path: str | Path, ema: bool = False) -> tuple[dict[str, Stored], dict[str, Any] | None]:
     """Opens a weight file, or a folder of one model.
 
     Args:
         path: a .safetensors, .npz, .pth, .pt or .bin file, or a folder that holds one (or shards with an index).
+        ema: whether to take the average of the parameters that a .pth file holds beside them.
 
     Returns:
         (tensors by name, what config.json beside them says or None).
@@ -62,7 +72,7 @@ def open_weights(path: str | Path) -> tuple[dict[str, Stored], dict[str, Any] | 
         raise UserError(f"there is no weight file or folder {str(path)!r}")
     folder = path if path.is_dir() else path.parent
     if not path.is_dir():
-        return _open_file(path), _neighbour(folder)
+        return _open_file(path, ema), _neighbour(folder)
     if (folder / INDEX).exists():
         return _open_shards(folder), _neighbour(folder)
     found = [folder / WEIGHTS] if (folder / WEIGHTS).exists() else []
@@ -72,16 +82,18 @@ def open_weights(path: str | Path) -> tuple[dict[str, Stored], dict[str, Any] | 
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
         raise UserError(f"{folder} must hold one weight file (.safetensors, .npz, .pth or .bin); it holds {names}")
-    return _open_file(found[0]), _neighbour(folder)
+    return _open_file(found[0], ema), _neighbour(folder)
 
 
-def _open_file(path: Path) -> dict[str, Stored]:
+def _open_file(path: Path, ema: bool) -> dict[str, Stored]:
+    if ema and path.suffix not in TORCH:
+        raise UserError(f"{path} holds no average of parameters; of weight files only {', '.join(TORCH)} may have one")
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     if path.suffix == ".npz":
         return _open_npz(path)
-    if path.suffix in (".pth", ".pt", ".bin"):
-        return _open_torch(path)
+    if path.suffix in TORCH:
+        return _open_torch(path, ema)
     if path.suffix in _PICKLES:
         raise UserError(
             f"{path} is of a kind that can run code when it is read or that is not known here; convert it to "
@@ -218,21 +230,30 @@ def _npz_reader(path: Path, name: str) -> Callable[[], np.ndarray]:
 # ---- PyTorch
 
 
-def _open_torch(path: Path) -> dict[str, Stored]:
+def _open_torch(path: Path, ema: bool) -> dict[str, Stored]:
     """Through torch's loader of weights alone, which unpickles tensors and plain containers and nothing else."""
     try:
         import torch
     except ImportError:
         raise UserError(
             f"{path} needs PyTorch to be read safely; install torch, or convert the file where it is installed: "
-            "safetensors.torch.save_file(torch.load(FILE, weights_only=True)['model'], 'model.safetensors')"
+            f"{CONVERSION} {shlex.quote(str(path))}"
         ) from None
     try:
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises whatever it meets
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is refused: torch.load(weights_only=True) says {reason!r}") from None
-    for key in ("model", "state_dict", "model_state_dict"):
+        reason = re.sub(r"\x1b\[[0-9;]*m", "", " ".join(str(error).split())) or type(error).__name__
+        advice = ""
+        if "argparse.Namespace" in reason:
+            advice = (
+                "; it holds an argparse.Namespace beside its tensors: where you trust the file, call "
+                "torch.serialization.add_safe_globals([argparse.Namespace]), load it, and save the tensors alone"
+            )
+        raise UserError(f"{path} is refused: torch.load(weights_only=True) says {reason!r}{advice}") from None
+    averages = [key for key in AVERAGES if isinstance(value, Mapping) and isinstance(value.get(key), Mapping)]
+    if ema and not averages:
+        raise UserError(f"{path} holds no average of its parameters ({' or '.join(AVERAGES)}); leave ema out")
+    for key in averages if ema else CONTAINERS:
         if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
             value = value[key]
     if not isinstance(value, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in value.values()):

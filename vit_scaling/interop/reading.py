@@ -18,10 +18,12 @@ from vit_scaling.models import ModelConfig
 
 LAYOUTS: tuple[Layout, ...] = (timm.LAYOUT, huggingface.LAYOUT, big_vision.LAYOUT)
 
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "teacher.", "student.", "visual.trunk.")
+
 
 def read(path: str | Path, target: Target, ignore: Sequence[str]) -> Weights:
     """Implements `interop.read`."""
-    tensors, neighbour = files.open_weights(path)
+    tensors, neighbour = files.open_weights(path, target.ema)
     if native.is_native(neighbour):
         assert neighbour is not None
         weights = _read_native(tensors, native.read_config(neighbour))
@@ -118,7 +120,15 @@ def _settled(described: Described, hint: ModelConfig | None) -> ModelConfig:
     return config
 
 
+def _without_prefix(tensors: Mapping[str, Stored]) -> Mapping[str, Stored]:
+    """Returns the tensors without the names of wrappers that all of them begin with, such as "module."."""
+    while prefix := next((p for p in PREFIXES if tensors and all(name.startswith(p) for name in tensors)), None):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
 def _recognise(tensors: Mapping[str, Stored]) -> tuple[Layout, dict[str, Stored]]:
+    tensors = _without_prefix(tensors)
     for layout in LAYOUTS:
         named = layout.canonical(tensors)
         if named is not None:

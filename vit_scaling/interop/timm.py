@@ -65,10 +65,10 @@ def canonical(tensors: Tensors) -> dict[str, Any] | None:
 
 
 def describe(tensors: Tensors, neighbour: Json | None, trained_size: tuple[int, int] | None) -> Described:
-    for name, what in RECOGNISED:
+    known = timm_models.known(neighbour)
+    for name, what in RECOGNISED if known is None else ():
         if any(re.fullmatch(name, tensor) for tensor in tensors):
             raise UserError(f"the tensors are those of {what}; models here do not have that")
-    known = timm_models.known(neighbour)
     stages = "layers.0.blocks.0.attn.qkv.weight" in tensors
     if known is not None and stages != (known.kind != timm_models.VIT):
         raise UserError(f"config.json says {known.architecture}, a {known.kind}, and the tensors are of another class")
@@ -93,7 +93,7 @@ def _describe_vit(tensors: Tensors, known: Known | None, trained_size: tuple[int
         pool = _pool(known)
         (kind, eps), gelu = timm_models.norm(known, VIT_EPS), "tanh"
     mlp, *_ = shape_of(tensors, "blocks.0.mlp.fc1.weight", 2)
-    swiglu = str(arguments.get("mlp_layer", "")).lower() == "swiglupacked" or (
+    swiglu = arguments.get("mlp_layer", "Mlp") not in ("Mlp", "mlp") or (
         known is None
         and "blocks.0.mlp.fc2.weight" in tensors
         and 2 * tensors["blocks.0.mlp.fc2.weight"].shape[1] == mlp

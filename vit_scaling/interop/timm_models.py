@@ -33,7 +33,7 @@ ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
         "embed_layer": ("PatchEmbed",),
         "block_fn": ("Block",),
         "attn_layer": ("Attention", ""),
-        "mlp_layer": ("Mlp", "mlp", "SwiGLUPacked", "swiglupacked"),
+        "mlp_layer": ("Mlp", "mlp", "GluMlp(act_layer=SiLU, gate_last=False)", "swiglupacked"),
         "pos_embed": ("learn", "none", ""),
     },
     SWIN: {"always_partition": (False,), "global_pool": ("avg",), "qkv_bias": (True,), "patch_norm": (True,)},

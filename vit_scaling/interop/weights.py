@@ -31,6 +31,7 @@ class Target:
         trained_size: height and width in pixels of the images the weights were trained on, where the file leaves it
             open; `image_size` is the size they are wanted for.
         normalisation: of the input, in place of what the file says; see `normalisation.named`.
+        ema: whether to take the average of the parameters that a .pth file holds beside them.
     """
 
     config: ModelConfig | None = None
@@ -39,6 +40,7 @@ class Target:
     class_map: Sequence[int] | None = None
     trained_size: tuple[int, int] | None = None
     normalisation: Normalisation | None = None
+    ema: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,16 +85,14 @@ def read(path: str | Path, target: Target | None = None, *, ignore: Sequence[str
     """Reads weights, as `interop.read` does, from a file, a folder, or a checkpoint of a run.
 
     Args:
-        ema: of a checkpoint, its average of the parameters.
+        ema: of a checkpoint, or of a .pth file that has one, its average of the parameters.
 
     Raises:
         UserError: as `interop.read`; or the run keeps no average.
     """
     found = find_checkpoint(Path(path))
     if found is None:
-        if ema:
-            raise UserError(f"{path} is no checkpoint of a run, and weight files hold no average of parameters")
-        return interop.read(path, target, ignore=ignore)
+        return interop.read(path, dataclasses.replace(target or Target(), ema=ema), ignore=ignore)
     config, size, _ = describe(found)
     parts = checkpoint.restore_arrays(found, ("ema" if ema else "params", "statistics"))
     parameters = parts["ema" if ema else "params"]
@@ -124,8 +122,8 @@ def start_of(config: Config, num_classes: int, workdir: Path) -> Weights | None:
     found, model = weights.known_normalisation(), config.model
     if (found.mean, found.std) != (model.mean, model.std):
         raise UserError(
-            f"{init.path} expects images of {found}, and the config has model.mean {model.mean} and model.std {model.std}; "
-            "set these two to the weights' values"
+            f"{init.path} expects images of {found}, and the config has model.mean {model.mean} and model.std "
+            f"{model.std}; set these two to the weights' values"
         )
     if init.keep_head and weights.fresh_head:
         raise UserError(f"init.keep_head: {init.path} has no classifier of {num_classes} classes to keep")
