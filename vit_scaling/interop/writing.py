@@ -1,5 +1,6 @@
 """From `Weights` to a folder that this project, transformers or timm load."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,22 +43,21 @@ def _foreign(weights: Weights, layout: Layout, found: Normalisation) -> tuple[di
     """Returns (tensors, config.json) of another library's folder."""
     assert layout.neighbour is not None
     config = layout.neighbour(weights.config, weights.image_size, weights.num_classes, found, weights.class_names)
-    leaves = dict(weights.leaves)
+    leaves, model = dict(weights.leaves), weights.config
     prefix_rows = 0
-    if isinstance(weights.config, vit.ViTConfig):
-        has_class = vit.prefix_tokens(weights.config) > weights.config.registers
-        prefix_rows = int(has_class and not weights.config.registers)
-        if vit.rotary_positions(weights.config):
-            raise UserError(f"{layout.name} has no such network: model.position is {weights.config.position!r}")
-        if weights.config.position != "learned":
+    if isinstance(model, vit.ViTConfig):
+        has_class = vit.prefix_tokens(model) > model.registers
+        prefix_rows = int(has_class and not model.registers)
+        if vit.rotary_positions(model):
+            raise UserError(f"{layout.name} has no such network: model.position is {model.position!r}")
+        if model.position != "learned":
             # Fixed positions, or none, become a table of theirs.
-            grid, width = layers.grid_size(weights.image_size, weights.config.patch), weights.config.width
-            table = layers.sincos2d(*grid, width) if weights.config.position == "sincos2d" else np.zeros((1, width))
+            grid, width = layers.grid_size(weights.image_size, model.patch), model.width
+            table = layers.sincos2d(*grid, width) if model.position == "sincos2d" else np.zeros((1, width))
             leaves["position_embedding"] = np.broadcast_to(np.asarray(table, np.float32), (grid[0] * grid[1], width))
+            model = dataclasses.replace(model, position="learned")
     own = convert.unstack(leaves)
-    tensors = {
-        entry.theirs: convert.to_theirs(entry, own) for entry in layout.entries(weights.config, prefix_rows, True)
-    }
+    tensors = {entry.theirs: convert.to_theirs(entry, own) for entry in layout.entries(model, prefix_rows, True)}
     if layout is huggingface.LAYOUT:
         tensors = {huggingface.file_name(config["model_type"], name): tensor for name, tensor in tensors.items()}
     return tensors, config
