@@ -12,14 +12,14 @@ CARD = "README.md"
 USE = {
     "huggingface": (
         "from transformers import AutoModelForImageClassification\n\n"
-        'model = AutoModelForImageClassification.from_pretrained("FOLDER")  # pixels in [-1, 1], [B, 3, H, W]'
+        'model = AutoModelForImageClassification.from_pretrained("FOLDER")  # normalised pixels [B, 3, H, W]'
     ),
     "timm": (
         "import timm\n\n"
-        'model = timm.create_model("local-dir:FOLDER", pretrained=True)  # pixels in [-1, 1], [B, 3, H, W]'
+        'model = timm.create_model("local-dir:FOLDER", pretrained=True)  # normalised pixels [B, 3, H, W]'
     ),
     "vit_scaling": (
-        'from vit_scaling import interop\n\nmodel = interop.load("FOLDER")  # pixels in [-1, 1], [B, H, W, 3]'
+        'from vit_scaling import interop\n\nmodel = interop.load("FOLDER")  # normalised pixels [B, H, W, 3]'
     ),
 }
 
@@ -52,7 +52,8 @@ def card(
         "",
         "| | |",
         "|---|---|",
-        f"| images | {height} x {width} pixels, RGB in [-1, 1] |",
+        f"| images | {height} x {width} pixels, RGB, (pixels / 255 - mean) / std |",
+        f"| normalisation | {weights.normalisation or 'not known'} |",
         f"| classes | {weights.num_classes}{' (a fresh classifier: train it first)' if weights.fresh_head else ''} |",
         f"| parameters | {cost.params:,} |",
         f"| forward pass | {cost.forward_flops / 1e9:.2f} GFLOP an image (a multiply-add is two) |",
