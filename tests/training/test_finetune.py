@@ -209,7 +209,7 @@ def test_layer_rates_of_a_swin() -> None:
     np.testing.assert_allclose(rates["stage2/blocks/shifted/norm1/scale"].reshape(-1), [0.5])
     assert rates["stage1/merging/norm/scale"] == 0.5**3
     assert rates["embedding_norm/scale"] == 0.5**7
-    with pytest.raises(ValueError, match=r"not where 'stem/kernel' belongs"):
+    with pytest.raises(ValueError, match=r"the parameter 'stem/kernel' belongs to no layer"):
         chain.layer_rates({"stem": {"kernel": np.zeros(2)}}, 0.5)
     with pytest.raises(ValueError, match=r"optim.layer_decay is 0"):
         chain.create(c.OptimConfig(layer_decay=0.0), abstract(config))
@@ -274,7 +274,7 @@ def test_the_configs_say_the_published_recipe(pretraining: Path) -> None:
 @pytest.mark.parametrize(
     ("argument", "sentence"),
     [
-        ("B/16", "write finetune.py:MODEL,DATA with DATA one of imagenet, cifar10"),
+        ("B/16", "write finetune.py:MODEL,DATA with DATA a folder or one of imagenet, cifar10"),
         ("B/16,digits,res=1x2x3", "res is '1x2x3'; write 384"),
         ("B/16,digits,fast", "takes no 'fast'"),
         ("B/16,digits,crop=none", "crop is 'none'; choose one of random, inception"),

@@ -15,6 +15,7 @@ import time
 import weakref
 from collections.abc import Callable
 from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
@@ -57,9 +58,10 @@ class ReadStatus:
 
     def __init__(self, data: DataConfig):
         self._threads = data.threads
-        self._file = tempfile.NamedTemporaryFile(prefix="vit_scaling_reads_")  # noqa: SIM115 (lives as long as we)
-        self._path = self._file.name
-        self._file.truncate(max(data.workers, 1) * data.threads * COLUMNS * 8)
+        descriptor, self._path = tempfile.mkstemp(prefix="vit_scaling_reads_")
+        os.truncate(descriptor, max(data.workers, 1) * data.threads * COLUMNS * 8)
+        os.close(descriptor)
+        weakref.finalize(self, Path(self._path).unlink, missing_ok=True)
         self._open()
 
     def _open(self) -> None:
