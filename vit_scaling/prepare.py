@@ -3,7 +3,7 @@
     ./run.sh prepare --input=IMAGES --list --sheet=classes.png
     ./run.sh prepare --input=IMAGES --check
     ./run.sh prepare --input=IMAGES --output=SET
-    ./run.sh prepare --input=SHARDS --output=SET --shorter_side=512 --on_corrupt=skip
+    ./run.sh prepare --input=SHARDS --output=SET --shorter_side=512
     ./run.sh prepare --input=IMAGES --output=SET --exclude=EVALUATION
     ./run.sh prepare --output=SET --verify
 
