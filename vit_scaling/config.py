@@ -88,6 +88,20 @@ class LogConfig:
 
 
 @dataclasses.dataclass
+class GuardConfig:
+    """Which updates are left out beside those that are not finite: steps whose loss spikes.
+
+    Attributes:
+        spike_deviation: leave an update out if its loss is this many standard deviations above the mean of the last
+            `spike_window` losses; None: never.
+        spike_window: how many losses.
+    """
+
+    spike_deviation: float | None = None
+    spike_window: int = 128
+
+
+@dataclasses.dataclass
 class Config:
     """One experiment. Durations are in steps, epochs or examples until `resolve`."""
 
@@ -102,6 +116,7 @@ class Config:
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
     seed: int = 0
 
 
@@ -112,6 +127,7 @@ BEFORE = {
     "alpha": "white",
     "mlp_kind": "gelu",
     "norm": "layernorm",
+    "spike_window": 128,
     **dict.fromkeys(("key_bias", "proj_bias", "mlp_bias"), True),
 }
 

@@ -113,9 +113,9 @@ class Running:
 def digest(checkpoint: Path) -> str:
     """Returns a digest of a checkpoint's arrays, read as the weights command reads them."""
     from vit_scaling import names
-    from vit_scaling.training import checkpoint as checkpoints
+    from vit_scaling.interop import run
 
-    arrays = checkpoints.restore_arrays(checkpoint, ("params", "ema"))
+    _, arrays = run.read_arrays(checkpoint, ("params", "ema"))
     found = hashlib.sha256()
     for path, array in sorted(names.flatten(arrays).items()):
         found.update(f"{path} {array.shape} {array.dtype}".encode())

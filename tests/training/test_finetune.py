@@ -106,12 +106,12 @@ def test_files_and_checkpoints_hold_the_same(pretraining: Path, tmp_path: Path) 
 
 def test_the_average_or_the_classifier_of_a_run(pretraining: Path) -> None:
     state = state_of(tiny.config(4), pretraining / "checkpoints" / "4")
-    average = initial.start_of(fine_tuning(pretraining, ema=True, keep_head=True), 10, Path("absent"))
+    average = initial.start_of(fine_tuning(pretraining, ema=True, keep_head=True), 10)
     assert average is not None
     for path, leaf in flat(average.parameters).items():
         np.testing.assert_array_equal(leaf, flat(state.ema)[path], err_msg=path)
         assert path.endswith("bias") or not np.array_equal(leaf, flat(state.params)[path]), path
-    mapped = initial.start_of(fine_tuning(pretraining, class_map=(3, 9)), 2, Path("absent"))
+    mapped = initial.start_of(fine_tuning(pretraining, class_map=(3, 9)), 2)
     assert mapped is not None
     np.testing.assert_array_equal(mapped.parameters["head"]["kernel"], state.params["head"]["kernel"][:, [3, 9]])
 
@@ -122,7 +122,7 @@ def test_parameters_arrive_on_every_mesh(pretraining: Path) -> None:
     grid = np.array(jax.devices()).reshape(mesh_lib.shape(MeshConfig(model=2), 8))
     mesh = jax.sharding.Mesh(grid, mesh_lib.AXES, axis_types=(jax.sharding.AxisType.Auto,) * grid.ndim)
     program = build(config, num_classes=10, total_steps=2, mesh=mesh)
-    weights = initial.start_of(config, 10, Path("absent"))
+    weights = initial.start_of(config, 10)
     assert weights is not None
     state = initial.begin(program, weights)
     for path, leaf in names.flatten(state.params).items():
@@ -146,7 +146,7 @@ def test_weights_that_do_not_fit(init: dict[str, Any], sentence: str, pretrainin
         loop.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="has no classifier of 7 classes to keep"):
-        initial.start_of(fine_tuning(pretraining, keep_head=True), 7, tmp_path)
+        initial.start_of(fine_tuning(pretraining, keep_head=True), 7)
 
 
 # ---- The best checkpoint

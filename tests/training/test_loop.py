@@ -1,12 +1,14 @@
 """A whole run: it resumes as if it had never stopped, whatever stopped it."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,13 +21,15 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from vit_scaling import TransientError, UserError
 from vit_scaling import config as c
 from vit_scaling.data import order
 from vit_scaling.data.images.codec import CorruptImageError
 from vit_scaling.data.sources import open_source
 from vit_scaling.data.sources.arrays import BuiltinSource
 from vit_scaling.parallel import mesh as mesh_lib
-from vit_scaling.training import checkpoint, loop, step_log, telemetry
+from vit_scaling.training import checkpoint, figure, lock, loop, step_log, telemetry
+from vit_scaling.training import workdir as workdirs
 from vit_scaling.training.step import build
 
 ROOT = Path(__file__).parents[2]
@@ -212,7 +216,7 @@ def test_a_finished_run_is_not_run_again(uninterrupted: Path, capsys: pytest.Cap
     assert result["step"] == 8
     assert "finished" in capsys.readouterr().out
     changed = [path.name for path, at in before.items() if path.stat().st_mtime_ns != at]
-    assert changed in ([], ["config.json"])
+    assert changed == ["lock"]
 
 
 def test_a_workdir_of_another_config_is_refused_and_left_alone(uninterrupted: Path, tmp_path: Path) -> None:
@@ -340,3 +344,106 @@ def test_a_checkpoint_of_an_earlier_version_restores_to_the_same_bits_and_contin
         (shutil.copytree if name == "checkpoints" else shutil.copy)(before / name, tmp_path / name)
     assert loop.train(config, tmp_path)["step"] == 6
     assert [row["step"] for row in rows_of(tmp_path) if "loss" in row] == [4, 5, 6]
+
+
+# ---- A workdir and its side files
+
+
+def test_the_result_is_rebuilt_and_damaged_side_files_are_left_out(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is measured again: the last row of metrics.jsonl has the numbers. And a picture never ends a run."""
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted, workdir)
+    (workdir / "result.json").write_text('{"accur')
+    (workdir / "clock.json").write_text("[1]")
+    rows = (workdir / "metrics.jsonl").read_bytes().split(b"\n")
+    (workdir / "metrics.jsonl").write_bytes(b"\n".join([rows[0], b'{"step": "x"}', b"\xff{", b"[]", *rows[1:]]))
+
+    def never(*args: Any, **options: Any) -> None:
+        raise ValueError("made so")
+
+    monkeypatch.setattr(Suite, "measure", never)
+    monkeypatch.setattr(figure, "run_figure", never)
+    result = loop.train(tiny.config(), workdir)
+    assert result["metrics"] == json.loads((uninterrupted / "result.json").read_text())["metrics"]
+    assert rows_of(workdir) == rows_of(uninterrupted)
+    said = capsys.readouterr().out
+    assert "clock.json is damaged; the seconds in the newest checkpoint are used" in said
+    assert "figure.png could not be drawn: ValueError: made so" in said
+    (workdir / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        loop.train(tiny.config(), workdir)
+
+
+def test_the_result_comes_after_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a full disk is one sentence that names the intact checkpoint."""
+
+    def full(*args: Any) -> None:
+        assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [2]
+        raise RuntimeError("handle is closed") from OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(workdirs, "finish", full)
+    config = tiny.config(2, schedule=c.ScheduleConfig(warmup=c.Duration(1), cooldown=c.Duration(1)))
+    with pytest.raises(TransientError, match=r"the disk of .*run is full; checkpoint 2 is intact"):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_claim_that_was_killed_is_made_again_and_the_first_start_is_kept(tmp_path: Path) -> None:
+    config = c.resolve(tiny.config(), 100)
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "config.tmp").write_text('{"con')
+    (workdir / "lock").touch()
+    identity = workdirs.claim(workdir, config, SETS)
+    record = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps(record | {"versions": {"jax": "0"}}))
+    longer = dataclasses.replace(config, log=dataclasses.replace(config.log, stop_after_skipped=3))
+    assert workdirs.claim(workdir, longer, SETS) == identity
+    again = json.loads((workdir / "config.json").read_text())
+    assert (again["versions"], again["config"]["log"]["stop_after_skipped"]) == ({"jax": "0"}, 3)
+    for step in (0, 4):
+        workdirs.note_start(workdir, step)
+    starts = [json.loads(line) for line in (workdir / "starts.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["versions"]["jax"]) for row in starts] == [(0, jax.__version__), (4, jax.__version__)]
+
+
+SETS = {"data.train": {"examples": 100, "classes": 10, "names": "a", "ids": "b"}}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("examples", 101, "data.train had 100 examples and has 101 now"),
+        ("classes", 11, "data.train had 10 classes and has 11 now"),
+        ("names", "c", "data.train has other class names now"),
+        ("ids", "c", "data.train holds other examples, or in another order, now"),
+    ],
+)
+def test_a_set_that_changed_between_two_starts_is_refused(
+    field: str, value: Any, sentence: str, tmp_path: Path
+) -> None:
+    config = c.resolve(tiny.config(), 100)
+    workdirs.claim(tmp_path / "run", config, SETS)
+    with pytest.raises(UserError, match=sentence):
+        workdirs.claim(tmp_path / "run", config, {"data.train": SETS["data.train"] | {field: value}})
+
+
+def test_two_runs_on_one_workdir(tmp_path: Path) -> None:
+    """The second is refused by host and process id: the kernel or a growing count shows that the first lives."""
+    path = tmp_path / "lock"
+    with lock._hold(path) as token:
+        assert lock._sees(path, token)
+        with pytest.raises(UserError, match=rf"in use by process {os.getpid()} on {socket.gethostname()}; wait"):
+            lock._hold(path).__enter__()
+    assert path.read_text() == ""
+
+    def other(beats: int) -> None:
+        path.write_text(json.dumps({"host": "far", "pid": 7, "token": "t", "beats": beats}))
+
+    other(3)
+    with pytest.raises(UserError, match="in use by process 7 on far"):
+        lock._hold(path, sleep=lambda _: other(5)).__enter__()
+    with lock._hold(path, sleep=lambda _: None):  # its count stands still: it is dead
+        assert json.loads(path.read_text())["pid"] == os.getpid()

@@ -17,6 +17,7 @@ from vit_scaling.data.images.transforms import transform
 from vit_scaling.data.sources import Source, open_source
 from vit_scaling.evaluation.network import Network
 from vit_scaling.evaluation.passes import one_pass
+from vit_scaling.evaluation.sets import check_classes
 
 # Appended to every feature vector: so large that the bias it makes is hardly regularised.
 BIAS_FEATURE = 100.0
@@ -106,37 +107,31 @@ class _Subset:
 
 
 class FewShot:
-    """The evaluation of one run: which examples are the shots is decided, and their labels read, once.
+    """The evaluation of one run. The first pass over the training set gives its labels, and with them the shots.
+
+    Later passes read the shots alone.
 
     Args:
         config: sources, transform, shots, seeds, penalty.
 
     Raises:
-        UserError: labels are multi-hot, or a class has too few examples.
+        UserError: labels are multi-hot, the two sets have other classes, or there are fewer examples than shots.
     """
 
     def __init__(self, config: FewShotConfig):
         train, test = open_source(config.train), open_source(config.test)
         transform(config.transform, train=False)
         if train.multi_label or test.multi_label:
-            raise UserError("few-shot evaluation needs one label an image; its sources have several")
-        self._config, self._test = config, test
-        self._num_classes = max(train.num_classes, test.num_classes)
-        labels = np.asarray([train[index]["label"] for index in range(len(train))])
-        most = max(config.shots)
-        # The first n of an order are the n shots, so one choice per seed serves every n.
-        orders = [choose(labels, most, seed, self._num_classes) for seed in range(config.seeds)]
-        indices = np.unique(np.concatenate(orders))
-        self._train = _Subset(train, indices)
-        self._train_labels = labels[indices]
-        # [seeds, classes, most]: rows of the features of `self._train`.
-        self._rows = np.searchsorted(indices, np.stack(orders)).reshape(config.seeds, self._num_classes, most)
-        self._test_labels = np.asarray([test[index]["label"] for index in range(len(test))])
-
-    @property
-    def examples(self) -> int:
-        """How many images are shots or tested."""
-        return len(self._train_labels) + len(self._test_labels)
+            raise UserError("few-shot evaluation needs one label for each image; its sources have several")
+        check_classes("evaluation.fewshot.test", test, "evaluation.fewshot.train", train)
+        self._config, self._num_classes, self._most = config, train.num_classes, max(config.shots)
+        if len(train) < self._num_classes * self._most:
+            raise UserError(
+                f"few-shot evaluation wants {self._most} examples of each of {self._num_classes} classes; "
+                f"evaluation.fewshot.train has {len(train)} examples"
+            )
+        self.sources: dict[str, Source] = {"train": train, "test": test}
+        self._shots: _Subset | None = None
 
     @property
     def names(self) -> list[str]:
@@ -158,19 +153,45 @@ class FewShot:
         Every process must call it and gets the same numbers.
         """
 
-        def extract(source: Source) -> np.ndarray:
-            batches = one_pass(source, self._config.transform, data, network.mesh, batch_size, before_batch)
-            parts = [jax.device_get(network.features(params, batch_stats, batch["image"])) for batch in batches]
-            return np.concatenate(parts)[: len(source)]
+        def extract(source: Source) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            """Returns (features, labels, indices) of the examples that could be read."""
+            rows = []
+            for batch in one_pass(source, self._config.transform, data, network.mesh, batch_size, before_batch):
+                features = network.features(params, batch_stats, batch["image"])
+                rows.append(jax.device_get((features, *network.replicate((batch["label"], batch["mask"])))))
+            features, labels, mask = (np.concatenate(column) for column in zip(*rows, strict=True))
+            return features[mask], labels[mask], np.flatnonzero(mask)
 
-        train_ND, test_ND = extract(self._train), extract(self._test)
+        if self._shots is None:
+            train_ND, labels, indices = extract(self.sources["train"])
+            train_ND, train_labels = (column[self._choose(labels, indices)] for column in (train_ND, labels))
+        else:
+            train_ND, train_labels, _ = extract(self._shots)
+        test_ND, test_labels, _ = extract(self.sources["test"])
         result = {}
         for shots in self._config.shots:
-            accuracies = [self._accuracy(train_ND, rows[:, :shots].reshape(-1), test_ND) for rows in self._rows]
+            accuracies = []
+            for rows in self._rows:
+                chosen = rows[:, :shots].reshape(-1)
+                classifier = ridge(
+                    train_ND[chosen], train_labels[chosen], num_classes=self._num_classes, l2=self._config.l2
+                )
+                accuracies.append(float(np.mean(classifier.predict(test_ND) == test_labels)))
             result[f"{shots}shot"] = float(np.mean(accuracies))
             result[f"{shots}shot_std"] = float(np.std(accuracies))
         return result
 
-    def _accuracy(self, train_ND: np.ndarray, rows: np.ndarray, test_ND: np.ndarray) -> float:
-        classifier = ridge(train_ND[rows], self._train_labels[rows], num_classes=self._num_classes, l2=self._config.l2)
-        return float(np.mean(classifier.predict(test_ND) == self._test_labels))
+    def _choose(self, labels: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """Decides which examples are shots; returns their positions in `labels`.
+
+        Args:
+            labels: of the training set's readable examples.
+            indices: of these in the training set.
+        """
+        # The first n of an order are the n shots, so one choice per seed serves every n.
+        orders = [choose(labels, self._most, seed, self._num_classes) for seed in range(self._config.seeds)]
+        kept = np.unique(np.concatenate(orders))
+        # [seeds, classes, most]: positions in `kept`.
+        self._rows = np.searchsorted(kept, np.stack(orders)).reshape(len(orders), self._num_classes, self._most)
+        self._shots = _Subset(self.sources["train"], indices[kept])
+        return kept

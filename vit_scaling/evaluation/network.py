@@ -26,12 +26,14 @@ class Network:
     logits(params, batch_stats, images) -> [B, M]
     features(params, batch_stats, images) -> [B, D] in float32
     classify(params, batch_stats, batch) -> {"prediction", "correct", "loss", "mask"}, each [B]
+    replicate(arrays) -> the same arrays
     """
 
     mesh: Any  # as given to `network`; only a mesh of devices can run the functions
     logits: Any
     features: Any
     classify: Any
+    replicate: Any
 
 
 def network(
@@ -53,6 +55,7 @@ def network(
         logits=jit(_logits, model_config, graphdef),
         features=jit(_features, model_config, graphdef),
         classify=jit(_classify, model_config, graphdef, num_classes, loss),
+        replicate=jit(_replicate),
     )
 
 
@@ -70,6 +73,10 @@ def jit_in(mesh: Mesh, function: Callable[..., Any], *static: Any, **options: An
 def to_float(model_config: models.ModelConfig, images: Array) -> Array:
     """Returns uint8 images as the model sees them, the batch sharded."""
     return mixing.to_float(sharding.constrain(images), model_config.mean, model_config.std)
+
+
+def _replicate(arrays: Any) -> Any:
+    return arrays
 
 
 def _logits(model_config: models.ModelConfig, graphdef: Any, params: Any, batch_stats: Any, images: Array) -> Array:

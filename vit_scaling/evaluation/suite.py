@@ -9,7 +9,7 @@ from vit_scaling import UserError
 from vit_scaling.config import Config
 from vit_scaling.data.images.transforms import transform
 from vit_scaling.data.sources import Source, open_source
-from vit_scaling.evaluation import classification
+from vit_scaling.evaluation import classification, sets
 from vit_scaling.evaluation.fewshot import FewShot
 from vit_scaling.evaluation.network import Network
 from vit_scaling.parallel import sharding
@@ -49,10 +49,17 @@ class Suite:
         names += [("fewshot", name) for name in shots]
         return [f"{of}{suffix}/{name}" for suffix in (("", "_ema") if averaged else ("",)) for of, name in names]
 
-    def examples_of(self) -> dict[str, int]:
-        """Returns how many examples each source holds, by its name."""
-        counts = {f"evaluation.{name}": len(source) for name, source in self._sources.items()}
-        return counts | ({} if self._fewshot is None else {"evaluation.fewshot": self._fewshot.examples})
+    def sets(self) -> dict[str, dict[str, Any]]:
+        """Returns the identity of each set by the name of its field in the config; see `sets.identity`."""
+        named = {f"evaluation.{name}": source for name, source in self._sources.items()}
+        if self._fewshot is not None:
+            named |= {f"evaluation.fewshot.{name}": source for name, source in self._fewshot.sources.items()}
+        return {name: sets.identity(source) for name, source in named.items()}
+
+    def check_classes(self, train: Source) -> None:
+        """Raises UserError unless validation and test set have the classes of the training set."""
+        for name, source in self._sources.items():
+            sets.check_classes(f"evaluation.{name}", source, "data.train", train)
 
     def measure(
         self,

@@ -12,8 +12,9 @@ from scipy.special import expit, softmax
 
 from vit_scaling import UserError, interop, names
 from vit_scaling.data import mixing
+from vit_scaling.interop import run as checkpoints
 from vit_scaling.pages import families, images, page, quantize
-from vit_scaling.training import checkpoint, initial
+from vit_scaling.training import initial
 
 SCRIPTS = ("look.js", "panels.js", "attention.js")
 MOST_BYTES = 14_900_000  # of a page
@@ -171,8 +172,8 @@ def gaussian_steps(workdir: Path, ema: bool) -> list[tuple[int, dict[str, Any]]]
         raise UserError(f"--checkpoints=all needs a run as --weights, and {workdir} has no checkpoints/")
     part = "ema" if ema else "params"
     steps = []
-    for step in checkpoint.steps(workdir / "checkpoints"):
-        tree = checkpoint.restore_arrays(workdir / "checkpoints" / str(step), (part,))[part]
+    for step in checkpoints.steps(workdir / "checkpoints"):
+        tree = checkpoints.read_arrays(workdir / "checkpoints" / str(step), (part,))[1][part]
         attention = tree.get("blocks", {}).get("attention", {})
         if "centers" not in attention:
             raise UserError("--checkpoints=all shows how Gaussian heads moved, and this model has none")

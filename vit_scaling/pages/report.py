@@ -76,7 +76,7 @@ class Reporter:
             self._noted = True
         record |= {
             "command": self._command,
-            "examples": suite.examples_of(),
+            "examples": {name: row["examples"] for name, row in suite.sets().items()},
             "parameters": parameter_table(config, program),
             "evaluation": self._evaluation(step, suite, config),
         }

@@ -1,10 +1,11 @@
-"""Checkpoints: Orbax behind one small face.
+"""Checkpoints of a run, through Orbax: saved asynchronously and sharded, restored onto the mesh that the run has now.
 
-A checkpoint is one train state and one small JSON record, written asynchronously and sharded, restored onto whatever
-mesh the new run has. `directory/<step>` is complete or it is not read: Orbax writes beside it and renames.
+A checkpoint is one train state and one small JSON record with a digest of every array. `interop/run.py` decides which
+ones are complete and intact; nothing else reads a checkpoint.
 """
 
 import contextlib
+import functools
 import json
 import math
 import shutil
@@ -13,44 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
+from etils import epath
 
 from vit_scaling import UserError
+from vit_scaling.interop import run
+from vit_scaling.interop.run import RECORD, STATE, complete, leaves, steps
 from vit_scaling.parallel import processes
 
-STATE, RECORD = "state", "record"
-
-
-def steps(directory: Path) -> list[int]:
-    """Returns the steps of all complete checkpoints below `directory`, in order."""
-    if not directory.is_dir():
-        return []
-    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit() and _complete(entry))
-
-
-def _complete(checkpoint: Path) -> bool:
-    return (checkpoint / "_CHECKPOINT_METADATA").exists() and (checkpoint / STATE).is_dir()
-
-
-def require(checkpoint: Path) -> None:
-    """Raises UserError unless `checkpoint` is a complete one."""
-    if not _complete(checkpoint):
-        raise UserError(f"{checkpoint} holds no complete checkpoint; name a directory <workdir>/checkpoints/<step>")
-
-
-def _handlers() -> dict[str, ocp.CheckpointHandler]:
-    return {STATE: ocp.StandardCheckpointHandler(), RECORD: ocp.JsonCheckpointHandler()}
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Returns {path: shape} of any pytree, by the names under which Orbax stores its leaves."""
-    names = {}
-    for key_path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        parts = [getattr(key, "key", getattr(key, "name", getattr(key, "idx", ""))) for key in key_path]
-        names["/".join(str(part) for part in parts)] = tuple(leaf.shape)
-    return names
+# Orbax measures its timeout with the wall clock, which may jump. The watchdog ends a save that is stuck.
+_NO_TIMEOUT = 10 * 365 * 24 * 3600
 
 
 def restore(checkpoint: Path, state_shape: Any) -> tuple[Any, dict[str, Any]]:
@@ -63,57 +36,84 @@ def restore(checkpoint: Path, state_shape: Any) -> tuple[Any, dict[str, Any]]:
     Raises:
         UserError: there is no complete checkpoint, or it holds another model's or optimizer's arrays; the sentence
             names some that differ.
+        DamagedError: it cannot be read, or is not what was written.
     """
-    require(checkpoint)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**_handlers())) as checkpointer:
-        path = checkpoint.absolute()
-        metadata = checkpointer.metadata(path)
-        stored = _shapes(getattr(metadata, "item_metadata", metadata)[STATE].tree)
-        _refuse_other_model(checkpoint, stored, _shapes(state_shape))
-        item = checkpointer.restore(
-            path,
-            args=ocp.args.Composite(**{STATE: ocp.args.StandardRestore(state_shape), RECORD: ocp.args.JsonRestore()}),
-        )
-    return item[STATE], item[RECORD]
+    run.require(checkpoint)
+    path = epath.Path(checkpoint.absolute())
+    with run.reading(checkpoint):
+        # The handler itself, without Checkpointer: that one waits for processes whose part may have failed.
+        handler = ocp.CompositeCheckpointHandler(**run.handlers())
+        stored = {name: tuple(leaf.shape) for name, leaf in leaves(_tree(handler, path)).items()}
+        _refuse_other_model(checkpoint, stored, {k: tuple(leaf.shape) for k, leaf in leaves(state_shape).items()})
+        args = {STATE: ocp.args.StandardRestore(state_shape), RECORD: ocp.args.JsonRestore()}
+        item = handler.restore(path, args=ocp.args.Composite(**args))
+        handler.close()
+    state, record = item[STATE], item[RECORD]
+    run.verify(checkpoint, record, run.digests(state))
+    step = int(jax.device_get(state.step))
+    if step != int(checkpoint.name):
+        raise run.DamagedError(f"{checkpoint} holds the state of step {step}, not of the step that it is named after")
+    return state, record
 
 
-def restore_arrays(checkpoint: Path, names: tuple[str, ...]) -> dict[str, Any]:
-    """Returns parts of a state as nested dicts of NumPy arrays, whatever run they are of; {} for one that is empty.
+def _tree(handler: Any, path: Any) -> Any:
+    metadata = handler.metadata(path)
+    return getattr(metadata, "item_metadata", metadata)[STATE].tree
+
+
+def restore_newest(
+    directory: Path, state_shape: Any, identity: str | None = None
+) -> tuple[Path, Any, dict[str, Any]] | None:
+    """Returns (checkpoint, state, record) of the newest intact checkpoint; None where there is no complete one.
+
+    Damaged ones are named and kept aside as `<step>.damaged`. All processes call it and agree.
 
     Args:
-        checkpoint: a directory `.../<step>`.
-        names: of "params", "statistics", "ema".
+        directory: where the checkpoints lie.
+        state_shape: as in `restore`.
+        identity: of the run, as its checkpoints have it; those of another run count as damaged.
 
     Raises:
-        UserError: there is no complete checkpoint.
+        UserError: no checkpoint is intact, and nothing was changed; or as `restore`.
     """
-    require(checkpoint)
-    path = checkpoint.absolute()
-    handler = ocp.CompositeCheckpointHandler(**(_handlers() | {STATE: ocp.PyTreeCheckpointHandler()}))
-    with ocp.Checkpointer(handler) as checkpointer:
-        metadata = checkpointer.metadata(path)
-        tree = getattr(metadata, "item_metadata", metadata)[STATE].tree
-        part = {name: tree[name] for name in names if tree.get(name)}
-        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), part)
-        args = ocp.args.PyTreeRestore(item=part, restore_args=kinds, partial_restore=True)
-        restored = checkpointer.restore(path, args=ocp.args.Composite(**{STATE: args}))[STATE]
-    return {name: restored.get(name, {}) for name in names}
+    failures: dict[int, str] = {}
+    for step in reversed(processes.first(lambda: steps(directory))):
+        restored = None
+        try:
+            restored = restore(directory / str(step), state_shape)
+            if identity is not None and restored[1].get("run", identity) != identity:
+                raise run.DamagedError(f"{directory / str(step)} was written by another run")
+            failure = None
+        except run.DamagedError as error:
+            failure = str(error)
+        answers = [answer for answer in processes.gather(failure) if answer]
+        if restored is not None and not answers:
+            for damaged, sentence in failures.items():
+                processes.say(f"{sentence}; it is kept as {damaged}.damaged, and the run continues from step {step}")
+                processes.first(functools.partial(_set_aside, directory / str(damaged), "damaged"))
+            return directory / str(step), *restored
+        failures[step] = answers[0]
+    if failures:
+        raise UserError(f"no checkpoint in {directory} is intact, nothing was changed: {'; '.join(failures.values())}")
+    return None
+
+
+def _set_aside(folder: Path, why: str) -> None:
+    target = folder.with_name(f"{folder.name}.{why}")
+    if target.is_dir():
+        shutil.rmtree(target)
+    folder.replace(target)
 
 
 def _refuse_other_model(checkpoint: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
     differing = [
-        f"{name} is {_shape(stored, name)} there and {_shape(wanted, name)} here"
+        f"{name} is {stored.get(name, 'absent')} there and {wanted.get(name, 'absent')} here"
         for name in sorted(stored.keys() | wanted.keys(), key=lambda name: (not name.startswith("params/"), name))
         if stored.get(name) != wanted.get(name)
     ]
     if differing:
-        shown = "; ".join(differing[:5])
         more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise UserError(f"{checkpoint} belongs to another model or optimizer: {shown}{more}")
-
-
-def _shape(shapes: dict[str, Any], name: str) -> str:
-    return str(shapes[name]) if name in shapes else "absent"
+        raise UserError(f"{checkpoint} belongs to another model or optimizer: {'; '.join(differing[:5])}{more}")
 
 
 class Checkpoints:
@@ -122,26 +122,36 @@ class Checkpoints:
     Args:
         directory: where they lie; made if absent.
         keep: how many of the latest stay.
-        permanent: every checkpoint whose step this divides stays for good; 0 for none.
+        permanent: every checkpoint whose step this divides is kept; 0 for none.
     """
 
     def __init__(self, directory: Path, *, keep: int, permanent: int):
         self.directory = directory.absolute()
-        processes.first(self._remove_unfinished)
+        processes.first(self._set_unfinished_aside)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, keep_period=permanent or None, enable_async_checkpointing=True
+            max_to_keep=keep,
+            keep_period=permanent or None,
+            async_options=ocp.AsyncOptions(timeout_secs=_NO_TIMEOUT),
+            # Not a rename, which a mounted bucket makes object by object.
+            atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE),
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=_handlers())
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=run.handlers())
 
-    def _remove_unfinished(self) -> None:
-        """Removes what a crash left behind: it would stand in the way of the same step's next save."""
-        for entry in self.directory.iterdir() if self.directory.is_dir() else ():
-            if entry.name.isdigit() and not _complete(entry):
-                logging.warning("removing the unfinished checkpoint %s", entry)
-                shutil.rmtree(entry)
+    def _set_unfinished_aside(self) -> None:
+        """Keeps the newest unfinished save as `<step>.unfinished`: it would block the next save of that step."""
+        entries = list(self.directory.iterdir()) if self.directory.is_dir() else []
+        unfinished = [entry for entry in entries if entry.name.isdigit() and not complete(entry)]
+        if unfinished:
+            for entry in entries:
+                if entry.name.endswith(".unfinished") and entry.is_dir():
+                    shutil.rmtree(entry)
+            for entry in unfinished:
+                processes.say(f"{entry} was never finished; it is kept as {entry.name}.unfinished")
+                _set_aside(entry, "unfinished")
 
-    def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, record: Mapping[str, Any]) -> None:
         """Starts to write a checkpoint; returns once the state's memory may be reused."""
+        record = run.seal({**record, "step": step}, run.digests(state))
         args = {STATE: ocp.args.StandardSave(state), RECORD: ocp.args.JsonSave(record)}
         self._manager.save(step, args=ocp.args.Composite(**args), force=True)
 
@@ -154,27 +164,52 @@ class Checkpoints:
 class Best:
     """The checkpoint of the evaluation that was best by one metric: `directory/<step>`, and best.json beside it.
 
-    Apart from the run's own checkpoints, which must be the latest ones to go on from.
+    It is apart from the run's own checkpoints, because a run continues from the latest of those.
+
+    Args:
+        workdir: of the run.
+        metric: one of the evaluations' names, or None.
+        measured_on: identity of the sets that it is measured on; the best of another set or metric is not compared.
     """
 
-    def __init__(self, workdir: Path, metric: str | None):
-        self._metric, self._record = metric, workdir / "best.json"
+    def __init__(self, workdir: Path, metric: str | None, measured_on: str = ""):
+        self._metric, self._record, self._set = metric, workdir / "best.json", measured_on
         self._directory = workdir / "best"
-        self.value, self.step = -math.inf, None
+        self._sign = -1.0 if metric is not None and lower_is_better(metric) else 1.0
+        self.value = -self._sign * math.inf
+        self.step: int | None = None
         if metric is not None and self._record.exists():
+            self._read()
+
+    def _read(self) -> None:
+        try:
             record = json.loads(self._record.read_text())
-            if _complete(self._directory / str(record["step"])):
-                self.value, self.step = record["value"], record["step"]
+            metric, measured_on = record["metric"], record.get("measured_on", self._set)
+            value, step = float(record["value"]), int(record["step"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            processes.say(f"{self._record} is damaged; the best checkpoint is chosen anew from here on")
+            return
+        if (metric, measured_on) != (self._metric, self._set):
+            processes.say(f"{self._record} is of {metric} on another set or by another metric; it is chosen anew")
+        elif complete(self._directory / str(step)):
+            self.value, self.step = value, step
 
     def offer(self, step: int, state: Any, values: Mapping[str, float]) -> None:
-        """Saves the state if its metric, one of `values`, is higher than all before; waits until it is written."""
-        if self._metric is None or not values[self._metric] > self.value:
+        """Saves the state if its metric, one of `values`, is better than all before; waits until it is written."""
+        if self._metric is None or not self._sign * values[self._metric] > self._sign * self.value:
             return
+        if self.step is None:  # what is there was chosen by another metric or on another set
+            processes.first(lambda: shutil.rmtree(self._directory, ignore_errors=True))
         self.value, self.step = values[self._metric], step
         with contextlib.closing(Checkpoints(self._directory, keep=1, permanent=0)) as checkpoints:
             checkpoints.save(step, state, {self._metric: self.value})
-        if jax.process_index() == 0:
-            record = {"metric": self._metric, "value": self.value, "step": step}
+        if processes.is_first():
+            record = {"metric": self._metric, "value": self.value, "step": step, "measured_on": self._set}
             temporary = self._record.with_suffix(".tmp")
             temporary.write_text(json.dumps(record | {"checkpoint": str(self._directory / str(step))}) + "\n")
             temporary.replace(self._record)
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a metric is an error: a loss, a deviation or a calibration error."""
+    return metric.endswith(("loss", "_std", "error", "ece"))

@@ -1,7 +1,7 @@
 """Weights to start from or to look at: a file of any layout, or a checkpoint of a run."""
 
 import dataclasses
-import json
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,31 +14,10 @@ from vit_scaling import UserError, interop
 from vit_scaling.config import Config
 from vit_scaling.data.sources import SourceConfig, open_source
 from vit_scaling.interop import Target, Weights, native
+from vit_scaling.interop.run import find_checkpoint, leaves, numpy_digest, read_arrays, record_of
 from vit_scaling.interop.weights import of_trees
 from vit_scaling.models import ModelConfig
-from vit_scaling.training import checkpoint
 from vit_scaling.training.step import Program, TrainState
-
-
-def find_checkpoint(path: Path) -> Path | None:
-    """Returns the checkpoint that a path names, `<workdir>/checkpoints/<step>` or a workdir's newest; None if none.
-
-    Raises:
-        UserError: a workdir without a complete checkpoint.
-    """
-    if path.name.isdigit() and (path.parent.parent / "config.json").exists():
-        return path
-    if not (path / "config.json").exists() or not (path / "checkpoints").is_dir():
-        return None
-    steps = checkpoint.steps(path / "checkpoints")
-    if not steps:
-        raise UserError(f"the run {path} has no complete checkpoint yet")
-    return path / "checkpoints" / str(steps[-1])
-
-
-def record_of(found: Path) -> dict[str, Any]:
-    """Returns what config.json of a checkpoint's run says."""
-    return json.loads((found.parent.parent / "config.json").read_text())
 
 
 def run_of(path: str | Path) -> dict[str, Any] | None:
@@ -94,7 +73,7 @@ def read(path: str | Path, target: Target | None = None, *, ignore: Sequence[str
     if found is None:
         return interop.read(path, dataclasses.replace(target or Target(), ema=ema), ignore=ignore)
     config, size, _ = describe(found)
-    parts = checkpoint.restore_arrays(found, ("ema" if ema else "params", "statistics"))
+    found, parts = read_arrays(Path(path), ("ema" if ema else "params", "statistics"))
     parameters = parts["ema" if ema else "params"]
     if not parameters:
         raise UserError(f"the run of {found} keeps no average of its parameters; leave ema out")
@@ -102,14 +81,14 @@ def read(path: str | Path, target: Target | None = None, *, ignore: Sequence[str
     return weights if target is None else weights.adapted(target)
 
 
-def start_of(config: Config, num_classes: int, workdir: Path) -> Weights | None:
-    """Returns the weights that a run starts from; None if from random ones, or from its own checkpoint.
+def start_of(config: Config, num_classes: int) -> Weights | None:
+    """Returns the weights that a new run starts from; None for random ones.
 
     Raises:
         UserError: they cannot be read, or are no weights of the config's model; nothing is written.
     """
     init = config.init
-    if not init.path or checkpoint.steps(workdir / "checkpoints"):
+    if not init.path:
         return None
     if init.keep_head and init.class_map:
         raise UserError("init.keep_head and init.class_map exclude each other; set one of them")
@@ -133,8 +112,17 @@ def start_of(config: Config, num_classes: int, workdir: Path) -> Weights | None:
     return weights
 
 
+def digest(weights: Weights | None) -> str | None:
+    """Returns a digest of weights, by which processes compare what they have read."""
+    if weights is None:
+        return None
+    arrays = {**leaves(weights.parameters), **leaves(weights.statistics)}
+    each = "".join(f"{path}={numpy_digest(array)};" for path, array in sorted(arrays.items()))
+    return hashlib.sha256(each.encode()).hexdigest()
+
+
 def begin(program: Program, weights: Weights | None) -> TrainState:
-    """Returns the state before the first step: as initialised, with these weights where there are some."""
+    """Returns the state before the first step: as initialized, with these weights where there are some."""
     state = program.init()
     if weights is None:
         return state

@@ -5,23 +5,27 @@ Read `_train` from top to bottom: its order is the order of a run.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+import errno
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from vit_scaling import TransientError
 from vit_scaling.config import Config, resolve
 from vit_scaling.data import loader
 from vit_scaling.data.images.transforms import Transform, transform
 from vit_scaling.data.sources import Source, open_source
+from vit_scaling.evaluation import sets
 from vit_scaling.evaluation.suite import Suite
-from vit_scaling.interop import Weights
+from vit_scaling.interop import Weights, run
 from vit_scaling.parallel import mesh as mesh_lib
 from vit_scaling.parallel import processes, sharding
 from vit_scaling.parallel.interrupts import Stopped, StopRequest, Watchdog
 from vit_scaling.training import checkpoint, initial, telemetry
 from vit_scaling.training import workdir as workdirs
+from vit_scaling.training.lock import locked
 from vit_scaling.training.profiler import Profiler
 from vit_scaling.training.step import Program, TrainState, batch_shape, build
 from vit_scaling.training.step_log import StepLog
@@ -46,8 +50,10 @@ def train(config: Config, workdir: Path, after_evaluation: AfterEvaluation | Non
         UserError: the config cannot work, the workdir belongs to another one, or the processes differ, and nothing was
             written; or the updates stayed non-finite for log.stop_after_skipped steps in a row.
     """
-    with StopRequest() as stop, telemetry.Clock() as clock:
-        return _train(config, workdir, stop, clock, after_evaluation)
+    with StopRequest() as stop, telemetry.Clock() as clock, _full_disk_is_a_sentence(workdir):
+        setup = _set_up(config, workdir)
+        with locked(workdir):
+            return _train(setup, workdir, stop, clock, after_evaluation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +64,7 @@ class _Setup:
     source: Source
     program: Program
     suite: Suite
+    sets: dict[str, dict[str, Any]]  # what each set holds, by its field in the config
     augment: Transform
     weights: Weights | None  # to start from
     trunk: Path | None  # the checkpoint to branch from
@@ -76,44 +83,51 @@ class _Setup:
 
 def _set_up(config: Config, workdir: Path) -> _Setup:
     """Returns everything that can be checked before the first write; every process fails where one does."""
+    begins = processes.first(lambda: not run.steps(workdir / "checkpoints"))
     with processes.together():
         source = open_source(config.data.train)
         config = resolve(config, len(source))
+        sets.check_trainable(source, config.loss)
         mesh = mesh_lib.create(config.mesh)
         program = build(config, num_classes=source.num_classes, total_steps=int(config.duration.amount), mesh=mesh)
+        workdirs.check_space(workdir, program)
+        suite = Suite(config, program)
+        suite.check_classes(source)
         setup = _Setup(
             config=config,
             source=source,
             program=program,
-            suite=Suite(config, program),
+            suite=suite,
+            sets={"data.train": sets.identity(source)} | suite.sets(),
             augment=transform(config.data.transform, train=True),
-            weights=initial.start_of(config, source.num_classes, workdir),
+            weights=initial.start_of(config, source.num_classes) if begins else None,
             trunk=workdirs.trunk(config),
         )
-    workdirs.agree(config, {"data.train": len(source)} | setup.suite.examples_of())
+    workdirs.agree(config, setup.sets, initial.digest(setup.weights))
+    processes.first(lambda: workdirs.check(workdir, config, setup.sets))
+    processes.first(lambda: workdir.mkdir(parents=True, exist_ok=True))
     return setup
 
 
 def _train(
-    config: Config, workdir: Path, stop: StopRequest, clock: telemetry.Clock, after_evaluation: AfterEvaluation | None
+    setup: _Setup, workdir: Path, stop: StopRequest, clock: telemetry.Clock, after_evaluation: AfterEvaluation | None
 ) -> dict[str, Any]:
-    # ---- Nothing is written until everything is known to work, in every process. Then the workdir is this run's.
-    setup = _set_up(config, workdir)
     config, source, program, total_steps = setup.config, setup.source, setup.program, setup.total_steps
-    processes.first(lambda: workdirs.claim(workdir, config, source.class_names))
-    past = processes.first(lambda: workdirs.past(workdir))
-    if past["finished"] and past["checkpoints"] and past["checkpoints"][-1] >= total_steps:
+    identity = processes.first(lambda: workdirs.claim(workdir, config, setup.sets, source.class_names))
+    past = processes.first(lambda: workdirs.past(workdir, total_steps))
+    if past["finished"]:
         processes.say(f"{workdir} holds this run, finished; delete it or name another --workdir to run it again")
         return processes.first(lambda: workdirs.read_result(workdir))
     workdirs.keep_compilations(workdir)
     processes.say(workdirs.describe(config, program, source))
 
     # ---- The state, where this run or its trunk left it, or a new one; then what follows from its step.
+    state, resumed, origin = _first_state(setup, workdir, identity, past, clock)
+    step = int(jax.device_get(state.step))
+    workdirs.note_start(workdir, step)
     keep, permanent = config.checkpoint.keep, int(config.checkpoint.permanent.amount)
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=keep, permanent=permanent)
-    state, resumed, origin = _first_state(setup, workdir, past, clock)
-    step = int(jax.device_get(state.step))
-    best = checkpoint.Best(workdir, config.checkpoint.best)
+    best = checkpoint.Best(workdir, config.checkpoint.best, sets.digest(setup.sets))
     writer = telemetry.create_writer(workdir, step if resumed else None)
     progress = telemetry.Progress(step, total_steps)
     if origin is not None:
@@ -127,30 +141,28 @@ def _train(
     on_devices = loader.to_device(batches, on, ahead=1)
     log = StepLog(config, workdir, source.num_classes, writer, progress, clock, step)
     watchdog, profiler = Watchdog(config.log.watchdog), Profiler(config.log, workdir)
-    evaluated = False  # until then, evaluations may compile
+    values: dict[str, float] | None = None  # of the newest evaluation; before the first, evaluations may compile
 
     def before_batch() -> None:
-        watchdog.beat(compiles=not evaluated)
+        watchdog.beat(compiles=values is None)
         if stop.asked():
             raise Stopped
 
     def evaluate(step: int, state: TrainState) -> bool:
         """Returns False if the run was asked to stop meanwhile."""
-        nonlocal evaluated
+        nonlocal values
         try:
             with clock.book("evaluation"):
-                values = setup.suite.measure(
+                measured_now = setup.suite.measure(
                     measured(state), state.statistics, final=step == total_steps, before_batch=before_batch
                 )
         except Stopped:
             return False  # the next start measures again
-        evaluated = True
+        values = measured_now
         writer.write_scalars(step, values)
         progress.show(step, {name: value for name, value in values.items() if not name.endswith(("loss", "std"))})
         if step > 0:
             best.offer(step, state, values)
-        if step == total_steps:
-            workdirs.finish(workdir, config, source, setup.suite, values, clock)
         return True
 
     def report(step: int) -> None:
@@ -158,8 +170,8 @@ def _train(
             with clock.book("report"):
                 after_evaluation(step, setup.suite, config, program)
 
-    # ---- Steps. Do not reorder: step n + 1 is dispatched before the metrics of step n are read, and rows and result
-    # are written before the checkpoint that makes them part of the run's past.
+    # ---- Steps. Do not reorder: step n + 1 is dispatched before the metrics of step n are read, and rows are written
+    # before the checkpoint that makes them part of the run's past.
     with contextlib.ExitStack() as exits:
         for each in (watchdog, checkpoints, writer, progress, profiler, batches):
             exits.enter_context(contextlib.closing(each))
@@ -183,7 +195,7 @@ def _train(
             evaluated_here = setup.measures_at(step) and evaluate(step, state)
             if setup.saves_at(step) or stop.granted:
                 with clock.book("checkpoint"):
-                    checkpoints.save(step, state, {"seconds": clock.seconds})
+                    checkpoints.save(step, state, {"seconds": clock.seconds, "run": identity})
             if evaluated_here:
                 report(step)
     if batches.summary:
@@ -193,23 +205,46 @@ def _train(
     if stop.granted:
         processes.say(f"stopped at step {step}; the same command continues from there")
         return {"interrupted": step}
+    # ---- The result speaks of the last checkpoint, so it is written after it.
+    processes.first(lambda: workdirs.finish(workdir, config, source, setup.suite, values, clock))
     return processes.first(lambda: workdirs.read_result(workdir))
 
 
 def _first_state(
-    setup: _Setup, workdir: Path, past: dict[str, Any], clock: telemetry.Clock
+    setup: _Setup, workdir: Path, identity: str, past: dict[str, Any], clock: telemetry.Clock
 ) -> tuple[TrainState, bool, Path | None]:
     """Returns (state, whether it is this run's own, the checkpoint that it was restored from, if any)."""
-    own = past["checkpoints"]
-    origin = workdir / "checkpoints" / str(own[-1]) if own else setup.trunk
-    state, record = (
-        (initial.begin(setup.program, setup.weights), {})
-        if origin is None
-        else checkpoint.restore(origin, setup.program.state_shape)
-    )
+    shape, origin = setup.program.state_shape, setup.trunk
+    own = checkpoint.restore_newest(workdir / "checkpoints", shape, identity)
+    if own is not None:
+        origin, state, record = own
+    elif origin is not None:
+        state, record = checkpoint.restore(origin, shape)
+    else:
+        state, record = initial.begin(setup.program, setup.weights), {}
     step, noted = int(jax.device_get(state.step)), past["clock"]
     clock.resume(step, record["seconds"] if own else {}, noted["step"], noted["seconds"])
-    return state, bool(own), origin
+    return state, own is not None, origin
+
+
+@contextlib.contextmanager
+def _full_disk_is_a_sentence(workdir: Path) -> Iterator[None]:
+    """Raises TransientError where anything inside failed because the disk is full."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not _is_full(cause):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        intact = run.steps(workdir / "checkpoints")
+        rest = f"checkpoint {intact[-1]} is intact" if intact else "there is no checkpoint yet"
+        raise TransientError(f"the disk of {workdir} is full; {rest}") from error
+
+
+def _is_full(error: BaseException) -> bool:
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
 
 
 def measured(state: TrainState) -> dict[str, Any]:

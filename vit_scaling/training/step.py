@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array
 
 from vit_scaling import models
-from vit_scaling.config import Config
+from vit_scaling.config import Config, GuardConfig
 from vit_scaling.data import mixing
 from vit_scaling.evaluation.network import Batch, Network, jit_in, network, to_float
 from vit_scaling.optim import losses, optimizer, schedule
@@ -38,8 +38,9 @@ class TrainState:
     statistics: Any  # nested dict: the batch_stats; empty for models without batch normalization
     opt_state: Any
     ema: Any  # Polyak average of params, where optim.ema is set; else None
-    skipped: Any  # int32: updates left out because something was not finite
-    skipped_in_row: Any  # int32: of those, how many since the last finite one
+    skipped: Any  # int32: updates left out: something was not finite, or the loss spiked
+    skipped_in_row: Any  # int32: of those, how many since the last applied one
+    spikes: Any = None  # {"losses" [window] of the last applied updates, "count"}, where guard.spike_deviation is set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +123,12 @@ def global_norm(tree: Any) -> Array:
     )
 
 
+def all_finite(tree: Any) -> Array:
+    """Whether no leaf holds NaN or infinity."""
+    floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floats]))
+
+
 def _keys(seed: int) -> tuple[Array, Array]:
     """Returns the keys of the initialization and of the steps; made inside a trace, so on the run's devices."""
     init_key, steps_key = jax.random.split(jax.random.key(seed))
@@ -143,6 +150,9 @@ def _init(recipe: _Recipe) -> TrainState:
         ema=jax.tree.map(jnp.copy, params) if config.optim.ema is not None else None,
         skipped=zero,
         skipped_in_row=zero,
+        spikes=None
+        if config.guard.spike_deviation is None
+        else {"losses": jnp.full(config.guard.spike_window, jnp.nan), "count": zero},
     )
 
 
@@ -155,7 +165,6 @@ def _train_step(recipe: _Recipe, state: TrainState, batch: Batch) -> tuple[Train
 
     loss, batch_stats, grads = _gradients(recipe, state, images, targets, model_key)
     gradient_norm = global_norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
 
     learning_rate = jnp.float32(config.optim.lr) * recipe.multiplier(state.step)
     direction, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
@@ -163,29 +172,54 @@ def _train_step(recipe: _Recipe, state: TrainState, batch: Batch) -> tuple[Train
     params = optax.apply_updates(state.params, updates)
     ema = None if config.optim.ema is None else optimizer.ema_update(state.ema, params, config.optim.ema)
 
-    def if_finite(new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    applied = all_finite((loss, gradient_norm, params, opt_state, batch_stats))
+    applied, spikes = _without_spikes(config.guard, loss, applied, state.spikes)
 
-    skipped_in_row = jnp.where(finite, 0, state.skipped_in_row + 1)
+    def if_applied(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, old)
+
+    skipped_in_row = jnp.where(applied, 0, state.skipped_in_row + 1)
     state = TrainState(
         step=state.step + 1,
-        params=if_finite(params, state.params),
-        statistics=if_finite(batch_stats, state.statistics),
-        opt_state=if_finite(opt_state, state.opt_state),
-        ema=if_finite(ema, state.ema),
-        skipped=state.skipped + jnp.where(finite, 0, 1),
+        params=if_applied(params, state.params),
+        statistics=if_applied(batch_stats, state.statistics),
+        opt_state=if_applied(opt_state, state.opt_state),
+        ema=if_applied(ema, state.ema),
+        skipped=state.skipped + jnp.where(applied, 0, 1),
         skipped_in_row=skipped_in_row,
+        spikes=spikes,
     )
     metrics = {
         "loss": loss,
         "gradient_norm": gradient_norm,
         "parameter_norm": global_norm(state.params),
-        "update_norm": jnp.where(finite, global_norm(updates), 0.0),
+        "update_norm": jnp.where(applied, global_norm(updates), 0.0),
         "learning_rate": learning_rate,
         "skipped": state.skipped,
         "skipped_in_row": skipped_in_row,
     }
+    if spikes is not None:
+        metrics["loss_spikes"] = spikes["count"]
     return state, metrics
+
+
+def _without_spikes(config: GuardConfig, loss: Array, applied: Array, spikes: Any) -> tuple[Array, Any]:
+    """Returns (whether the update is applied, the new `TrainState.spikes`).
+
+    An update is left out where the loss is more than `spike_deviation` standard deviations above the mean of the last
+    `spike_window` losses of applied updates, once there are so many.
+    """
+    if config.spike_deviation is None:
+        return applied, None
+    window = spikes["losses"]
+    limit = jnp.mean(window) + config.spike_deviation * jnp.std(window)
+    spike = applied & (loss > limit)  # never above NaN, which fills the window at first
+    applied = applied & ~spike
+    moved = jnp.concatenate([window[1:], loss[None]])
+    return applied, {
+        "losses": jnp.where(applied, moved, window),
+        "count": spikes["count"] + jnp.where(spike, 1, 0),
+    }
 
 
 def _gradients(recipe: _Recipe, state: TrainState, images: Array, targets: Array, key: Array) -> tuple[Array, Any, Any]:

@@ -53,12 +53,13 @@ class StepLog:
         in_row = int(values.pop("skipped_in_row"))
         if in_row:
             self._progress.say(
-                f"step {step}: loss or gradient is not finite; the update is left out ({in_row} in a row)"
+                f"step {step}: the update is left out, something in it is not finite or its loss spiked "
+                f"({in_row} in a row)"
             )
         if in_row >= self._config.log.stop_after_skipped:
             raise UserError(
-                f"loss or gradient was not finite for {in_row} steps in a row, up to step {step}; lower optim.lr or "
-                f"optim.beta2, or look at the data; the checkpoints before it are intact"
+                f"the update was not finite, or its loss spiked, for {in_row} steps in a row, up to step {step}; lower "
+                f"optim.lr or optim.beta2, or look at the data; the checkpoints before it are intact"
             )
         if step % int(self._config.log.every.amount) and step != int(self._config.duration.amount):
             return

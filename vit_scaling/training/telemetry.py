@@ -101,14 +101,20 @@ def create_writer(workdir: Path, resume_step: int | None) -> Writers:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a metrics file; none if it is absent. A last line cut off by a crash is left out."""
+    """Returns the rows of a metrics file; none if it is absent. Damaged lines are left out and counted in a warning."""
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")
-    complete, rest = lines[:-1], lines[-1]
-    if rest:
-        logging.warning("%s ends in the middle of a line, which is left out", path)
-    return [json.loads(line) for line in complete if line]
+    rows, damaged = [], 0
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line) if line else None
+            if row is not None:
+                rows.append(row | {"step": int(row["step"])})
+        except (ValueError, KeyError, TypeError):
+            damaged += 1
+    if damaged:
+        logging.warning("%s has %d damaged lines, which are left out", path, damaged)
+    return rows
 
 
 class Clock:

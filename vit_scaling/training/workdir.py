@@ -1,18 +1,24 @@
-"""The folder of a run: whose it is, what was run there, and what came of it.
+"""The folder of a run: whose it is, what ran there, and its result.
 
-config.json      the resolved config, versions, git revision, device
-clock.json       seconds of the run so far by what they went into, and the step at which they were noted
+config.json      the resolved config; versions, git revision and devices of the first start; what the sets held
+starts.jsonl     one row for each start: versions, revision, devices, host, step
+lock             who is running here
+clock.json       seconds of the run so far by what they were spent on, and the step at which they were noted
 metrics.jsonl    one row for each measurement; tensorboard/ has the same
-checkpoints/     <step>/ for each one kept
+checkpoints/     <step>/ for each one kept; <step>.damaged and <step>.unfinished are never read
 compiled/        what XLA compiled, for the next start
-result.json      the final numbers
+result.json      the final numbers, written after the last checkpoint
 figure.png       curves, learning rate, predictions
 """
 
 import importlib.metadata
 import json
+import math
+import os
 import platform
+import shutil
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +29,17 @@ from vit_scaling import UserError, __version__
 from vit_scaling import config as config_lib
 from vit_scaling.config import Config
 from vit_scaling.data.sources import Source
+from vit_scaling.evaluation.sets import changed
 from vit_scaling.evaluation.suite import Suite
+from vit_scaling.interop import run
 from vit_scaling.names import render_table
 from vit_scaling.optim import optimizer, schedule
 from vit_scaling.parallel import processes, sharding
-from vit_scaling.training import checkpoint, figure, telemetry
+from vit_scaling.training import figure, telemetry
 from vit_scaling.training.step import Program
+
+# What a process that was killed before it wrote config.json may have left.
+_BEFORE_CLAIM = {"config.tmp", "lock"}
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -68,8 +79,8 @@ def trunk(config: Config) -> Path | None:
         raise UserError(
             f"schedule.cooldown_from is {str(origin)!r}; name a checkpoint of a run, <workdir>/checkpoints/<step>"
         )
-    checkpoint.require(origin)
-    stored = json.loads(record.read_text())["config"]
+    run.require(origin)
+    stored = run.record_of(origin)["config"]
     differing = config_lib.differences(stored, config_lib.to_dict(config), BRANCH_MAY_CHANGE)
     if differing:
         raise UserError(f"a branch differs from its trunk in its cooldown alone, but {differing[0]}")
@@ -86,17 +97,18 @@ def environment() -> dict[str, Any]:
     }
 
 
-def agree(config: Config, examples: Mapping[str, int]) -> None:
+def agree(config: Config, sets: Mapping[str, Any], weights: str | None = None) -> None:
     """Makes sure that all processes are about to do the same.
 
     Args:
         config: the resolved config.
-        examples: how many each source holds, by its name.
+        sets: what each data set holds, by its field in the config.
+        weights: a digest of the weights that the run starts from.
 
     Raises:
         UserError: in every process: which of them differs from process 0, and in what.
     """
-    own = {"examples": dict(examples), "config": config_lib.to_dict(config), **environment()}
+    own = {"sets": dict(sets), "weights": weights, "config": config_lib.to_dict(config), **environment()}
     answers = processes.gather(config_lib.differences(processes.tell(own), own, may_change=()))
     for process, differing in enumerate(answers):
         if differing:
@@ -107,27 +119,100 @@ def agree(config: Config, examples: Mapping[str, int]) -> None:
             )
 
 
-def claim(workdir: Path, config: Config, class_names: Sequence[str] | None = None) -> None:
-    """Makes the workdir this experiment's; its config.json also holds the names of the classes.
+def check(workdir: Path, config: Config, sets: Mapping[str, Any]) -> None:
+    """Checks that the workdir is this experiment's or free; writes nothing.
 
     Raises:
-        UserError: it belongs to another one, or to something else; it is left as it was.
+        UserError: it belongs to another experiment, or to something else, or a data set has changed since.
     """
-    record = workdir / "config.json"
-    resolved = config_lib.to_dict(config)
-    if record.exists():
-        differing = config_lib.differences(json.loads(record.read_text())["config"], resolved)
-        if differing:
-            more = f", and {len(differing) - 1} more fields differ" if len(differing) > 1 else ""
+    if not (workdir / "config.json").exists():
+        if workdir.exists() and (not workdir.is_dir() or {path.name for path in workdir.iterdir()} - _BEFORE_CLAIM):
+            raise UserError(f"the workdir {workdir} exists and holds no run of this project; name a new one")
+        return
+    record, resolved = run.read_config(workdir), config_lib.to_dict(config)
+    differing = config_lib.differences(record["config"], resolved)
+    if differing:
+        more = f", and {len(differing) - 1} more fields differ" if len(differing) > 1 else ""
+        raise UserError(
+            f"the workdir {workdir} belongs to another config: {differing[0]}{more}; name another --workdir"
+        )
+    for name, now in sets.items():
+        before = record.get("sets", {}).get(name)
+        same_config = _at(record["config"], name) == _at(resolved, name)
+        if before and same_config and (what := changed(before, now)):
             raise UserError(
-                f"the workdir {workdir} belongs to another config: {differing[0]}{more}; name another --workdir"
+                f"{name} {what}: it is not the set with which the run in {workdir} began; restore that set, or name "
+                f"another --workdir"
             )
-    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise UserError(f"the workdir {workdir} exists and holds no run of this project; name a new one")
+
+
+def claim(
+    workdir: Path, config: Config, sets: Mapping[str, Any] | None = None, class_names: Sequence[str] | None = None
+) -> str:
+    """Makes the workdir this experiment's and returns the identity of the run. config.json also names the classes.
+
+    What the first start wrote stays, but for fields that may change (`config.MAY_CHANGE`) and their sets.
+
+    Raises:
+        UserError: as `check`; the workdir is left as it was.
+    """
+    check(workdir, config, sets or {})
     workdir.mkdir(parents=True, exist_ok=True)
-    counts = {"device_count": jax.device_count(), "process_count": jax.process_count()}
-    classes = None if class_names is None else list(class_names)
-    write_json(record, {"config": resolved, "classes": classes, **environment(), **counts})
+    path = workdir / "config.json"
+    old = run.read_config(workdir) if path.exists() else {}
+    new = (old or {**environment(), **_counts()}) | {"config": config_lib.to_dict(config), "sets": dict(sets or {})}
+    new["classes"] = None if class_names is None else list(class_names)
+    new.setdefault("run", os.urandom(8).hex())
+    if new != old:
+        write_json(path, new)
+    return new["run"]
+
+
+def note_start(workdir: Path, step: int) -> None:
+    """Appends a row about this start to starts.jsonl."""
+    if processes.is_first():
+        row = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "host": platform.node()}
+        with (workdir / "starts.jsonl").open("a") as file:
+            file.write(json.dumps(row | environment() | _counts()) + "\n")
+
+
+def _counts() -> dict[str, int]:
+    return {"device_count": jax.device_count(), "process_count": jax.process_count()}
+
+
+def _at(tree: Any, path: str) -> Any:
+    """Returns what stands at "a.b" in nested dicts."""
+    for part in path.split("."):
+        tree = (tree or {}).get(part)
+    return tree
+
+
+def check_space(workdir: Path, program: Program) -> None:
+    """Raises UserError where the state does not fit the devices' memory, or one checkpoint the workdir's disk."""
+    leaves = jax.tree.leaves(program.state_shape)
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    each = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    memory = _memory_per_device()
+    if memory and each > memory:
+        raise UserError(
+            f"parameters and optimizer state take {each / 1e9:,.1f} GB on each device, which has "
+            f"{memory / 1e9:,.1f} GB; choose a smaller model or more devices"
+        )
+    parent = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
+    free = shutil.disk_usage(parent).free
+    if processes.is_first() and free < total:
+        raise UserError(
+            f"the disk of {workdir} has {free / 1e9:,.1f} GB free and one checkpoint takes up to "
+            f"{total / 1e9:,.1f} GB; free some, or name another --workdir"
+        )
+
+
+def _memory_per_device() -> int | None:
+    """Returns the bytes of memory of one device, where they are known."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def keep_compilations(workdir: Path) -> None:
@@ -139,16 +224,25 @@ def keep_compilations(workdir: Path) -> None:
         jax.config.update("jax_compilation_cache_dir", str((workdir / "compiled").absolute()))
 
 
-def past(workdir: Path) -> dict[str, Any]:
-    """Returns what a run left in its workdir, as JSON: {"checkpoints": steps, "measured": steps of evaluations,
-    "clock": what clock.json says, "finished": whether there is a result}."""
+def past(workdir: Path, total_steps: int) -> dict[str, Any]:
+    """Returns what a run left in its workdir, as JSON: {"measured": steps of evaluations, "clock": what clock.json
+    says, "finished": whether the last checkpoint and the result are there}. A damaged side file is noted and left out.
+    """
     rows = telemetry.read_jsonl(workdir / "metrics.jsonl")
-    clock = workdir / "clock.json"
+    clock: dict[str, Any] = {"step": 0, "seconds": {}}
+    path = workdir / "clock.json"
+    try:
+        found = json.loads(path.read_text())
+        clock = {"step": int(found["step"]), "seconds": {k: float(v) for k, v in found["seconds"].items()}}
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError, AttributeError):
+        processes.say(f"{path} is damaged; the seconds in the newest checkpoint are used")
+    ended = run.complete(workdir / "checkpoints" / str(total_steps))
     return {
-        "checkpoints": checkpoint.steps(workdir / "checkpoints"),
         "measured": [row["step"] for row in rows if "loss" not in row],
-        "clock": json.loads(clock.read_text()) if clock.exists() else {"step": 0, "seconds": {}},
-        "finished": (workdir / "result.json").exists(),
+        "clock": clock,
+        "finished": ended and read_result(workdir) is not None,
     }
 
 
@@ -193,23 +287,36 @@ def describe(config: Config, program: Program, source: Source) -> str:
 
 
 def finish(
-    workdir: Path, config: Config, source: Source, suite: Suite, values: Mapping[str, float], clock: telemetry.Clock
+    workdir: Path,
+    config: Config,
+    source: Source,
+    suite: Suite,
+    values: Mapping[str, float] | None,
+    clock: telemetry.Clock,
 ) -> None:
-    """Writes result.json and figure.png; the checkpoint of the last step comes after them."""
-    if not processes.is_first():
-        return
+    """Writes figure.png and result.json, once the checkpoint of the last step is complete.
+
+    Args:
+        values: what the last evaluation measured; None where an earlier process did, whose metrics.jsonl has it.
+    """
     steps = int(config.duration.amount)
-    accuracy = next((values[name] for name in ("test/accuracy", "validation/accuracy") if name in values), None)
-    images, labels, predictions = suite.examples(figure.PREDICTIONS)
-    figure.run_figure(
-        workdir / "figure.png",
-        telemetry.read_jsonl(workdir / "metrics.jsonl"),
-        title=f"{workdir.name}: {steps:,} steps"
-        + ("" if accuracy is None else f", {100 * accuracy:.1f}% of the test set"),
-        images=images,
-        labels=labels,
-        predictions=predictions,
-    )
+    end = workdir / "checkpoints" / str(steps)
+    values = metrics_of(end) if values is None else dict(values)
+    measured_on = next((name for name in ("test", "validation") if f"{name}/accuracy" in values), None)
+    accuracy = None if measured_on is None else values[f"{measured_on}/accuracy"]
+    try:
+        images, labels, predictions = suite.examples(figure.PREDICTIONS)
+        figure.run_figure(
+            workdir / "figure.png",
+            telemetry.read_jsonl(workdir / "metrics.jsonl"),
+            title=f"{workdir.name}: {steps:,} steps"
+            + ("" if accuracy is None else f", {100 * accuracy:.1f}% of the {measured_on} set"),
+            images=images,
+            labels=labels,
+            predictions=predictions,
+        )
+    except Exception as error:  # a picture is never worth a run
+        processes.say(f"figure.png could not be drawn: {type(error).__name__}: {error}")
     write_json(
         workdir / "result.json",
         {
@@ -217,18 +324,22 @@ def finish(
             "step": steps,
             "examples": steps * config.data.batch_size,
             "epochs": steps * config.data.batch_size / len(source),
-            "metrics": dict(values),
+            "metrics": values,
             "seconds": {name: round(seconds, 1) for name, seconds in clock.seconds.items()},
-            "checkpoint": str(workdir / "checkpoints" / str(steps)),
+            "checkpoint": str(end),
             "metrics_file": str(workdir / "metrics.jsonl"),
             "figure": str(workdir / "figure.png"),
         },
     )
 
 
-def read_result(workdir: Path) -> dict[str, Any]:
-    """Returns what result.json says."""
-    return json.loads((workdir / "result.json").read_text())
+def read_result(workdir: Path) -> dict[str, Any] | None:
+    """Returns what result.json says; None where it is absent or damaged."""
+    try:
+        found = json.loads((workdir / "result.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) and {"accuracy", "step", "metrics"} <= found.keys() else None
 
 
 def metrics_of(checkpoint: Path) -> dict[str, float]:
