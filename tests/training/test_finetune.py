@@ -166,7 +166,7 @@ def test_the_best_evaluation_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert checkpoint.steps(tmp_path / "run" / "best") == [2]
     kept = state_of(config, Path(record["checkpoint"]))
     assert int(kept.step) == 2
-    again = checkpoint.Best(tmp_path / "run", "validation/accuracy")
+    again = checkpoint.Best(tmp_path / "run", "validation/accuracy", record["measured_on"])
     assert (again.value, again.step) == (0.6, 2)
     again.offer(5, kept, {"validation/accuracy": 0.6})
     assert checkpoint.steps(tmp_path / "run" / "best") == [2]

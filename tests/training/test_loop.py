@@ -27,6 +27,7 @@ from vit_scaling.data import order
 from vit_scaling.data.images.codec import CorruptImageError
 from vit_scaling.data.sources import open_source
 from vit_scaling.data.sources.arrays import BuiltinSource
+from vit_scaling.evaluation.suite import Suite
 from vit_scaling.parallel import mesh as mesh_lib
 from vit_scaling.training import checkpoint, figure, lock, loop, step_log, telemetry
 from vit_scaling.training import workdir as workdirs
