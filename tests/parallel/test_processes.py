@@ -208,8 +208,11 @@ def test_slices_are_disjoint_and_the_batches_are_the_same_on_half_the_processes(
 def test_clocks_survive_and_name_what_was_lost(story: Story) -> None:
     stopped, killed, last = story.clocks
     assert "lost" not in stopped
-    for kind in ("start", "compile", "evaluation", "step", "checkpoint"):
+    for kind in ("start", "compile", "evaluation", "step"):
         assert last[kind] >= stopped[kind] > 0
+    # A checkpoint holds what was booked when its save began. The wait for its end is lost if a later process is killed.
+    assert last["checkpoint"] > 0
+    assert stopped["checkpoint"] > 0
     in_checkpoint = json.loads((story.records / "run" / "checkpoints" / "4" / "record" / "metadata").read_text())
     assert last["lost"] == pytest.approx(sum(killed.values()) - sum(in_checkpoint["seconds"].values()), abs=0.01)
     shares = [
@@ -226,8 +229,8 @@ def test_processes_that_differ_refuse_to_start_and_say_in_what(tmp_path: Path) -
         sentence = output.strip().splitlines()[-1]
         assert sentence.startswith("error: process 0 (there) and process 1 (here) are not about to do the same: ")
         assert "config.optim.lr is 0.003 there and 0.5 here" in sentence
-        assert "examples.data.train is 100 there and 90 here" in sentence
-        assert sentence.endswith("; and 1 more")
+        assert "sets.data.train.examples is 100 there and 90 here" in sentence
+        assert sentence.endswith("; and 2 more")
         assert "Traceback" not in output
     assert not (tmp_path / "run").exists()
 

@@ -228,8 +228,8 @@ def digests(tree: Any) -> dict[str, str]:
     return {path: _hex(row) for path, row in zip(named, values, strict=True)}
 
 
-def _replicated(leaf: jax.Array) -> jax.sharding.Sharding | None:
-    on = leaf.sharding
+def _replicated(leaf: Any) -> jax.sharding.Sharding | None:
+    on = getattr(leaf, "sharding", None)  # NumPy arrays have none
     return jax.sharding.NamedSharding(on.mesh, jax.P()) if isinstance(on, jax.sharding.NamedSharding) else None
 
 

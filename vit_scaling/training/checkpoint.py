@@ -5,6 +5,7 @@ ones are complete and intact; nothing else reads a checkpoint.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -45,10 +46,14 @@ def restore(checkpoint: Path, state_shape: Any) -> tuple[Any, dict[str, Any]]:
         handler = ocp.CompositeCheckpointHandler(**run.handlers())
         stored = {name: tuple(leaf.shape) for name, leaf in leaves(_tree(handler, path)).items()}
         _refuse_other_model(checkpoint, stored, {k: tuple(leaf.shape) for k, leaf in leaves(state_shape).items()})
-        args = {STATE: ocp.args.StandardRestore(state_shape), RECORD: ocp.args.JsonRestore()}
+        # A field that a version added later is absent from an older checkpoint; where it is off here, it is not wanted.
+        there = _tree(handler, path)
+        fields = {field.name: getattr(state_shape, field.name) for field in dataclasses.fields(state_shape)}
+        wanted = {name: value for name, value in fields.items() if value is not None or name in there}
+        args = {STATE: ocp.args.StandardRestore(wanted), RECORD: ocp.args.JsonRestore()}
         item = handler.restore(path, args=ocp.args.Composite(**args))
         handler.close()
-    state, record = item[STATE], item[RECORD]
+    state, record = dataclasses.replace(state_shape, **item[STATE]), item[RECORD]
     run.verify(checkpoint, record, run.digests(state))
     step = int(jax.device_get(state.step))
     if step != int(checkpoint.name):

@@ -58,7 +58,7 @@ class StepLog:
             )
         if in_row >= self._config.log.stop_after_skipped:
             raise UserError(
-                f"the update was not finite, or its loss spiked, for {in_row} steps in a row, up to step {step}; lower "
+                f"the update was not finite for {in_row} steps in a row (or its loss spiked), up to step {step}; lower "
                 f"optim.lr or optim.beta2, or look at the data; the checkpoints before it are intact"
             )
         if step % int(self._config.log.every.amount) and step != int(self._config.duration.amount):
