@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from vit_scaling.ops import local, local_pallas, relative
+from vit_scaling.ops import kernels, local, local_pallas, relative
 from vit_scaling.parallel import mesh as mesh_lib
 from vit_scaling.parallel import sharding
 from vit_scaling.parallel.mesh import MeshConfig
@@ -90,7 +90,7 @@ def test_any_block_size_is_exact(case, block):
 
 def test_pallas_program_with_all_heads_as_on_a_tpu(case, monkeypatch):
     args, border, expected = case
-    monkeypatch.setattr(local_pallas, "platform", lambda: "tpu")
+    monkeypatch.setattr(kernels, "platform", lambda: "tpu")
     assert_close(value_and_gradients(run("pallas", border), args), expected)
 
 

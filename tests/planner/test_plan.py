@@ -485,3 +485,24 @@ def test_a_data_set_that_is_not_here_needs_its_number_of_classes() -> None:
     assert done.returncode == 2
     assert "give --num_classes" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        ("  %a = f32[2] add(%b, %c)", "XLA operations"),
+        ('  %a = (bf16[2]) custom-call(%b), custom_call_target="__cudnn$fmhaSoftmax"', "cuDNN's fused attention"),
+        (
+            '  %a = (bf16[2]) custom-call(%b), custom_call_target="tpu_custom_call", '
+            'metadata={op_name="jit(loss)/jit(flash_attention)/pallas_call"}',
+            "flash attention (Pallas)",
+        ),
+        (
+            '  %a = (bf16[2]) custom-call(%b), custom_call_target="tpu_custom_call", '
+            'metadata={op_name="jit(step)/pallas_call"}',
+            "local attention (Pallas)",
+        ),
+    ],
+)
+def test_the_plan_names_the_attention_that_it_compiled(call, expected):
+    assert program.attention(f"HloModule step\n{call}\n") == expected

@@ -49,7 +49,7 @@ def network(
         mesh: axes as `mesh.AXES`.
     """
     loss = dataclasses.replace(loss, label_smoothing=0.0)
-    jit = functools.partial(jit_in, mesh, out_shardings=sharding.replicated(mesh))
+    jit = functools.partial(jit_in, mesh, model_config.dtype, out_shardings=sharding.replicated(mesh))
     return Network(
         mesh=mesh,
         logits=jit(_logits, model_config, graphdef),
@@ -59,11 +59,17 @@ def network(
     )
 
 
-def jit_in(mesh: Mesh, function: Callable[..., Any], *static: Any, **options: Any) -> Any:
-    """Returns `function` of its remaining arguments, jitted, with the mesh visible to `sharding.constrain`."""
+def jit_in(mesh: Mesh, dtype: str, function: Callable[..., Any], *static: Any, **options: Any) -> Any:
+    """Returns `function` of its remaining arguments, jitted, with the mesh visible to `sharding.constrain`.
+
+    Args:
+        dtype: of the computation. In "float32", matrix products are computed in float32 on every platform, where JAX
+            would let TPUs round the operands to bfloat16 and GPUs to TensorFloat-32.
+    """
+    precision = "float32" if dtype == "float32" else None
 
     def traced(*args: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.default_matmul_precision(precision):
             return function(*static, *args)
 
     traced.__name__ = function.__name__.strip("_")

@@ -3,38 +3,149 @@
 Shapes: B batch, L queries, S keys, N heads, K head dim.
 """
 
+import functools
+import warnings
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# cuDNN's fused attention needs half precision and a head dim that is a multiple of 8, at most 128.
-_CUDNN_MAX_HEAD_DIM = 128
+from vit_scaling.ops import kernels
+
+# From here on the logits of all pairs of tokens cost a TPU more memory traffic than the flash kernel, which keeps them
+# on the chip.
+FLASH_TOKENS = 1024
+# The flash kernel works on tiles of this many tokens; sequences are padded to a multiple.
+_FLASH_TILE = 128
+# A GPU older than this has no fused attention in cuDNN.
+_CUDNN_CAPABILITY = (8, 0)
 
 
-def attention_weights(
-    q_BLNK: Float[Array, "B L N K"],
-    k_BSNK: Float[Array, "B S N K"],
-    bias_NLS: Float[Array, "N L S"] | None = None,
-) -> Float[Array, "B N L S"]:
-    """Returns softmax_S(q·k / sqrt(K) + bias), in float32 whatever the dtype of the inputs."""
+def attention_weights(q_BLNK: Float[Array, "B L N K"], k_BSNK: Float[Array, "B S N K"]) -> Float[Array, "B N L S"]:
+    """Returns softmax_S(q·k / sqrt(K)), in float32 whatever the dtype of the inputs."""
     logits_BNLS = jnp.einsum("BLNK,BSNK->BNLS", q_BLNK, k_BSNK, preferred_element_type=jnp.float32)
-    logits_BNLS *= q_BLNK.shape[-1] ** -0.5
-    if bias_NLS is not None:
-        logits_BNLS += bias_NLS.astype(jnp.float32)[None]
-    return jax.nn.softmax(logits_BNLS, axis=-1)
+    return jax.nn.softmax(logits_BNLS * q_BLNK.shape[-1] ** -0.5, axis=-1)
 
 
 def attention(
-    q_BLNK: Float[Array, "B L N K"],
-    k_BSNK: Float[Array, "B S N K"],
-    v_BSNK: Float[Array, "B S N K"],
-    bias_NLS: Float[Array, "N L S"] | None = None,
+    q_BLNK: Float[Array, "B L N K"], k_BSNK: Float[Array, "B S N K"], v_BSNK: Float[Array, "B S N K"]
 ) -> Float[Array, "B L N K"]:
-    """Returns softmax(q·k / sqrt(K) + bias) v, with the softmax in float32 and the result in v's dtype."""
-    half = q_BLNK.dtype in (jnp.bfloat16, jnp.float16)
-    head_dim = q_BLNK.shape[-1]
-    if jax.default_backend() == "gpu" and half and head_dim % 8 == 0 and head_dim <= _CUDNN_MAX_HEAD_DIM:
-        bias = None if bias_NLS is None else bias_NLS.astype(q_BLNK.dtype)[None]
-        return jax.nn.dot_product_attention(q_BLNK, k_BSNK, v_BSNK, bias=bias, implementation="cudnn")
-    weights_BNLS = attention_weights(q_BLNK, k_BSNK, bias_NLS)
-    return jnp.einsum("BNLS,BSNK->BLNK", weights_BNLS.astype(v_BSNK.dtype), v_BSNK)
+    """Returns softmax(q·k / sqrt(K)) v, with the softmax in float32 and the result in v's dtype."""
+    name = implementation(q_BLNK, k_BSNK)
+    if name == "cudnn":
+        return cudnn(q_BLNK, k_BSNK, v_BSNK)
+    if name == "flash":
+        return flash(q_BLNK, k_BSNK, v_BSNK)
+    return jnp.einsum("BNLS,BSNK->BLNK", attention_weights(q_BLNK, k_BSNK).astype(v_BSNK.dtype), v_BSNK)
+
+
+def implementation(q_BLNK: Float[Array, "B L N K"], k_BSNK: Float[Array, "B S N K"]) -> str:
+    """Returns which implementation a call is traced with.
+
+    "cudnn": cuDNN's fused attention, on NVIDIA GPUs in half precision, unless there is one query; where JAX finds no
+    cuDNN, or one that refuses these shapes, a warning says so once and XLA takes over. "flash": a Pallas kernel, on
+    TPUs in bfloat16 from `FLASH_TOKENS` queries and keys on. "xla": two matrix products and a softmax, everywhere else.
+    """
+    platform, shape = kernels.platform(), q_BLNK.shape
+    if platform == "gpu" and q_BLNK.dtype in (jnp.bfloat16, jnp.float16) and shape[1] > 1:
+        refusal = _refused_by_cudnn(shape, k_BSNK.shape, q_BLNK.dtype.name)
+        if refusal is None:
+            return "cudnn"
+        warnings.warn(f"attention runs as plain XLA operations instead of cuDNN's kernel: {refusal}", stacklevel=2)
+    if platform == "tpu" and q_BLNK.dtype == jnp.bfloat16 and min(shape[1], k_BSNK.shape[1]) >= FLASH_TOKENS:
+        return "flash"
+    return "xla"
+
+
+@functools.cache
+def _refused_by_cudnn(q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: str) -> str | None:
+    """Returns why cuDNN's attention cannot run on these shapes; None where it can."""
+    if jax.default_backend() == "gpu":  # else the program is compiled for devices that are only described
+        capability = getattr(jax.local_devices(backend="gpu")[0], "compute_capability", None)
+        if capability is None or "." not in capability:
+            return "this GPU is not NVIDIA's"
+        if tuple(int(part) for part in capability.split(".")) < _CUDNN_CAPABILITY:
+            return f"a GPU of compute capability {capability} is older than what it needs, 8.0"
+    q, k = jax.ShapeDtypeStruct(q_shape, dtype), jax.ShapeDtypeStruct(k_shape, dtype)
+    try:
+        jax.eval_shape(lambda q, k, v: jax.vjp(cudnn, q, k, v)[0], q, k, k)
+    except (RuntimeError, NotImplementedError, ValueError) as error:  # no cuDNN; or a head dim that it does not have
+        return " ".join(str(error).split())
+    return None
+
+
+def cudnn(
+    q_BLNK: Float[Array, "B L N K"], k_BSNK: Float[Array, "B S N K"], v_BSNK: Float[Array, "B S N K"]
+) -> Float[Array, "B L N K"]:
+    """`attention` by cuDNN, which never writes the L x S logits.
+
+    JAX refuses a gradient through odd lengths, such as the 197 tokens of a ViT with a class token, so these are padded
+    by one token that cuDNN is told to leave out.
+    """
+    batch, queries, keys = len(q_BLNK), q_BLNK.shape[1], k_BSNK.shape[1]
+    if queries % 2 == 0 and keys % 2 == 0:
+        return jax.nn.dot_product_attention(q_BLNK, k_BSNK, v_BSNK, implementation="cudnn")
+    return jax.nn.dot_product_attention(
+        *(_padded(x, 2, axis=1) for x in (q_BLNK, k_BSNK, v_BSNK)),
+        query_seq_lengths=jnp.full(batch, queries, jnp.int32),
+        key_value_seq_lengths=jnp.full(batch, keys, jnp.int32),
+        implementation="cudnn",
+    )[:, :queries]
+
+
+def flash(
+    q_BLNK: Float[Array, "B L N K"], k_BSNK: Float[Array, "B S N K"], v_BSNK: Float[Array, "B S N K"]
+) -> Float[Array, "B L N K"]:
+    """`attention` by JAX's flash kernel for TPUs, which never writes the L x S logits (arXiv 2205.14135)."""
+    from jax.experimental.pallas.ops.tpu import flash_attention as kernel  # takes a second to import
+
+    def on_device(q_BNLK: Array, k_BNSK: Array, v_BNSK: Array) -> Array:
+        queries, keys = q_BNLK.shape[2], k_BNSK.shape[2]
+        q_BNLK, k_BNSK, v_BNSK = (_padded(x, _FLASH_TILE, axis=2) for x in (q_BNLK, k_BNSK, v_BNSK))
+        # A token attends to tokens of its own segment: 1 for real ones, 0 for padding.
+        batch = len(q_BNLK)
+        segments = [
+            jnp.broadcast_to(jnp.arange(x.shape[2]) < real, (batch, x.shape[2])).astype(jnp.int32)
+            for x, real in ((q_BNLK, queries), (k_BNSK, keys))
+        ]
+        padded = queries < q_BNLK.shape[2] or keys < k_BNSK.shape[2]
+        y_BNLK = kernel.flash_attention(
+            q_BNLK,
+            k_BNSK,
+            v_BNSK,
+            segment_ids=kernel.SegmentIds(*segments) if padded else None,
+            sm_scale=q_BNLK.shape[-1] ** -0.5,
+            block_sizes=_block_sizes(q_BNLK.shape[2], k_BNSK.shape[2]),
+        )
+        return y_BNLK[:, :, :queries]
+
+    by_head = [x.swapaxes(1, 2) for x in (q_BLNK, k_BSNK, v_BSNK)]
+    return kernels.per_device(on_device, *by_head, heads=q_BLNK.shape[2], head_axis=1).swapaxes(1, 2)
+
+
+def _padded(x: Array, multiple: int, axis: int) -> Array:
+    """Returns x with zeros after the end of an axis, up to a multiple."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, widths)
+
+
+def _block_sizes(queries: int, keys: int) -> Any:
+    """Returns the tiles of the flash kernel: the largest of 128, 256 and 512 tokens that divide the padded lengths."""
+    from jax.experimental.pallas.ops.tpu import flash_attention as kernel
+
+    q, k = (next(size for size in (512, 256, _FLASH_TILE) if length % size == 0) for length in (queries, keys))
+    return kernel.BlockSizes(
+        block_q=q,
+        block_k_major=k,
+        block_k=k,
+        block_b=1,
+        block_q_major_dkv=q,
+        block_k_major_dkv=k,
+        block_k_dkv=k,
+        block_q_dkv=q,
+        block_k_major_dq=k,
+        block_k_dq=k,
+        block_q_dq=q,
+    )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vit_scaling import UserError
-from vit_scaling.ops import local_pallas
+from vit_scaling.ops import kernels, local_pallas
 from vit_scaling.ops.relative import MASKED, accumulator, outside, skew
 
 BACKENDS = ("blocks", "shifts", "pallas")
@@ -125,9 +125,9 @@ def _check(
         raise UserError(f"block is {block}; it must be a positive number of pixels, or None to choose by map size")
     if backend not in BACKENDS:
         raise UserError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
-    if backend == "pallas" and local_pallas.platform() not in local_pallas.PLATFORMS:
+    if backend == "pallas" and kernels.platform() not in local_pallas.PLATFORMS:
         raise UserError(
-            f"backend 'pallas' runs on {' and '.join(local_pallas.PLATFORMS)}, not on {local_pallas.platform()}; here "
+            f"backend 'pallas' runs on {' and '.join(local_pallas.PLATFORMS)}, not on {kernels.platform()}; here "
             "choose one of blocks, shifts"
         )
 

@@ -13,7 +13,6 @@ b² queries or keys of a tile, K head dim, M = m·b rows or columns of keys that
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,20 +21,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as pltriton
-from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
+from vit_scaling.ops import kernels
 from vit_scaling.ops.relative import MASKED, outside, skew
 
 PLATFORMS = ("tpu", "gpu")
 TILE = 8
-
-
-def platform() -> str:
-    """Returns the platform that a trace is for: that of the mesh in use, else JAX's default."""
-    mesh = jax.sharding.get_abstract_mesh()
-    name = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
-    return "gpu" if name in ("cuda", "rocm") else name
 
 
 class Plan(NamedTuple):
@@ -59,7 +51,7 @@ def local_attention(
     h = rel_row.shape[0] // 2
     m = 1 - (-2 * h // TILE)
     Y, X = -(-H // TILE), -(-W // TILE)
-    on_tpu = platform() == "tpu"
+    on_tpu = kernels.platform() == "tpu"
     # Triton multiplies powers of two, 16 at least; zeros change neither logits nor sums.
     padded_K = K if on_tpu else max(16, pl.next_power_of_2(K))
 
@@ -234,7 +226,7 @@ def _call(
 ) -> tuple[Array, ...]:
     B, rows, columns = outputs[0].shape[:3]
     arrays, specs = zip(*inputs, strict=True)
-    if platform() == "tpu":
+    if kernels.platform() == "tpu":
         params: Any = pltpu.CompilerParams(dimension_semantics=("parallel",) * 4)
     else:
         params = pltriton.CompilerParams(num_warps=4)
@@ -276,19 +268,8 @@ def _backward(plan: Plan, k: Array, v: Array, *query_side: Array) -> tuple[Array
     return dq, dk, dv, drow, dcol
 
 
-def _split(function: Callable, heads: int, *args: Array) -> tuple[Array, ...]:
-    """Calls `function` on each device's share of batch and heads: to XLA's partitioner a kernel is a black box.
-
-    An axis of the mesh called "model" splits heads, all others split the batch; what they do not divide stays whole.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not mesh.are_all_axes_auto:
-        return function(*args)
-    batch_axes = tuple(axis for axis in mesh.axis_names if axis != "model")
-    batch = batch_axes if args[0].shape[0] % math.prod(mesh.shape[axis] for axis in batch_axes) == 0 else None
-    head_axis = "model" if "model" in mesh.axis_names and heads % mesh.shape["model"] == 0 else None
-    spec = PartitionSpec(batch, None, None, None, head_axis)
-    return jax.shard_map(function, in_specs=(spec,) * len(args), out_specs=spec, check_vma=False)(*args)
+def _per_device(function: Callable, plan: Plan, *args: Array) -> Any:
+    return kernels.per_device(functools.partial(function, plan), *args, heads=plan.heads, head_axis=4)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -298,7 +279,7 @@ def _attend(q: Array, k: Array, v: Array, row: Array, col: Array, plan: Plan) ->
 
 
 def _attend_forward(q: Array, k: Array, v: Array, row: Array, col: Array, plan: Plan) -> tuple[Array, Any]:
-    y, log_sum = _split(functools.partial(_forward, plan), plan.heads, q, k, v, row, col)
+    y, log_sum = _per_device(_forward, plan, q, k, v, row, col)
     return y, (q, k, v, row, col, y, log_sum)
 
 
@@ -306,7 +287,7 @@ def _attend_backward(plan: Plan, saved: Any, g: Array) -> tuple[Array, ...]:
     q, k, v, row, col, y, log_sum = saved
     product = g.astype(jnp.float32) * y.astype(jnp.float32)
     delta = jnp.sum(product.reshape(*log_sum.shape, -1), axis=-1)
-    return _split(functools.partial(_backward, plan), plan.heads, k, v, q, row, col, g, log_sum, delta)
+    return _per_device(_backward, plan, k, v, q, row, col, g, log_sum, delta)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

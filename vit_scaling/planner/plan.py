@@ -86,6 +86,7 @@ class Plan:
     short_by: float | None  # missing bytes per device, if known
     memory: Memory | None
     compile_seconds: float | None
+    attention: str | None  # which kernels compute it
     moved: tuple[Moved, ...]
     memory_traffic: float | None  # bytes read and written per device in a step
     model_flops: float  # of one step, over all devices: three forward passes
@@ -157,7 +158,8 @@ def make(config: Config, machine: Topology, *, num_classes: int, multi_label: bo
     )
     boundary = "slice_index" if machine.chip.dims else "process_index"  # of DCN
     slices = np.asarray([getattr(device, boundary, 0) for device in mesh.devices.flat])
-    moved = program.traffic(executable.as_text(), slices)
+    text = executable.as_text()
+    moved = program.traffic(text, slices)
     # The TPU's compiler refuses what does not fit; that of GPUs does not.
     short = memory.needed - memory.available
     return _plan(
@@ -170,6 +172,7 @@ def make(config: Config, machine: Topology, *, num_classes: int, multi_label: bo
         moved=_summed(moved.collectives),
         traffic=moved.memory_bytes,
         compile_seconds=seconds,
+        attention=program.attention(text),
         message="" if short <= 0 else f"the compiled step needs {short / GIB:.1f} GiB more than a device has",
         short_by=short if short > 0 else None,
     )
@@ -251,6 +254,7 @@ def _plan(
     moved: tuple[Moved, ...] = (),
     traffic: float | None = None,
     compile_seconds: float | None = None,
+    attention: str | None = None,
     message: str = "",
     short_by: float | None = None,
 ) -> Plan:
@@ -282,6 +286,7 @@ def _plan(
         short_by=short_by,
         memory=memory,
         compile_seconds=compile_seconds,
+        attention=attention,
         moved=moved,
         memory_traffic=traffic,
         model_flops=model_flops,

@@ -92,6 +92,17 @@ def traffic(text: str, slices: np.ndarray | None = None) -> Traffic:
 # ---- the text --------------------------------------------------------------------------------------------------------
 
 
+def attention(text: str) -> str:
+    """Returns how a compiled program computes attention: by which hand-written kernels, or as XLA's own operations."""
+    calls = [line for line in text.splitlines() if "custom-call(" in line]
+    kernels = {
+        "cuDNN's fused attention": any("__cudnn$fmha" in line for line in calls),
+        "flash attention (Pallas)": any("flash_attention" in line for line in calls),
+        "local attention (Pallas)": any("pallas_call" in line and "flash_attention" not in line for line in calls),
+    }
+    return ", ".join(name for name, used in kernels.items() if used) or "XLA operations"
+
+
 def _parse(text: str) -> tuple[dict[str, _Computation], str | None]:
     computations: dict[str, _Computation] = {}
     entry, current = None, None

@@ -26,7 +26,7 @@ def text(plan: Plan) -> str:
         lines += [f"  {name:16s} {size / GIB:8.3f} GiB" for name, size in (*parts, ("program", m.program))]
         lines.append(f"  {'total':16s} {m.needed / GIB:8.3f} of {m.available / GIB:.2f} GiB per device")
     if plan.compile_seconds is not None:
-        lines.append(f"compiled in {plan.compile_seconds:.0f} s")
+        lines.append(f"compiled in {plan.compile_seconds:.0f} s; attention: {plan.attention}")
     if plan.moved:
         rows = [
             (m.kind, f"{m.count}", f"{m.payload / 1e6:,.1f}", f"{m.links / 1e6:,.1f}", f"{m.slow / 1e6:,.1f}")

@@ -99,8 +99,8 @@ def build(config: Config, *, num_classes: int, total_steps: int, mesh: Mesh) -> 
     evaluation = network(config.model, graphdef, num_classes=num_classes, loss=config.loss, mesh=mesh)
     return Program(
         **vars(evaluation),
-        init=jit_in(mesh, _init, recipe, out_shardings=on),
-        train_step=jit_in(mesh, _train_step, recipe, donate_argnums=0, out_shardings=step_on),
+        init=jit_in(mesh, config.model.dtype, _init, recipe, out_shardings=on),
+        train_step=jit_in(mesh, config.model.dtype, _train_step, recipe, donate_argnums=0, out_shardings=step_on),
         state_shape=jax.tree.map(
             lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), state_shape, on
         ),
