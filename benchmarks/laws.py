@@ -120,7 +120,7 @@ def chinchilla(rows):
     n, compute, loss = np.array([[float(row[c]) for c in ("params", "training_flops", "loss")] for row in rows]).T
     keep = np.sort(np.argsort(-loss, kind="stable")[5:])
     n, compute, loss = n[keep], compute[keep], loss[keep]
-    law = joint.fit(n, compute / (6 * n), compute, loss)
+    law = joint.fit(n, compute / (6 * n), loss)
     lines = []
     for name, (value, low, high) in CHINCHILLA.items():
         ours, (from_, to) = getattr(law, name), law.interval(name)

@@ -109,7 +109,7 @@ def _solve(x: Floats, y: Floats, weight_RP: Floats, broken: bool) -> Floats:
     unit_x, unit_y = float(np.max(x)), float(np.max(y))
     u = x / unit_x
     late = u**LATE / np.mean(u**LATE)
-    theta = fitting.solve(_form(u, broken), y / unit_y, weight_RP * late, relative=True)
+    theta = fitting.solve(_form(u, broken), y / unit_y, weight_RP * late, scale_P=y / unit_y)
     if broken:
         b, s, log_turn, c, a = theta.T
     else:

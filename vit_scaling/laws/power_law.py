@@ -114,6 +114,7 @@ def fit(
     *,
     frontier: str = "minimum",
     loss: str = "huber",
+    deviation: ArrayLike | None = None,
     bootstrap: int = 200,
     level: float = 0.95,
     seed: int = 0,
@@ -129,6 +130,8 @@ def fit(
         frontier: "minimum" (running minimum over compute, the paper's), "hull" or "all", as in `frontier.find`. "all"
             is for points that scatter around one curve; a running minimum would keep only the lucky ones.
         loss: "huber", which gives little weight to points far from the curve, or "squares".
+        deviation: standard deviation of the error between seeds, for all runs or [P] for each. Residuals are divided by
+            it. It widens the intervals where the residuals scatter less.
         bootstrap: number of replicates, drawn from all runs before the frontier is taken.
         level: probability content of the intervals.
         seed: of the bootstrap.
@@ -138,12 +141,14 @@ def fit(
             errors everywhere, or fewer than 5 points on the frontier.
     """
     x, y, order = _checked(compute, error, frontier, loss, bootstrap, level)
+    noise = None if deviation is None else fitting.for_each(deviation, len(x))[order]
     outliers = _outliers(x, y, frontier, loss)
     inlier = np.setdiff1d(np.arange(len(x)), outliers)
     weight = np.zeros((1, len(x)))
     weight[0, inlier[find(x[inlier], y[inlier], frontier)]] = 1.0
-    theta = _solve(x, y, weight, loss)[0]
+    theta = _solve(x, y, weight, loss, noise)[0]
     points = np.flatnonzero(weight[0])
+    residual = y[points] - _law(theta, x[points])
 
     counts = robust.replicates(len(inlier), bootstrap, seed)
     draws = np.zeros((bootstrap, len(x)))
@@ -153,9 +158,11 @@ def fit(
         draw[chosen] = count[np.searchsorted(inlier, chosen)]
     # A replicate with fewer than five different points does not determine four coefficients.
     draws = draws[np.count_nonzero(draws, axis=1) >= LEAST_POINTS]
-    samples = _solve(x, y, draws, loss) if len(draws) else theta[None]
-
-    residual = y[points] - _law(theta, x[points])
+    unseen = None
+    if noise is not None:
+        unseen = np.zeros((len(draws), len(x)))
+        unseen[:, points] = fitting.unseen_noise(residual, noise[points], len(draws), seed)
+    samples = _solve(x, y, draws, loss, noise, unseen) if len(draws) else theta[None]
     variance = np.sum((y[points] - y[points].mean()) ** 2)
     law = Law(
         **fitting.law_fields(Law, theta),
@@ -248,7 +255,14 @@ def _outliers(x: Floats, y: Floats, kind: str, loss: str) -> NDArray[np.intp]:
         gone.append(int(points[np.argmin(residual)]))
 
 
-def _solve(x_P: Floats, y_P: Floats, weight_RP: Floats, loss: str) -> Floats:
+def _solve(
+    x_P: Floats,
+    y_P: Floats,
+    weight_RP: Floats,
+    loss: str,
+    deviation_P: Floats | None = None,
+    noise_RP: Floats | None = None,
+) -> Floats:
     """Returns coefficients (a, b, c, d) [R, 4] of the law fitted under each row of weights.
 
     Works with compute over the least compute, and with the rise A = a (x_0 + d)^-b of the cheapest point above the
@@ -271,7 +285,9 @@ def _solve(x_P: Floats, y_P: Floats, weight_RP: Floats, loss: str) -> Floats:
 
     lower, upper = np.array([1e-3, 0.0, 0.0, 0.0]), np.array([20.0, 10.0 * float(np.max(x)), 1.0, 10.0])
     form = Form(curve, basis, GRID, lower, upper, STARTS)
-    b, d, c, rise = fitting.solve(form, y, weight_RP, squares=loss == "squares").T
+    scale = None if deviation_P is None else deviation_P / unit_y
+    noise = None if noise_RP is None else noise_RP / unit_y
+    b, d, c, rise = fitting.solve(form, y, weight_RP, scale_P=scale, noise_RP=noise, squares=loss == "squares").T
     return np.stack([rise * unit_y * ((1.0 + d) * unit_x) ** b, b, c * unit_y, d * unit_x], axis=-1)
 
 

@@ -14,6 +14,7 @@ Values = Floats | np.float64  # what NumPy gives for arrays of any rank, zero in
 # theta_RK -> (values_RP, derivatives_RPK)
 Curve = Callable[[Floats], tuple[Floats, Floats]]
 
+KNEE_STEPS = 12  # at most so many fits until the knee has settled
 KNEE = 2.0  # in standard deviations: 98% of the efficiency of least squares under normal noise
 
 
@@ -34,7 +35,7 @@ def loss(residual_RP: Floats, weight_RP: Floats, limit_R: Floats) -> Floats:
 
 def minimize(
     curve: Curve,
-    y_P: Floats,
+    y_RP: Floats,
     weight_RP: Floats,
     start_RK: Floats,
     lower_K: Floats,
@@ -45,28 +46,30 @@ def minimize(
 ) -> tuple[Floats, Floats]:
     """Returns (theta_RK, loss_R) by Levenberg and Marquardt's method within bounds.
 
-    A coefficient at a bound that the gradient pushes outwards is held for that step. Fits that have converged leave
-    the batch.
+    A coefficient at a bound that the gradient pushes outwards is held for that step, and one with equal bounds always.
+    Fits that have converged leave the batch.
     """
     theta_RK = np.clip(start_RK, lower_K, upper_K)
-    loss_R = loss(curve(theta_RK)[0] - y_P, weight_RP, limit_R)
+    loss_R = loss(curve(theta_RK)[0] - y_RP, weight_RP, limit_R)
     damping_R = np.full(len(theta_RK), 1e-3)
     live = np.arange(len(theta_RK))
     eye = np.eye(theta_RK.shape[1])
     for _ in range(steps):
         theta, weight, limit, damping = theta_RK[live], weight_RP[live], limit_R[live], damping_R[live]
+        y = y_RP[live]
         value, slope = curve(theta)
-        residual = value - y_P
+        residual = value - y
         weighted = (weight / np.sqrt(1.0 + (residual / limit[:, None]) ** 2))[..., None] * slope
         gradient = np.einsum("rp,rpk->rk", residual, weighted)
         hessian = np.swapaxes(weighted, 1, 2) @ slope
         held = ((theta <= lower_K) & (gradient > 0)) | ((theta >= upper_K) & (gradient < 0))
+        held |= lower_K == upper_K
         scale = np.maximum(np.einsum("rkk->rk", hessian), 1e-12)
         system = hessian + (damping[:, None] * scale)[:, :, None] * eye
         system = np.where(held[:, :, None] | held[:, None, :], eye, system)
         move = -np.linalg.solve(system, np.where(held, 0.0, gradient)[..., None])[..., 0]
         trial = np.clip(theta + move, lower_K, upper_K)
-        cost, trial_cost = loss_R[live], loss(curve(trial)[0] - y_P, weight, limit)
+        cost, trial_cost = loss_R[live], loss(curve(trial)[0] - y, weight, limit)
         better = trial_cost < cost
         theta_RK[live] = np.where(better[:, None], trial, theta)
         loss_R[live] = np.where(better, trial_cost, cost)
@@ -94,7 +97,7 @@ def nodes(basis: Callable[[Floats], Floats], grid_SJ: Floats, y_P: Floats, scale
 
 def refine(
     curve: Curve,
-    y_P: Floats,
+    y_RP: Floats,
     weight_RP: Floats,
     start_SK: Floats,
     lower_K: Floats,
@@ -107,20 +110,27 @@ def refine(
     The knee of each fit's loss follows its own residuals; with `squares` there is none.
     """
 
-    def limits(theta: Floats, weight: Floats) -> Floats:
+    def limits(theta: Floats, y: Floats, weight: Floats) -> Floats:
         if squares:
             return np.full(len(theta), np.inf)
-        return np.maximum(KNEE * spread(curve(theta)[0] - y_P, weight), 1e-12)
+        return np.maximum(KNEE * spread(curve(theta)[0] - y, weight), 1e-12)
 
     fits, starts = len(weight_RP), len(start_SK)
     theta = np.tile(start_SK, (fits, 1))
-    weight = np.repeat(weight_RP, starts, axis=0)
+    y, weight = np.repeat(y_RP, starts, axis=0), np.repeat(weight_RP, starts, axis=0)
     # All starts of one fit compete under one limit, the least of theirs.
-    limit = np.repeat(limits(theta, weight).reshape(fits, starts).min(axis=1), starts)
-    theta, cost = minimize(curve, y_P, weight, theta, lower_K, upper_K, limit)
+    limit = np.repeat(limits(theta, y, weight).reshape(fits, starts).min(axis=1), starts)
+    theta, cost = minimize(curve, y, weight, theta, lower_K, upper_K, limit)
     theta = theta.reshape(fits, starts, -1)[np.arange(fits), cost.reshape(fits, starts).argmin(axis=1)]
-    for _ in range(0 if squares else 3):
-        theta, _ = minimize(curve, y_P, weight_RP, theta, lower_K, upper_K, limits(theta, weight_RP))
+    live, before = np.arange(fits), np.zeros(fits)
+    for _ in range(0 if squares else KNEE_STEPS if fits == 1 else 3):  # replicates need no such precision
+        limit = limits(theta[live], y_RP[live], weight_RP[live])
+        moved = ~np.isclose(limit, before[live], rtol=1e-9, atol=0.0)
+        live, limit = live[moved], limit[moved]
+        if not len(live):
+            break
+        theta[live], _ = minimize(curve, y_RP[live], weight_RP[live], theta[live], lower_K, upper_K, limit)
+        before[live] = limit
     return theta
 
 

@@ -106,7 +106,7 @@ def fit(
     """
     size, t, y = fitting.columns(
         least=LEAST_POINTS, distinct=3, coefficients="seven", x=x, compute=compute, error=error
-    )
+    ).values()
     unit_x, unit_t, unit_y = fitting.middle(size), fitting.middle(t), float(np.max(y))
     form, z = _form(size / unit_x, t / unit_t), y / unit_y
     theta, samples = fitting.with_bootstrap(form, z, bootstrap=bootstrap, seed=seed)

@@ -34,7 +34,8 @@ def find(runs: Sequence[Run]) -> Findings:
     except ValueError as error:
         problems.append(f"No law of compute: {error}.")
     try:
-        two = joint.fit(*(_column(full, name) for name in ("params", "images", "compute", "error")))
+        params, images, error_, compute = (_column(full, name) for name in ("params", "images", "error", "compute"))
+        two = joint.fit(params, images, error_, compute=compute)
     except ValueError as error:
         problems.append(f"No law of size and images: {error}.")
     return Findings(frontier, two, tuple(problems))
