@@ -47,11 +47,9 @@ def reference_file(name: str, folder: pathlib.Path) -> pathlib.Path:
     return write(folder, reference_tensors(name), RECORDS[name]["config"])
 
 
-def outputs(model: Any, images: Any, features: bool = False) -> Any:
+def outputs(model: Any, images: Any, method: str = "__call__") -> Any:
     description, *arrays = models.split(model)
-    run = lambda arrays, images: getattr(models.merge(description, *arrays), "features" if features else "__call__")(  # noqa: E731
-        images
-    )
+    run = lambda arrays, images: getattr(models.merge(description, *arrays), method)(images)  # noqa: E731
     return np.asarray(jax.jit(run)(arrays, jnp.asarray(images)))
 
 
@@ -86,7 +84,7 @@ def test_files_give_the_references_logits(name: str, tmp_path: pathlib.Path) -> 
     wanted_size = size if case.get("interpolate") else None
     model = interop.load(reference_file(name, tmp_path / "file"), image_size=wanted_size, num_classes=classes)
     assert (model.image_size, type(model).__name__) == (size, "Swin" if "Swin" in name else "ViT")
-    actual = outputs(model, fill.images(name, (2, *size, 3)), features=classes is not None)
+    actual = outputs(model, fill.images(name, (2, *size, 3)), "__call__" if classes is None else "features")
     np.testing.assert_allclose(actual, LOGITS[name], atol=2e-5, rtol=0)
 
 

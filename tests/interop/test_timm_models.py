@@ -12,7 +12,7 @@ import pytest
 
 from vit_scaling import UserError
 from vit_scaling.interop import timm, timm_models
-from vit_scaling.interop.files import Stored
+from vit_scaling.interop.stored import Stored
 from vit_scaling.models import swin, vit
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "timm_models.json.gz"

@@ -15,8 +15,8 @@ import re
 
 from vit_scaling.interop import convert, normalisation
 from vit_scaling.interop.convert import Entry, entry
-from vit_scaling.interop.files import Stored
 from vit_scaling.interop.layout import Described, Json, Layout, Tensors, shape_of, vit_grid
+from vit_scaling.interop.stored import Stored
 from vit_scaling.models import ModelConfig, vit
 
 # The longest prefix under which a patch embedding lies; what is beside it is another tower, or the optimizer's state.

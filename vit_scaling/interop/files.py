@@ -1,10 +1,9 @@
-"""Untrusted weight files: safetensors, NumPy's .npz, PyTorch's .pth.
+"""Untrusted weight files: safetensors, NumPy's .npz, PyTorch's .pth, ONNX.
 
 Nothing of a file is executed, and a tensor is read only when its name and shape have been checked against a model: an
 open file is a table of names, shapes and types, whose sizes must add up to no more than the file can hold.
 """
 
-import dataclasses
 import json
 import math
 import os
@@ -24,11 +23,14 @@ import safetensors
 import safetensors.numpy
 
 from vit_scaling import UserError
+from vit_scaling.interop import onnx
+from vit_scaling.interop.stored import Stored
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 PROCESSOR = "preprocessor_config.json"
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
 TORCH = (".pth", ".pt", ".bin")
+SUFFIXES = (".safetensors", ".npz", ".onnx", *TORCH)
 CONTAINERS, AVERAGES = ("model", "state_dict", "model_state_dict"), ("model_ema", "state_dict_ema")
 CONVERSION = (
     'python -c "import sys, torch; from safetensors.torch import save_file; f = torch.load(sys.argv[1], '
@@ -41,24 +43,11 @@ _SAFETENSORS_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF1
 _PICKLES = (".pkl", ".pickle", ".npy", ".msgpack", ".ckpt", ".h5", ".joblib")
 
 
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """A tensor in a file: known by shape and type, read on demand."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[], np.ndarray]
-
-    def layer(self, index: int) -> "Stored":
-        """Returns one entry of the leading axis."""
-        return Stored(self.shape[1:], self.dtype, lambda: self.read()[index])
-
-
 def open_weights(path: str | Path, ema: bool = False) -> tuple[dict[str, Stored], dict[str, Any] | None]:
     """Opens a weight file, or a folder of one model.
 
     Args:
-        path: a .safetensors, .npz, .pth, .pt or .bin file, or a folder that holds one (or shards with an index).
+        path: a .safetensors, .npz, .onnx, .pth, .pt or .bin file, or a folder that holds one (or shards with an index).
         ema: whether to take the average of the parameters that a .pth file holds beside them.
 
     Returns:
@@ -72,34 +61,35 @@ def open_weights(path: str | Path, ema: bool = False) -> tuple[dict[str, Stored]
         raise UserError(f"there is no weight file or folder {str(path)!r}")
     folder = path if path.is_dir() else path.parent
     if not path.is_dir():
-        return _open_file(path, ema), _neighbour(folder)
+        return _open_file(path, ema, _neighbour(folder))
     if (folder / INDEX).exists():
         return _open_shards(folder), _neighbour(folder)
     found = [folder / WEIGHTS] if (folder / WEIGHTS).exists() else []
-    found = found or sorted(
-        file for file in folder.iterdir() if file.suffix in (".safetensors", ".npz", ".bin", ".pth", ".pt")
-    )
+    found = found or sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
-        raise UserError(f"{folder} must hold one weight file (.safetensors, .npz, .pth or .bin); it holds {names}")
-    return _open_file(found[0], ema), _neighbour(folder)
+        raise UserError(f"{folder} must hold one weight file ({', '.join(SUFFIXES)}); it holds {names}")
+    return _open_file(found[0], ema, _neighbour(folder))
 
 
-def _open_file(path: Path, ema: bool) -> dict[str, Stored]:
+def _open_file(path: Path, ema: bool, neighbour: dict[str, Any] | None) -> tuple[dict[str, Stored], Any]:
     if ema and path.suffix not in TORCH:
         raise UserError(f"{path} holds no average of parameters; of weight files only {', '.join(TORCH)} may have one")
     if path.suffix == ".safetensors":
-        return _open_safetensors(path)
+        return _open_safetensors(path), neighbour
     if path.suffix == ".npz":
-        return _open_npz(path)
+        return _open_npz(path), neighbour
+    if path.suffix == ".onnx":
+        tensors, graph = onnx.open_onnx(path)
+        return tensors, {**(neighbour or {}), onnx.KEY: graph}
     if path.suffix in TORCH:
-        return _open_torch(path, ema)
+        return _open_torch(path, ema), neighbour
     if path.suffix in _PICKLES:
         raise UserError(
             f"{path} is of a kind that can run code when it is read or that is not known here; convert it to "
             f".safetensors where you trust it"
         )
-    raise UserError(f"{path} is no weight file; its name must end in .safetensors, .npz, .pth, .pt or .bin")
+    raise UserError(f"{path} is no weight file; its name must end in {', '.join(SUFFIXES)}")
 
 
 def _neighbour(folder: Path) -> dict[str, Any] | None:

@@ -28,6 +28,7 @@ from vit_scaling.models import ModelConfig, swin, vit
 from vit_scaling.ops import windows
 
 IGNORED = (
+    r"embeddings\.mask_token",
     r".*\.(relative_position_index|relative_coords_table|position_ids)",
     # Beside an image model in one file: a text tower, and what compares the two.
     r"text_model\..*|logit_scale|logit_bias",
@@ -41,18 +42,20 @@ ACTIVATIONS = {
 }
 # Newer module names to the files'; the first groups belong to Swin and ViT alike.
 _RENAME = (
-    (r"^(vit|swin|swinv2|vision_model)\.", ""),
+    (r"^(vit|dinov2|swin|swinv2|vision_model)\.", ""),
     (r"^vision_model\.", ""),
     (r"^layers\.(\d+)\.(?!blocks|downsample)", r"encoder.layer.\1."),
     (
         r"attention\.relative_position_bias\.relative_position_bias_table$",
         r"attention.self.relative_position_bias_table",
     ),
+    (r"^(encoder\.layer\.\d+)\.norm1\.", r"\1.layernorm_before."),  # of DINOv2
+    (r"^(encoder\.layer\.\d+)\.norm2\.", r"\1.layernorm_after."),
     (r"attention\.o_proj\.", "attention.output.dense."),
     (r"(?<!pooler\.)(?<!head\.)\bmlp\.fc1\.", "intermediate.dense."),
     (r"(?<!pooler\.)(?<!head\.)\bmlp\.fc2\.", "output.dense."),
 )
-MODEL_TYPES = ("vit", "siglip", "siglip_vision_model", "swin", "swinv2")
+MODEL_TYPES = ("vit", "dinov2", "siglip", "siglip_vision_model", "swin", "swinv2")
 _QKV = {"q": "query", "k": "key", "v": "value"}
 
 
@@ -105,11 +108,12 @@ def describe(tensors: Tensors, neighbour: Json | None, trained_size: tuple[int, 
         heads = vit_heads(config_.width) or config_.width // 64 or 1
     config_.heads = int(heads)
     config_.gelu = "tanh" if siglip and "gelu" in assumed else common["gelu"]
-    config_.norm_eps = float(told.get("layer_norm_eps", 1e-6 if siglip else 1e-12))
+    dino = config_.layerscale is not None
+    config_.norm_eps = float(told.get("layer_norm_eps", 1e-6 if siglip or dino else 1e-12))
     prefixes = (1,) if config_.pool == "token" else (0,)
     size, prefix_rows = vit_grid(rows, config_.patch, prefixes, size_pair(told.get("image_size")) or trained_size)
     unknown = ("heads",) if "heads" in assumed and vit_heads(config_.width) is None else ()
-    family = normalisation.family("siglip") if siglip else None
+    family = normalisation.family("siglip") if siglip else normalisation.family("dino") if dino else None
     names = _class_names(told)
     return Described(config_, size, classes, tuple(assumed), prefix_rows, unknown, family, names)
 
@@ -131,6 +135,7 @@ def _describe_vit(tensors: Tensors) -> tuple[vit.ViTConfig, int]:
         mlp=shape_of(tensors, "encoder.layer.0.intermediate.dense.weight", 2)[0],
         patch=(patch[0], patch[1]),
         pool="token",
+        layerscale=1.0 if "encoder.layer.0.layer_scale1.lambda1" in tensors else None,
         qkv_bias="encoder.layer.0.attention.attention.query.bias" in tensors,
         pre_logits="pooler.dense.weight" in tensors,
     )
@@ -222,6 +227,9 @@ def _vit_entries(config: vit.ViTConfig, prefix_rows: int) -> list[Entry]:
     for i in range(config.depth):
         bias = config.qkv_bias
         found += _layer(f"encoder.layer.{i}", f"blocks/{i}", "attention", ("norm1", "norm2"), bias, bias)
+        if config.layerscale is not None:
+            scale = f"encoder.layer.{i}.layer_scale{{}}.lambda1"
+            found += [entry(scale.format(n), f"blocks/{i}/layerscale{n}", "same") for n in (1, 2)]
     return found + _norm("layernorm", "norm") + (_linear("pooler.dense", "pre_logits") if config.pre_logits else [])
 
 

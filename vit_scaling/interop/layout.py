@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from vit_scaling import UserError
 from vit_scaling.interop.convert import Entry
-from vit_scaling.interop.files import Stored
 from vit_scaling.interop.normalisation import Normalisation
+from vit_scaling.interop.stored import Stored
 from vit_scaling.models import ModelConfig, layers, swin, vit
 from vit_scaling.ops import windows
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from vit_scaling import UserError, models, names
-from vit_scaling.interop import big_vision, convert, files, huggingface, native, normalisation, timm
-from vit_scaling.interop.files import Stored
+from vit_scaling.interop import big_vision, convert, files, huggingface, native, normalisation, onnx, timm
 from vit_scaling.interop.layout import Described, Layout
 from vit_scaling.interop.normalisation import Normalisation
+from vit_scaling.interop.stored import Stored
 from vit_scaling.interop.weights import Leaves, Target, Weights, abstract
 from vit_scaling.models import ModelConfig
 
@@ -29,6 +29,9 @@ def read(path: str | Path, target: Target, ignore: Sequence[str]) -> Weights:
         weights = _read_native(tensors, native.read_config(neighbour))
     else:
         weights = _read_foreign(tensors, neighbour, files.processor(path), target, ignore)
+        if target.image_size is None:
+            # The graph of an ONNX file may resample its positions to its input's grid.
+            target = dataclasses.replace(target, image_size=(neighbour or {}).get(onnx.KEY, {}).get("input_size"))
     return weights.adapted(target)
 
 
@@ -39,12 +42,26 @@ def describe(path: str | Path) -> tuple[ModelConfig, tuple[int, int], int | None
         assert neighbour is not None
         return native.read_config(neighbour)[:3]
     layout, named = _recognise(tensors)
-    described = layout.describe(named, neighbour, None)
+    described = _described(layout, named, neighbour, None)
     found = _normalisation(described, files.processor(path))
     config = _settled(described, None)
     if found is not None:
         config = dataclasses.replace(config, mean=found.mean, std=found.std)
     return config, described.image_size, described.num_classes
+
+
+def _described(
+    layout: Layout, named: Mapping[str, Stored], neighbour: Mapping[str, Any] | None, trained_size: Any
+) -> Described:
+    """Returns what the layout makes of a file; what the graph of an ONNX file tells is not assumed."""
+    described = layout.describe(named, neighbour, trained_size)
+    told = {field: value for field, value in (neighbour or {}).get(onnx.KEY, {}).items() if field in described.assumed}
+    return dataclasses.replace(
+        described,
+        config=dataclasses.replace(described.config, **told),
+        assumed=tuple(field for field in described.assumed if field not in told),
+        unknown=tuple(field for field in described.unknown if field not in told),
+    )
 
 
 def _normalisation(described: Described, processor: Mapping[str, Any] | None) -> Normalisation | None:
@@ -75,7 +92,7 @@ def _read_foreign(
     ignore: Sequence[str],
 ) -> Weights:
     layout, named = _recognise(tensors)
-    described = layout.describe(named, neighbour, target.trained_size)
+    described = _described(layout, named, neighbour, target.trained_size)
     config = _settled(described, target.config)
     if described.num_classes is None and target.num_classes is None:
         raise UserError("the weights have no classifier; give num_classes, and it starts from zero")
@@ -121,9 +138,12 @@ def _settled(described: Described, hint: ModelConfig | None) -> ModelConfig:
 
 
 def _without_prefix(tensors: Mapping[str, Stored]) -> Mapping[str, Stored]:
-    """Returns the tensors without the names of wrappers that all of them begin with, such as "module."."""
-    while prefix := next((p for p in PREFIXES if tensors and all(name.startswith(p) for name in tensors)), None):
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    """Returns the tensors without the names of wrappers that the patch embedding's begins with, such as "module."."""
+    for patch in (name for name in tensors if re.search(r"(^|\.)(patch_embed\.proj|projection)\.weight$", name)):
+        prefix = ""
+        while part := next((p for p in PREFIXES if patch.removeprefix(prefix).startswith(p)), None):
+            prefix += part
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
 
 
