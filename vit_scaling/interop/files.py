@@ -61,7 +61,7 @@ def open_weights(path: str | Path, ema: bool = False) -> tuple[dict[str, Stored]
         raise UserError(f"there is no weight file or folder {str(path)!r}")
     folder = path if path.is_dir() else path.parent
     if not path.is_dir():
-        return _open_file(path, ema, _neighbour(folder))
+        return _with_neighbour(*_open_file(path, ema), folder)
     if (folder / INDEX).exists():
         return _open_shards(folder), _neighbour(folder)
     found = [folder / WEIGHTS] if (folder / WEIGHTS).exists() else []
@@ -69,27 +69,34 @@ def open_weights(path: str | Path, ema: bool = False) -> tuple[dict[str, Stored]
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
         raise UserError(f"{folder} must hold one weight file ({', '.join(SUFFIXES)}); it holds {names}")
-    return _open_file(found[0], ema, _neighbour(folder))
+    return _with_neighbour(*_open_file(found[0], ema), folder)
 
 
-def _open_file(path: Path, ema: bool, neighbour: dict[str, Any] | None) -> tuple[dict[str, Stored], Any]:
+def _open_file(path: Path, ema: bool) -> tuple[dict[str, Stored], dict[str, Any] | None]:
+    """Returns (tensors, what an ONNX file's graph tells)."""
     if ema and path.suffix not in TORCH:
         raise UserError(f"{path} holds no average of parameters; of weight files only {', '.join(TORCH)} may have one")
     if path.suffix == ".safetensors":
-        return _open_safetensors(path), neighbour
+        return _open_safetensors(path), None
     if path.suffix == ".npz":
-        return _open_npz(path), neighbour
+        return _open_npz(path), None
     if path.suffix == ".onnx":
-        tensors, graph = onnx.open_onnx(path)
-        return tensors, {**(neighbour or {}), onnx.KEY: graph}
+        return onnx.open_onnx(path)
     if path.suffix in TORCH:
-        return _open_torch(path, ema), neighbour
+        return _open_torch(path, ema), None
     if path.suffix in _PICKLES:
         raise UserError(
             f"{path} is of a kind that can run code when it is read or that is not known here; convert it to "
             f".safetensors where you trust it"
         )
     raise UserError(f"{path} is no weight file; its name must end in {', '.join(SUFFIXES)}")
+
+
+def _with_neighbour(
+    tensors: dict[str, Stored], graph: dict[str, Any] | None, folder: Path
+) -> tuple[dict[str, Stored], dict[str, Any] | None]:
+    found = _neighbour(folder)
+    return tensors, found if graph is None else {**(found or {}), onnx.KEY: graph}
 
 
 def _neighbour(folder: Path) -> dict[str, Any] | None:
