@@ -580,7 +580,9 @@ def test_class_counts_are_checked(tmp_path: pathlib.Path) -> None:
 
 def test_other_kinds_of_hugging_face_are_named(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path / "deit", reference_tensors("hf ViT"), {"model_type": "beit"})
-    with pytest.raises(ValueError, match=r"config\.json says model_type 'beit'; of Hugging Face's models vit, dinov2, siglip"):
+    with pytest.raises(
+        ValueError, match=r"config\.json says model_type 'beit'; of Hugging Face's models vit, dinov2, siglip"
+    ):
         interop.load(path)
 
 
