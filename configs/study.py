@@ -60,6 +60,7 @@ def get_config(arg: str | None = None) -> StudyConfig:
         sizes=(1, 2) if arguments.smoke else (1, 2, 3, 4, 5),
         fractions=(1.0,) if arguments.smoke else (0.25, 1.0),
         images=images,
+        chance=0.9,
         dial=Dial(width_per_layer=16, head_dim=16, reference=4),
         comparisons=(compare("planned"),)
         if arguments.smoke

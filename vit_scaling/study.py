@@ -3,10 +3,15 @@
     ./run.sh study --config=configs/study.py --workdir=studies/digits
     ./run.sh study --config=configs/study.py --workdir=/shared/study \\
         --print=slurm > study.sh
+    ./run.sh study --points=runs.csv --compute=core_days --error=top1/100
 
 The study runs on this machine, one process for each run, --parallel at a time (with more than one, process i sees GPU
 i). The same command, given again, continues a study that was killed and tries failed runs again. Results so far are in
 <workdir>/runs.csv, <workdir>/report.md and <workdir>/figures/. The exit code is 1 if any run failed.
+
+With --points nothing runs: the laws are fitted to a table of runs, with a column for each quantity. A column may be
+given with a factor, COLUMN*NUMBER or COLUMN/NUMBER. The report is written to --workdir, by default FILE's name in
+studies/.
 """
 
 import shlex
@@ -14,30 +19,94 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from vit_scaling import UserError, cli
 
-_CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the study.", required=True)
+_CONFIG = cli.define_config(required=False)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the study.")
 _PARALLEL = flags.DEFINE_integer("parallel", 1, "Runs at a time on this machine.", lower_bound=1)
 _PRINT = flags.DEFINE_enum(
     "print", None, ["commands", "slurm"], "Print the runs' commands for a cluster instead of running them."
 )
 _ONLY = flags.DEFINE_string("only", None, "Run this one run of the study, here.")
 _REPORT = flags.DEFINE_bool("report", False, "Run nothing; gather what has finished and report.")
+_POINTS = flags.DEFINE_string("points", None, "Fit the runs in this CSV file instead of running a study.")
+_COLUMNS = {
+    name: flags.DEFINE_string(name, None, f"Column of the table: {meaning}.")
+    for name, meaning in {
+        "compute": "what a run cost, in any unit; without it 6 times parameters times images",
+        "error": "error or loss",
+        "params": "parameters of the model",
+        "images": "images seen",
+        "unique": "different images in the training set",
+        "deviation": "standard deviation of the error between seeds",
+    }.items()
+}
+_GROUP = flags.DEFINE_string("group", None, "Column of the table: fit laws to the runs of each of its values.")
+_CHANCE = flags.DEFINE_float("chance", None, "Error of guessing, for the law of repeated data; fitted if not given.")
+_HELD_OUT = flags.DEFINE_float("held_out", 0.2, "Share of the table's runs that the laws predict for a test.")
+_FRONTIER = flags.DEFINE_enum(
+    "frontier", "minimum", ["minimum", "hull", "all"], "Runs of the table that the law of compute is fitted to."
+)
+_BUDGETS = flags.DEFINE_list("budgets", [], "Compute to answer for; by default 1, 3 and 10 times the largest.")
 _OWN_FLAGS = ("parallel", "print", "only", "report")
 
 
 def main(argv: Sequence[str]) -> None:
     del argv
+    if _POINTS.value is not None:
+        if _CONFIG.value is not None:
+            raise UserError("--points fits a table and --config runs a study; give one of them")
+        _fit_points(Path(_POINTS.value))
+        return
+    if _CONFIG.value is None or _WORKDIR.value is None:
+        missing = "config" if _CONFIG.value is None else "workdir"
+        raise UserError(f"--{missing} is missing; give --config and --workdir to run a study, or --points=FILE.csv")
+    if given := [f"--{name}" for name, flag in (*_COLUMNS.items(), ("group", _GROUP)) if flag.value is not None]:
+        raise UserError(f"{given[0]} names a column of a table; give --points=FILE.csv with it")
+    _run_study(Path(_WORKDIR.value), _CONFIG.value)
+
+
+def _fit_points(path: Path) -> None:
+    """Fits and reports a table of runs; a table that supports no law at all is an error."""
+    from vit_scaling.studies import findings, points, report
+
+    try:
+        budgets = [float(budget) for budget in _BUDGETS.value]
+    except ValueError:
+        raise UserError(f"--budgets={','.join(_BUDGETS.value)}: give numbers, separated by commas") from None
+    if bad := [budget for budget in budgets if not 0 < budget < float("inf")]:
+        raise UserError(f"--budgets has {bad[0]:g}; a budget is positive and finite")
+    table = points.read(path, {name: flag.value for name, flag in _COLUMNS.items()}, _GROUP.value)
+    options = findings.Options(_CHANCE.value, _HELD_OUT.value, _FRONTIER.value)
+    workdir = Path(_WORKDIR.value or Path("studies") / path.stem)
+    problems: list[str] = []
+    some = False
+    for group, own in sorted(table.groups.items()):
+        folder = workdir / points.folder(group) if group else workdir
+        found = findings.find(own, options)
+        title = f"Laws of {path.name}" + (f", {_GROUP.value} = {group}" if group else "")
+        written = report.write(folder, title, own, found, budgets=budgets, origin=table.origin)
+        some |= any(law is not None for law in (found.law, found.joint, found.repeated))
+        problems += found.problems
+        if group:
+            print(f"{group}: {len(own)} runs, report: {written}", flush=True)
+        else:
+            print(written.read_text().split("\n## ")[1])
+            print(f"report: {written}\nlaws:   {written.parent / 'laws'}")
+    if not some:
+        raise UserError(f"{path} supports no law: {' '.join(problems[:3])}")
+
+
+def _run_study(workdir: Path, study: Any) -> None:
     # Heavy imports wait until the flags are known to be good, so that a typo is answered at once.
     from vit_scaling.pages import study as study_page
-    from vit_scaling.studies import grid, report, runner, scaling
+    from vit_scaling.studies import findings, grid, report, runner, scaling
     from vit_scaling.studies import table as runs
 
-    workdir, study = Path(_WORKDIR.value), _CONFIG.value
     if not isinstance(study, scaling.StudyConfig | grid.GridConfig):
         raise UserError("--config is a single run and not a study; run it with the command train")
     jobs = grid.plan(study) if isinstance(study, grid.GridConfig) else scaling.plan(study, workdir)
@@ -70,8 +139,10 @@ def main(argv: Sequence[str]) -> None:
     table = scaling.gather(study, jobs, workdir)
     runs.write(workdir / "runs.csv", table)
     unfinished = {job.name: failed.get(job.name, "has not run yet") for job in jobs if not runner.done(job, workdir)}
-    path = report.write(workdir, f"Scaling study {workdir.name}", table, study.budgets, unfinished)
-    shown = study_page.write(workdir, f"Scaling study {workdir.name}", table, unfinished)
+    found = findings.find(table, findings.Options(study.chance))
+    title = f"Scaling study {workdir.name}"
+    path = report.write(workdir, title, table, found, budgets=study.budgets, unfinished=unfinished)
+    shown = study_page.write(workdir, title, table, unfinished, found)
     print(path.read_text().split("\n## ")[1])
     print(f"report:  {path} and {shown}\ntable:   {workdir / 'runs.csv'}\nfigures: {workdir / 'figures'}")
     _leave_if(failed, len(jobs))

@@ -16,7 +16,7 @@ from vit_scaling import config as config_lib
 from vit_scaling.data.sources import open_source
 from vit_scaling.optim.schedule import Duration
 from vit_scaling.parallel import mesh
-from vit_scaling.studies import report, runner, scaling
+from vit_scaling.studies import findings, report, runner, scaling
 from vit_scaling.studies import table as runs
 from vit_scaling.studies.scaling import Comparison
 from vit_scaling.studies.table import SWEEP, Run
@@ -262,7 +262,9 @@ def test_report_answers_for_a_budget(tmp_path):
     table = known_runs(np.random.default_rng(0))
     table.append(dataclasses.replace(table[-1], name="gap_d6", group="gap", error=0.25))
     budget = 3e11
-    path = report.write(tmp_path, "Digits", table, [budget], {"d9_trunk": "out of memory"})
+    path = report.write(
+        tmp_path, "Digits", table, findings.find(table), budgets=[budget], unfinished={"d9_trunk": "out of memory"}
+    )
     text = path.read_text()
     row = next(line for line in text.splitlines() if line.startswith("| 3.00e+11"))
     params = float(row.split("|")[2].split()[0].replace(",", ""))
@@ -277,14 +279,14 @@ def test_report_answers_for_a_budget(tmp_path):
 
 
 def test_law_of_size_and_images_leaves_the_small_data_out():
-    found = report.find(known_runs())
+    found = findings.find(known_runs())
     assert (found.joint.e, found.joint.alpha, found.joint.beta) == pytest.approx((0.02, 0.5, 0.6), rel=1e-2)
     assert found.problems == ()
 
 
 def test_report_says_what_lies_beyond_the_runs_and_what_is_no_power_law(tmp_path):
     table = known_runs()
-    text = report.write(tmp_path, "Digits", table, [1e11, 1e15], {}).read_text()
+    text = report.write(tmp_path, "Digits", table, findings.find(table), budgets=[1e11, 1e15]).read_text()
     inside, beyond = (line for line in text.splitlines() if line.startswith(("| 1.00e+11", "| 1.00e+15")))
     assert "beyond" not in inside
     assert "beyond the sizes run" in beyond
@@ -292,11 +294,11 @@ def test_report_says_what_lies_beyond_the_runs_and_what_is_no_power_law(tmp_path
     assert "steepest" not in text
     # All sizes but the smallest are alike.
     step = [dataclasses.replace(run, error=150 * run.images**-0.6 + 0.5 * (run.size == 1)) for run in table]
-    assert "alpha = 5 is the largest value tried" in " ".join(report.find(step).joint.warnings)
+    assert "alpha = 5 is the largest value tried" in " ".join(findings.find(step).joint.warnings)
 
 
 def test_report_of_too_little_says_so(tmp_path):
-    text = report.write(tmp_path, "Digits", known_runs()[:2], [], {}).read_text()
+    text = report.write(tmp_path, "Digits", known_runs()[:2], findings.find(known_runs()[:2])).read_text()
     assert "not determined" in text
     assert "four coefficients need at least 5" in text
-    assert "No run of the sweep" in report.write(tmp_path, "Digits", [], [], {}).read_text()
+    assert "No run of the sweep" in report.write(tmp_path, "Digits", [], findings.find([])).read_text()

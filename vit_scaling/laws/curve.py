@@ -66,7 +66,9 @@ class CurveLaw(Fitted):
         return np.asarray(low), np.asarray(high)
 
 
-def fit(images: ArrayLike, error: ArrayLike, *, bootstrap: int = 200, level: float = 0.95, seed: int = 0) -> CurveLaw:
+def fit(
+    images: ArrayLike, error: ArrayLike, *, bootstrap: int = fitting.REPLICATES, level: float = 0.95, seed: int = 0
+) -> CurveLaw:
     """Fits the learning curve of one model, robustly and in relative error.
 
     Args:

@@ -15,6 +15,8 @@ from vit_scaling import UserError
 from vit_scaling.laws import robust
 from vit_scaling.laws.robust import Curve, Floats, Values
 
+REPLICATES = 200  # of the bootstrap
+
 
 class Interval(NamedTuple):
     low: float

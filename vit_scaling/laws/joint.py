@@ -124,7 +124,7 @@ def fit(
     unique: ArrayLike | None = None,
     chance: float | None = None,
     deviation: ArrayLike | None = None,
-    bootstrap: int = 200,
+    bootstrap: int = fitting.REPLICATES,
     level: float = 0.95,
     seed: int = 0,
 ) -> JointLaw | RepeatedLaw:

@@ -115,7 +115,7 @@ def fit(
     frontier: str = "minimum",
     loss: str = "huber",
     deviation: ArrayLike | None = None,
-    bootstrap: int = 200,
+    bootstrap: int = fitting.REPLICATES,
     level: float = 0.95,
     seed: int = 0,
 ) -> Law:

@@ -152,7 +152,7 @@ def fit(
     compute: ArrayLike | None = None,
     chance: float | None = None,
     deviation: ArrayLike | None = None,
-    bootstrap: int = 200,
+    bootstrap: int = fitting.REPLICATES,
     level: float = 0.95,
     seed: int = 0,
 ) -> RepeatedLaw:
@@ -238,16 +238,22 @@ def _law(theta: Floats, n: Values, t: Values, d: Values) -> Values:
 def _refuse_overfitting(n: Floats, t: Floats, d: Floats, y: Floats, residual: Floats) -> None:
     """Raises UserError if the error rises with the images seen, at fixed size and data, by more than noise.
 
-    The longest run must also lie above the law, so that a shorter run that is too good is no overfitting.
+    The longest run must also lie above the law, so that a shorter run that is too good is no overfitting. Noise is what
+    residuals of neighbouring lengths differ by, because the law itself may be off by more.
     """
-    noise = float(robust.spread(residual[None], np.ones((1, len(y))))[0])
+    series = []
     for size, data in sorted(set(zip(n.tolist(), d.tolist(), strict=True))):
         own = np.flatnonzero((n == size) & (d == data))
         lengths = np.unique(t[own])
-        means = np.array([y[own][t[own] == length].mean() for length in lengths])  # over replicates
+        means = np.array(
+            [(y[own][t[own] == length].mean(), residual[own][t[own] == length].mean()) for length in lengths]
+        )
+        series.append((size, data, lengths, means[:, 0], -means[:, 1]))  # means over replicates
+    steps = np.concatenate([np.diff(above) for *_, above in series]) / np.sqrt(2)
+    noise = float(robust.spread(steps[None], np.ones((1, len(steps))))[0]) if len(steps) else 0.0
+    for size, data, lengths, means, above in series:
         least, rise = int(np.argmin(means)), max(OVERFIT, 4 * noise)
-        last_above = -residual[own][t[own] == lengths[-1]].mean()
-        if means[-1] / means[least] - 1 > rise and last_above > rise / 2:
+        if means[-1] / means[least] - 1 > rise and above[-1] > rise / 2:
             raise UserError(
                 f"with {size:g} parameters and {data:g} different images the error rises from {means[least]:.4g} at "
                 f"{lengths[least]:g} images seen to {means[-1]:.4g} at {lengths[-1]:g}; this law falls with images "

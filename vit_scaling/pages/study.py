@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from vit_scaling.pages import page
-from vit_scaling.studies import report, table
+from vit_scaling.studies import findings, table
 from vit_scaling.studies.table import SWEEP, Run
 
 PAGE = "report.html"
@@ -15,13 +15,20 @@ POINTS = 161  # budgets of the curves and of the slider
 BEYOND = 100.0  # the slider reaches so many times the dearest run
 
 
-def write(folder: Path, title: str, runs: Sequence[Run], unfinished: Mapping[str, str]) -> Path:
+def write(
+    folder: Path,
+    title: str,
+    runs: Sequence[Run],
+    unfinished: Mapping[str, str],
+    found: findings.Findings | None = None,
+) -> Path:
     """Writes folder/report.html from the table of a study's runs and returns its path.
 
     Args:
         unfinished: {run: reason} of those that did not finish.
+        found: what `findings.find` makes of the runs, if it is known already.
     """
-    found = report.find(runs)
+    found = found or findings.find(runs)
     sweep = [run for run in runs if run.group == SWEEP]
     data: dict[str, Any] = {
         "title": title,

@@ -75,6 +75,7 @@ class StudyConfig:
         metric: accuracy of which the error is studied.
         fewshot: likewise, of few-shot classification; empty for none.
         comparisons: of Comparison, further runs on all data that the law does not see.
+        chance: error of guessing, for the law of images seen repeatedly; fitted if None.
         budgets: training FLOPs that the report answers for; if empty 1, 3 and 10 times the most expensive run.
     """
 
@@ -87,6 +88,7 @@ class StudyConfig:
     metric: str = "test/accuracy"
     fewshot: str = "fewshot/10shot"
     comparisons: tuple = ()
+    chance: float | None = None
     budgets: tuple[float, ...] = ()
 
 

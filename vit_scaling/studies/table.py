@@ -4,6 +4,7 @@ import csv
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from vit_scaling import UserError
 
@@ -23,18 +24,52 @@ class Run:
         error: share of the evaluation set that it gets wrong.
         fewshot_error: the same of few-shot classification on its features, or None.
         seconds: what its own part took; a cooldown's trunk is not in it.
+        deviation: standard deviation of the error between seeds, where it is known.
+
+    A table that is not of a study may lack size, parameters, images or different images; they are 0 then.
     """
 
     name: str
     group: str
     size: int
-    params: int
-    data_images: int
-    images: int
+    params: float
+    data_images: float
+    images: float
     compute: float
     error: float
     fewshot_error: float | None
     seconds: float
+    deviation: float | None = None
+
+    @property
+    def label(self) -> str:
+        """What figures call the run's size."""
+        if not self.params:
+            return "runs"
+        return f"depth {self.size}, {self.params:,} parameters" if self.size else f"{number(self.params)} parameters"
+
+
+def number(count: float) -> str:
+    """Returns a count written out; nothing for one that is not known, and four digits where it is no whole number."""
+    return "" if not count else f"{count:,.0f}" if float(count).is_integer() else f"{count:.4g}"
+
+
+class Unit(NamedTuple):
+    """How errors are shown: fractions in percent, losses as they are."""
+
+    factor: float
+    name: str
+    difference: str
+
+    def show(self, error: float) -> str:
+        return f"{self.factor * error:.2f}" if self.factor > 1 else f"{error:.4g}"
+
+
+def unit(runs: Sequence[Run]) -> Unit:
+    """Returns the unit in which to show the errors of these runs."""
+    if all(run.error <= 1 for run in runs):
+        return Unit(100.0, "error, %", "points")
+    return Unit(1.0, "error", "units of the error")
 
 
 SWEEP = "sweep"
@@ -63,10 +98,12 @@ def read(path: Path) -> list[Run]:
             values: dict = {}
             for field in dataclasses.fields(Run):
                 cell = row.get(field.name)
+                if cell is None and field.name == "deviation":
+                    continue  # tables from before this column
                 if cell is None:
                     raise UserError(f"{path}, line {line}: the column {field.name} is missing")
                 try:
-                    if field.name == "fewshot_error":
+                    if field.name in ("fewshot_error", "deviation"):
                         values[field.name] = float(cell) if cell else None
                     else:
                         values[field.name] = _TYPES.get(field.name, int)(cell)
