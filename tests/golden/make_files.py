@@ -23,18 +23,33 @@ from safetensors.torch import load_file, save_file
 FOLDER = pathlib.Path(__file__).parent
 
 
+CONFIGS = {
+    "ViTMAE": "ViTMAE",
+    "ViT": "ViT",
+    "Swinv2": "Swinv2",
+    "Swin": "Swin",
+    "SiglipVision": "SiglipVision",
+    "Dinov2WithRegisters": "Dinov2WithRegisters",
+    "Dinov2": "Dinov2",
+    "DINOv3ViT": "DINOv3ViT",
+    "DeiT": "DeiT",
+    "CLIPVision": "CLIPVision",
+}
+
+
 def build(case):
     fields, classes = case["fields"], case.get("num_classes")
     name = case["model"]
-    config = {"ViT": "ViTConfig", "Swi": "SwinConfig", "Sig": "SiglipVisionConfig"}[name[:3]]
-    config = "Swinv2Config" if name.startswith("Swinv2") else config
-    if name == "SiglipForImageClassification":
-        text = {"vocab_size": 4, "hidden_size": 4, "num_hidden_layers": 0, "num_attention_heads": 1}
-        whole = transformers.SiglipConfig(vision_config=fields, text_config=text | {"intermediate_size": 4})
-        whole.num_labels = classes
-        return transformers.SiglipForImageClassification(whole)
+    text = {"vocab_size": 4, "hidden_size": 4, "num_hidden_layers": 0, "num_attention_heads": 1, "intermediate_size": 4}
+    if name in ("SiglipForImageClassification", "CLIPModel"):
+        whole = getattr(transformers, f"{name[:4].replace('Sigl', 'Siglip')}Config")(
+            vision_config=fields, text_config=text
+        )
+        whole.num_labels = classes or 2
+        return getattr(transformers, name)(whole)
+    config = next(config for prefix, config in CONFIGS.items() if name.startswith(prefix))
     labels = {} if classes is None else {"num_labels": classes}
-    return getattr(transformers, name)(getattr(transformers, config)(**fields, **labels))
+    return getattr(transformers, name)(getattr(transformers, f"{config}Config")(**fields, **labels))
 
 
 def filled(tensors):
@@ -52,8 +67,13 @@ def run_transformers(name, case):
         config = json.loads((pathlib.Path(folder) / "config.json").read_text())
     arguments = {"interpolate_pos_encoding": True} if case.get("interpolate") else {}
     with torch.no_grad():
+        if case["model"] in ("ViTMAEForPreTraining", "CLIPModel"):
+            model = model.vit if "MAE" in case["model"] else model.vision_model
         result = model(images(name, case), **arguments)
-    return result.logits if hasattr(result, "logits") else result.pooler_output, tensors, config
+    if hasattr(result, "logits"):
+        return result.logits, tensors, config
+    pooled = getattr(result, "pooler_output", None)
+    return result.last_hidden_state[:, 0] if pooled is None else pooled, tensors, config
 
 
 def run_timm(name, case):

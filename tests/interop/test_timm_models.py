@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vit_scaling import UserError
-from vit_scaling.interop import timm, timm_models
+from vit_scaling import UserError, models, names
+from vit_scaling.interop import convert, reading, timm_models
 from vit_scaling.interop.stored import Stored
+from vit_scaling.interop.weights import abstract
 from vit_scaling.models import swin, vit
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "timm_models.json.gz"
@@ -39,21 +40,21 @@ def described(name: str, bare: bool) -> Any:
     """Returns the description of a hub-shaped folder; bare: of an older one, which lists no arguments."""
     record = records()[name]
     config = {key: value for key, value in record["config"].items() if not (bare and key == "model_args")}
-    named = timm.canonical(tensors(record))
-    assert named is not None
-    result = timm.describe(named, config, None)
-    entries = timm.entries(result.config, result.prefix_rows, result.num_classes is not None)
-    expected = {entry.theirs for entry in entries}
-    left = {key for key in named if not any(re.fullmatch(pattern, key) for pattern in timm.IGNORED)}
+    family, named, result = reading.describe_tensors(tensors(record), config, None)
+    like = names.flatten(models.split(abstract(result.config, result.image_size, result.num_classes or 0))[1])
+    shapes = {path: leaf.shape for path, leaf in convert.unstack(like).items()}
+    shapes = {path: shape for path, shape in shapes.items() if result.num_classes or not path.startswith("head/")}
+    expected = {entry.theirs for entry in convert.entries(family, shapes, result.prefix)}
+    left = {key for key in named if not any(re.fullmatch(pattern, key) for pattern in family.ignored)}
     assert expected == left, f"{name}: {sorted(expected ^ left)[:4]}"
     return result
 
 
 def check_vit(config: vit.ViTConfig, facts: dict[str, Any]) -> None:
-    pools = {"gap": "avg", "token": "token", "map": "map", "max": "max", "avgmax": "avgmax"}
+    pools = {"gap": "avg", "token": "token", "map": "map", "max": "max", "avgmax": "avgmax", "token+register": "token"}
     assert config.heads == facts["heads"]
     assert pools[config.pool] == facts["pool"]
-    assert config.pool_prefix == facts["pool_include_prefix"] or config.pool == "token"
+    assert config.pool_prefix == facts["pool_include_prefix"] or config.pool in vit.TOKEN_POOLS
     assert vit.prefix_tokens(config) == facts["prefix"]
     norms = {"LayerNorm": "layernorm", "RmsNorm": "rmsnorm"}
     kind, eps = facts["norm"].split()
@@ -113,6 +114,6 @@ def test_other_classes_are_refused_by_name() -> None:
 def test_arguments_that_change_the_network_are_refused_by_name(name: str) -> None:
     config = records()["vit_base_patch16_224"]["config"]
     record = {**config, "model_args": {**config.get("model_args", {}), name: "unheard of"}}
-    named = timm.canonical(tensors(records()["vit_base_patch16_224"]))
+    named = tensors(records()["vit_base_patch16_224"])
     with pytest.raises(UserError, match=f"timm's vit_base_patch16_224 with {name} 'unheard of'"):
-        timm.describe(named, record, None)
+        reading.describe_tensors(named, record, None)

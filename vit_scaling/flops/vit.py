@@ -1,7 +1,7 @@
 """What a ViT costs: multiply-adds of its matrix products, and what its backward pass keeps."""
 
 from vit_scaling.models import layers
-from vit_scaling.models.vit import ViTConfig, prefix_tokens
+from vit_scaling.models.vit import ViTConfig, feature_width, prefix_tokens
 
 
 def vit_forward(config: ViTConfig, image_size: tuple[int, int], num_classes: int) -> tuple[float, float]:
@@ -15,7 +15,11 @@ def vit_forward(config: ViTConfig, image_size: tuple[int, int], num_classes: int
     tokens, hidden = patches + prefix, 2 if config.mlp_kind == "swiglu" else 1
     width, mlp = config.width, config.mlp
     block = tokens * (4 * width**2 + (1 + hidden) * width * mlp) + 2 * tokens**2 * width
-    macs = config.depth * block + patches * config.patch[0] * config.patch[1] * 3 * width + width * num_classes
+    macs = (
+        config.depth * block
+        + patches * config.patch[0] * config.patch[1] * 3 * width
+        + feature_width(config) * num_classes
+    )
     if config.pool == "map":
         # Keys and values of every token; query, output, MLP and attention of the one probe.
         context = tokens if config.pool_prefix else patches

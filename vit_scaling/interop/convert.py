@@ -13,6 +13,7 @@ import numpy as np
 
 from vit_scaling import UserError
 from vit_scaling import names as paths
+from vit_scaling.interop.families import Family
 
 Shape = tuple[int, ...]
 MAX_LAYERS = 1000
@@ -28,10 +29,6 @@ class Entry(NamedTuple):
     ours: tuple[str, ...]
     kind: str
     axis: int = 0
-
-
-def entry(theirs: str, ours: str, kind: str) -> Entry:
-    return Entry(theirs, (ours,), kind)
 
 
 # For each kind: their shape and array from ours, and ours from theirs and our shape. PyTorch's linear maps are
@@ -63,6 +60,70 @@ _IMPORT = {
     "out": lambda a, s: a.T.reshape(s),
     "conv": lambda a, s: a.transpose(2, 3, 1, 0),
 }
+
+
+# ---- which tensor holds which parameter
+
+
+def their_name(family: Family, path: str) -> tuple[str, int, str] | None:
+    """Returns (name, row of the family's table, kind) of the tensor of our parameter; None if the family has none."""
+    place, numbers = path, {}
+    if match := re.fullmatch(r"blocks/(\d+)/(.*)", path):
+        place, numbers = f"blocks/{match[2]}", {"i": int(match[1])}
+    elif match := re.fullmatch(r"stage(\d+)/blocks/(\d+)/(plain|shifted)/(.*)", path):
+        place, numbers = (
+            f"blocks/{match[4]}",
+            {"s": int(match[1]) - 1, "b": 2 * int(match[2]) + (match[3] == "shifted")},
+        )
+    elif match := re.fullmatch(r"stage(\d+)/(merging/.*)", path):
+        place, numbers = match[2], {"s": int(match[1]) - 1, "next": int(match[1])}
+    module, _, leaf = place.rpartition("/")
+    own = place if place in family.table else module
+    if own not in family.table:
+        return None
+    row = list(family.table).index(own)
+    name, _, kind = family.table[own].partition("|")
+    name = name.format(**numbers)
+    if kind:
+        return name, row, kind
+    if family.layout == "big_vision":
+        return f"{name}/{leaf}", row, "same"
+    kinds = {"bias": "flat", "scale": "same", "kernel": "out" if own.endswith("attention/out") else "linear"}
+    return (
+        f"{name}.{'bias' if leaf == 'bias' else 'weight'}",
+        row,
+        "conv" if place == "embedding/kernel" else kinds[leaf],
+    )
+
+
+def entries(family: Family, shapes: Mapping[str, Shape], prefix: Iterable[str] = ()) -> list[Entry]:
+    """Returns the name map of a network.
+
+    Args:
+        family: whose names.
+        shapes: of our parameters, layers numbered.
+        prefix: the parameters that have rows of their own at the start of the position table.
+
+    Raises:
+        UserError: the family has no tensor for one of our parameters.
+    """
+    found: dict[str, list[tuple[int, str, str]]] = {}
+    for path in shapes:
+        theirs = their_name(family, path)
+        if theirs is None:
+            raise UserError(f"{family.name} has no tensor for the parameter {path}")
+        found.setdefault(theirs[0], []).append((theirs[1], path, theirs[2]))
+    result = [Entry(name, tuple(path for _, path, _ in sorted(rows)), rows[0][2]) for name, rows in found.items()]
+    rows = tuple(f"{path}+" for path in prefix)
+    return [
+        Entry(each.theirs, (*rows, *each.ours), each.kind, axis=int(each.kind == "lead"))
+        if rows and each.ours == ("position_embedding",)
+        else each
+        for each in result
+    ]
+
+
+# ---- arrays
 
 
 def _own_shape(entry: Entry, shapes: Mapping[str, Shape]) -> list[Shape]:

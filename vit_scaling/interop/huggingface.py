@@ -1,38 +1,23 @@
-"""Names of Hugging Face transformers' tensors: ViT, Siglip's vision tower, Swin and Swinv2.
+"""Names and configs of Hugging Face transformers: ViT, DeiT, ViTMAE, DINOv2 and v3, CLIP, SigLIP, Swin and Swinv2.
 
 Files have the names of transformers up to version 4 ("encoder.layer.0.attention.attention.query"), modules of version
-5 have others ("layers.0.attention.q_proj"); both are read, the files' are written. Siglip is a ViT without class
+5 have others ("layers.0.attention.q_proj"); both are read, the files' are written. SigLIP is a ViT without class
 token: ForImageClassification pools by the mean, the bare vision model by attention.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from vit_scaling import UserError
-from vit_scaling.interop import convert, normalisation, timm
-from vit_scaling.interop.convert import Entry, entry
-from vit_scaling.interop.layout import (
-    Described,
-    Json,
-    Layout,
-    Tensors,
-    shape_of,
-    size_pair,
-    swin_size,
-    vit_grid,
-    vit_heads,
-)
+from vit_scaling.interop import normalisation, timm
+from vit_scaling.interop.families import FAMILIES, Family
+from vit_scaling.interop.layout import Json, Layout, Tensors, Told, size_pair
 from vit_scaling.interop.normalisation import Normalisation
+from vit_scaling.interop.stored import Stored
 from vit_scaling.interop.timm import refuse
 from vit_scaling.models import ModelConfig, swin, vit
-from vit_scaling.ops import windows
 
-IGNORED = (
-    r"embeddings\.mask_token",
-    r".*\.(relative_position_index|relative_coords_table|position_ids)",
-    # Beside an image model in one file: a text tower, and what compares the two.
-    r"text_model\..*|logit_scale|logit_bias",
-)
 ACTIVATIONS = {
     "gelu": "exact",
     "gelu_new": "tanh",
@@ -40,244 +25,142 @@ ACTIVATIONS = {
     "gelu_fast": "tanh",
     "quick_gelu": "quick",
 }
-# Newer module names to the files'; the first groups belong to Swin and ViT alike.
-_RENAME = (
-    (r"^(vit|dinov2|swin|swinv2|vision_model)\.", ""),
-    (r"^vision_model\.", ""),
+# For each model_type its family, and the key of normalisation.FAMILIES where it is not the family's.
+MODEL_TYPES: dict[str, tuple[str, str | None]] = {
+    "vit": ("ViT of transformers", None),
+    "deit": ("ViT of transformers", "deit"),
+    "vit_mae": ("ViT of transformers", "mae"),
+    "dinov2": ("DINOv2", None),
+    "dinov2_with_registers": ("DINOv2", None),
+    "dinov3_vit": ("DINOv3", None),
+    "clip": ("CLIP", None),
+    "clip_vision_model": ("CLIP", None),
+    "siglip": ("SigLIP", None),
+    "siglip_vision_model": ("SigLIP", None),
+    "swin": ("Swin of transformers", None),
+    "swinv2": ("Swin of transformers", None),
+}
+# A nested config lacks what its class has by default.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "SigLIP": {"num_attention_heads": 12, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "image_size": 224},
+    "CLIP": {"num_attention_heads": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "image_size": 224},
+}
+# Fields of the config and of the model; those after the first three only for comparison with the tensors.
+_FIELDS = {
+    "num_attention_heads": "heads",
+    "layer_norm_eps": "norm_eps",
+    "window_size": "window",
+    "hidden_size": "width",
+    "num_hidden_layers": "depth",
+    "intermediate_size": "mlp",
+}
+# Keys of which one value can be expressed here.
+_ONLY = {"rope_theta": (100.0,), "num_channels": (3,), "pooler_act": ("tanh",)}
+# Tensors of networks that models here do not have, with the number of axes that tells them.
+_OTHERS = (
+    (r"encoder\.layer\.0\.lambda_1", 1, "BEiT or data2vec, with relative positions in attention"),
+    (r"embeddings\.patch_embedding\.weight", 2, "SigLIP 2 NaFlex, with images of any aspect ratio"),
+)
+_Rename = tuple[tuple[str, str], ...]
+_V5: _Rename = (  # names of version 5 to the files'
     (r"^layers\.(\d+)\.(?!blocks|downsample)", r"encoder.layer.\1."),
     (
         r"attention\.relative_position_bias\.relative_position_bias_table$",
-        r"attention.self.relative_position_bias_table",
+        "attention.self.relative_position_bias_table",
     ),
-    (r"^(encoder\.layer\.\d+)\.norm1\.", r"\1.layernorm_before."),  # of DINOv2
-    (r"^(encoder\.layer\.\d+)\.norm2\.", r"\1.layernorm_after."),
     (r"attention\.o_proj\.", "attention.output.dense."),
-    (r"(?<!pooler\.)(?<!head\.)\bmlp\.fc1\.", "intermediate.dense."),
-    (r"(?<!pooler\.)(?<!head\.)\bmlp\.fc2\.", "output.dense."),
 )
-MODEL_TYPES = ("vit", "dinov2", "siglip", "siglip_vision_model", "swin", "swinv2")
+_V5_MLP: _Rename = ((r"\bmlp\.fc1\.", "intermediate.dense."), (r"\bmlp\.fc2\.", "output.dense."))
+_GATED: _Rename = ((r"\bmlp\.weights_in\.", "mlp.fc1."), (r"\bmlp\.weights_out\.", "mlp.fc2."))
 _QKV = {"q": "query", "k": "key", "v": "value"}
 
 
-def canonical(tensors: Tensors) -> dict[str, Any] | None:
-    renamed = {}
-    siglip = any(name.endswith("embeddings.patch_embedding.weight") for name in tensors)
-    if not siglip and not any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in tensors):
-        return None
+def canonical(tensors: Tensors) -> dict[str, Stored]:
+    names = " ".join(tensors)
+    renames: _Rename
+    if "embeddings.patch_embedding.weight" in tensors or "conv1.weight" in tensors:
+        renames = ((r"in_proj_(weight|bias)$", r"in_proj.\1"),)
+    elif "embeddings.patch_embeddings.weight" in tensors:
+        renames = ((r"^(model\.)?layers?\.(\d+)\.", r"layer.\2."),)
+    else:
+        renames = _V5 + (_GATED if "layer_scale1" in names else _V5_MLP)
+        owner = "self" if ".blocks." in names else "attention"
+        renames += tuple((rf"attention\.{q}_proj\.", f"attention.{owner}.{part}.") for q, part in _QKV.items())
+    renamed: dict[str, Stored] = {}
     for name, tensor in tensors.items():
-        for pattern, replacement in _RENAME[:2] if siglip else _RENAME:
+        if 0 in tensor.shape:
+            continue  # the register tokens of a DINOv3 that has none
+        for pattern, replacement in renames:
             name = re.sub(pattern, replacement, name)
-        owner = "self" if ".blocks." in name else "attention"
-        name = re.sub(r"attention\.([qkv])_proj\.", lambda f: f"attention.{owner}.{_QKV[f[1]]}.", name)  # noqa: B023
         renamed[name] = tensor
-    if siglip and "classifier.weight" in renamed:
-        # Then the mean of the tokens is classified, and the attention pooling of the pretraining stands idle.
-        renamed = {name: tensor for name, tensor in renamed.items() if not name.startswith("head.")}
+    renamed = timm.two_heads(renamed, "classifier", "cls_classifier", "distillation_classifier")
     if "classifier.weight" in renamed:
-        # ForImageClassification reads the class token; a pooler in the same file stands idle.
-        renamed = {name: tensor for name, tensor in renamed.items() if not name.startswith("pooler.")}
+        # The classifier reads the tokens; a pooler in the same file, SigLIP's attention pooling too, stands idle.
+        renamed = {name: tensor for name, tensor in renamed.items() if not re.match(r"pooler\.|head\.", name)}
     return renamed
 
 
-def describe(tensors: Tensors, neighbour: Json | None, trained_size: tuple[int, int] | None) -> Described:
-    told: dict[str, Any] = dict(neighbour or {})
-    told = {**told, **(told.get("vision_config") or {})}
-    kind = told.get("model_type")
-    if kind is not None and kind not in MODEL_TYPES:
+def told(neighbour: Json | None, tensors: Tensors, family: Family) -> Told:
+    for pattern, dims, what in _OTHERS:
+        if any(re.fullmatch(pattern, name) and len(tensor.shape) == dims for name, tensor in tensors.items()):
+            raise UserError(f"the tensors are those of {what}; models here do not have that")
+    whole = {**(neighbour or {}), **((neighbour or {}).get("vision_config") or {})}
+    kind = whole.get("model_type")
+    pixels = family.pixels
+    if kind is not None:
+        if kind not in MODEL_TYPES:
+            raise UserError(
+                f"config.json says model_type {kind!r}; of Hugging Face's models {', '.join(MODEL_TYPES)} are read here"
+            )
+        name, own = MODEL_TYPES[kind]
+        pixels = own or pixels
+        if name != family.name:
+            raise UserError(f"config.json says model_type {kind!r}, and the tensors are those of {family.name}")
+        whole = {**_DEFAULTS.get(name, {}), **whole}
+    fields = {ours: whole[key] for key, ours in _FIELDS.items() if whole.get(key) is not None}
+    for key, allowed in _ONLY.items():
+        if key in whole and whole[key] not in allowed:
+            raise UserError(f"config.json's {key} is {whole[key]!r}; models here have {allowed[0]!r} only")
+    if "hidden_act" in whole:
+        activation = str(whole["hidden_act"])
+        if activation not in ACTIVATIONS and not (activation == "silu" and whole.get("use_gated_mlp")):
+            raise UserError(f"config.json's hidden_act is {activation!r}; models here have {', '.join(ACTIVATIONS)}")
+        fields["gelu"] = ACTIVATIONS.get(activation, "tanh")
+    if size := size_pair(whole.get("image_size")):
+        fields["image_size"] = size
+    if "Swin" in family.name:
+        fields.pop("width", None)
+        pretrained = whole.get("pretrained_window_sizes")
+        if pretrained and any(pretrained):
+            fields["pretrained_windows"] = tuple(pretrained[: len(whole.get("depths", pretrained))])
+    else:
+        fields["pool"] = _pool(tensors, family)
+    found = None if pixels is None else normalisation.family(pixels)
+    return Told(fields, found, _class_names(whole))
+
+
+def _pool(tensors: Tensors, family: Family) -> str:
+    classified = "classifier.weight" in tensors
+    if family.name == "SigLIP":
+        return "map" if "head.probe" in tensors else "gap"
+    if family.name == "CLIP" and classified:
         raise UserError(
-            f"config.json says model_type {kind!r}; of Hugging Face's models {', '.join(MODEL_TYPES)} are read here"
+            "the classifier of this CLIP reads the mean of the patches before the last norm, which models here do not "
+            "have; leave out the classifier.* tensors for its backbone"
         )
-    assumed = [] if "layer_norm_eps" in told else ["norm_eps"]
-    assumed += [] if "hidden_act" in told else ["gelu"]
-    activation = str(told.get("hidden_act", "gelu"))
-    if activation not in ACTIVATIONS:
-        raise UserError(f"config.json's hidden_act is {activation!r}; models here have {', '.join(ACTIVATIONS)}")
-    common: dict[str, Any] = {"gelu": ACTIVATIONS[activation]}
-    classes = shape_of(tensors, "classifier.weight", 2)[0] if "classifier.weight" in tensors else None
-    if any(name.startswith("encoder.layers.0.blocks.") for name in tensors):
-        config, tables = _describe_swin(tensors, told, assumed, common)
-        size = swin_size(tables, config.window, size_pair(told.get("image_size")) or trained_size)
-        unknown = tuple(field for field in assumed if field == "window")
-        found, names = normalisation.family("swin"), _class_names(told)
-        return Described(config, size, classes, tuple(assumed), 0, unknown, found, names)
-    siglip = "embeddings.patch_embedding.weight" in tensors
-    config_, rows = _describe_siglip(tensors) if siglip else _describe_vit(tensors)
-    heads = told.get("num_attention_heads")
-    if heads is None:
-        assumed.append("heads")
-        heads = vit_heads(config_.width) or config_.width // 64 or 1
-    config_.heads = int(heads)
-    config_.gelu = "tanh" if siglip and "gelu" in assumed else common["gelu"]
-    dino = config_.layerscale is not None
-    config_.norm_eps = float(told.get("layer_norm_eps", 1e-6 if siglip or dino else 1e-12))
-    prefixes = (1,) if config_.pool == "token" else (0,)
-    size, prefix_rows = vit_grid(rows, config_.patch, prefixes, size_pair(told.get("image_size")) or trained_size)
-    unknown = ("heads",) if "heads" in assumed and vit_heads(config_.width) is None else ()
-    family = normalisation.family("siglip") if siglip else normalisation.family("dino") if dino else None
-    names = _class_names(told)
-    return Described(config_, size, classes, tuple(assumed), prefix_rows, unknown, family, names)
+    width = tensors["embeddings.cls_token"].shape[-1] if "embeddings.cls_token" in tensors else 0
+    if classified and tensors["classifier.weight"].shape[1:] == (2 * width,):
+        return "token+gap" if family.name == "DINOv2" else "token+register"
+    return "token"
 
 
-def _class_names(told: Json) -> tuple[str, ...] | None:
+def _class_names(told: Mapping[str, Any]) -> tuple[str, ...] | None:
     """Returns the names of id2label in order; None where they are missing or only numbered (LABEL_0)."""
     labels = told.get("id2label") or {}
     names = [labels.get(str(index)) for index in range(len(labels))]
     if not names or any(name is None for name in names) or all(re.fullmatch(r"LABEL_\d+", str(n)) for n in names):
         return None
     return tuple(str(name) for name in names)
-
-
-def _describe_vit(tensors: Tensors) -> tuple[vit.ViTConfig, int]:
-    width, _, *patch = shape_of(tensors, "embeddings.patch_embeddings.projection.weight", 4)
-    config = vit.ViTConfig(
-        width=width,
-        depth=convert.count(tensors, r"encoder\.layer\.(\d+)\."),
-        mlp=shape_of(tensors, "encoder.layer.0.intermediate.dense.weight", 2)[0],
-        patch=(patch[0], patch[1]),
-        pool="token",
-        layerscale=1.0 if "encoder.layer.0.layer_scale1.lambda1" in tensors else None,
-        qkv_bias="encoder.layer.0.attention.attention.query.bias" in tensors,
-        pre_logits="pooler.dense.weight" in tensors,
-    )
-    return config, shape_of(tensors, "embeddings.position_embeddings", 3)[1]
-
-
-def _describe_siglip(tensors: Tensors) -> tuple[vit.ViTConfig, int]:
-    width, _, *patch = shape_of(tensors, "embeddings.patch_embedding.weight", 4)
-    config = vit.ViTConfig(
-        width=width,
-        depth=convert.count(tensors, r"encoder\.layers\.(\d+)\."),
-        mlp=shape_of(tensors, "encoder.layers.0.mlp.fc1.weight", 2)[0],
-        patch=(patch[0], patch[1]),
-        pool="map" if "head.probe" in tensors else "gap",
-    )
-    return config, shape_of(tensors, "embeddings.position_embedding.weight", 2)[0]
-
-
-def _describe_swin(
-    tensors: Tensors, told: dict[str, Any], assumed: list[str], common: dict[str, Any]
-) -> tuple[swin.SwinConfig, list[tuple[int, ...]]]:
-    width, _, *patch = shape_of(tensors, "embeddings.patch_embeddings.projection.weight", 4)
-    stages = range(convert.count(tensors, r"encoder\.layers\.(\d+)\."))
-    attention = "encoder.layers.{}.blocks.0.attention.self.{}"
-    second = attention.format(0, "logit_scale") in tensors
-    tables: list[tuple[int, ...]] = []
-    if second:
-        heads = [shape_of(tensors, attention.format(s, "logit_scale"), 3)[0] for s in stages]
-        window = told.get("window_size")
-        assumed += [] if window else ["window"]
-    else:
-        tables = [shape_of(tensors, attention.format(s, "relative_position_bias_table"), 2) for s in stages]
-        heads = [table[1] for table in tables]
-        window = max(windows.table_window(table[0]) for table in tables)
-    pretrained = told.get("pretrained_window_sizes")
-    pretrained = tuple(pretrained[: len(heads)]) if second and pretrained and any(pretrained) else None
-    config = swin.SwinConfig(
-        version=2 if second else 1,
-        width=width,
-        depths=tuple(convert.count(tensors, rf"encoder\.layers\.{s}\.blocks\.(\d+)\.") for s in stages),
-        heads=tuple(heads),
-        window=int(window or 8),
-        patch=patch[0],
-        mlp_ratio=shape_of(tensors, "encoder.layers.0.blocks.0.intermediate.dense.weight", 2)[0] // width,
-        absolute_position="embeddings.position_embeddings" in tensors,
-        pretrained_windows=pretrained,
-        norm_eps=float(told.get("layer_norm_eps", 1e-5)),
-        **common,
-    )
-    return config, tables
-
-
-def entries(config: ModelConfig, prefix_rows: int, head: bool) -> list[Entry]:
-    if isinstance(config, swin.SwinConfig):
-        return _swin_entries(config, head)
-    assert isinstance(config, vit.ViTConfig)
-    found = _vit_entries(config, prefix_rows) if config.pool == "token" else _siglip_entries(config)
-    return found + (_linear("classifier", "head") if head else [])
-
-
-def _norm(theirs: str, ours: str) -> list[Entry]:
-    return [entry(f"{theirs}.weight", f"{ours}/scale", "same"), entry(f"{theirs}.bias", f"{ours}/bias", "same")]
-
-
-def _linear(theirs: str, ours: str, kind: str = "linear", bias: bool = True) -> list[Entry]:
-    kernel = entry(f"{theirs}.weight", f"{ours}/kernel", kind)
-    return [kernel, entry(f"{theirs}.bias", f"{ours}/bias", "flat")] if bias else [kernel]
-
-
-def _layer(theirs: str, ours: str, owner: str, norms: tuple[str, str], qkv_bias: bool, key_bias: bool) -> list[Entry]:
-    found = _norm(f"{theirs}.layernorm_before", f"{ours}/{norms[0]}")
-    for part in ("query", "key", "value"):
-        bias = key_bias if part == "key" else qkv_bias
-        found += _linear(f"{theirs}.attention.{owner}.{part}", f"{ours}/attention/{part}", bias=bias)
-    found += _linear(f"{theirs}.attention.output.dense", f"{ours}/attention/out", "out")
-    found += _norm(f"{theirs}.layernorm_after", f"{ours}/{norms[1]}")
-    found += _linear(f"{theirs}.intermediate.dense", f"{ours}/mlp/up")
-    return found + _linear(f"{theirs}.output.dense", f"{ours}/mlp/down")
-
-
-def _vit_entries(config: vit.ViTConfig, prefix_rows: int) -> list[Entry]:
-    found = [entry("embeddings.cls_token", "class_token", "lead")]
-    found.append(
-        Entry("embeddings.position_embeddings", ("class_token+", "position_embedding"), "lead", axis=1)
-        if prefix_rows
-        else entry("embeddings.position_embeddings", "position_embedding", "lead")
-    )
-    found += _linear("embeddings.patch_embeddings.projection", "embedding", "conv")
-    for i in range(config.depth):
-        bias = config.qkv_bias
-        found += _layer(f"encoder.layer.{i}", f"blocks/{i}", "attention", ("norm1", "norm2"), bias, bias)
-        if config.layerscale is not None:
-            scale = f"encoder.layer.{i}.layer_scale{{}}.lambda1"
-            found += [entry(scale.format(n), f"blocks/{i}/layerscale{n}", "same") for n in (1, 2)]
-    return found + _norm("layernorm", "norm") + (_linear("pooler.dense", "pre_logits") if config.pre_logits else [])
-
-
-def _siglip_entries(config: vit.ViTConfig) -> list[Entry]:
-    found = _linear("embeddings.patch_embedding", "embedding", "conv")
-    found.append(entry("embeddings.position_embedding.weight", "position_embedding", "same"))
-    for i in range(config.depth):
-        theirs, ours = f"encoder.layers.{i}", f"blocks/{i}"
-        for part in ("query", "key", "value"):
-            found += _linear(f"{theirs}.self_attn.{part[0]}_proj", f"{ours}/attention/{part}")
-        found += _linear(f"{theirs}.self_attn.out_proj", f"{ours}/attention/out", "out")
-        found += _norm(f"{theirs}.layer_norm1", f"{ours}/norm1") + _norm(f"{theirs}.layer_norm2", f"{ours}/norm2")
-        found += _linear(f"{theirs}.mlp.fc1", f"{ours}/mlp/up") + _linear(f"{theirs}.mlp.fc2", f"{ours}/mlp/down")
-    found += _norm("post_layernorm", "norm")
-    if config.pool == "map":
-        parts = [f"pool/attention/{part}" for part in ("query", "key", "value")]
-        found.append(entry("head.probe", "pool/probe", "lead"))
-        found.append(Entry("head.attention.in_proj_weight", tuple(f"{part}/kernel" for part in parts), "linear"))
-        found.append(Entry("head.attention.in_proj_bias", tuple(f"{part}/bias" for part in parts), "flat"))
-        found += _linear("head.attention.out_proj", "pool/attention/out", "out")
-        found += _norm("head.layernorm", "pool/norm")
-        found += _linear("head.mlp.fc1", "pool/mlp/up") + _linear("head.mlp.fc2", "pool/mlp/down")
-    return found
-
-
-def _swin_entries(config: swin.SwinConfig, head: bool) -> list[Entry]:
-    found = _linear("embeddings.patch_embeddings.projection", "embedding", "conv")
-    found += _norm("embeddings.norm", "embedding_norm")
-    if config.absolute_position:
-        found.append(entry("embeddings.position_embeddings", "position_embedding", "lead"))
-    for s, depth in enumerate(config.depths):
-        for b in range(depth):
-            theirs = f"encoder.layers.{s}.blocks.{b}"
-            ours = f"stage{s + 1}/blocks/{b // 2}/{('plain', 'shifted')[b % 2]}"
-            found += _layer(theirs, ours, "self", ("norm1", "norm2"), True, config.version == 1)
-            theirs, ours = f"{theirs}.attention.self", f"{ours}/attention"
-            if config.version == 1:
-                table = "relative_position_bias_table"
-                found.append(entry(f"{theirs}.{table}", f"{ours}/{table}", "same"))
-            else:
-                found.append(entry(f"{theirs}.logit_scale", f"{ours}/logit_scale", "column"))
-                found += _linear(f"{theirs}.continuous_position_bias_mlp.0", f"{ours}/cpb_mlp/up")
-                found += _linear(f"{theirs}.continuous_position_bias_mlp.2", f"{ours}/cpb_mlp/down", bias=False)
-        if s < len(config.depths) - 1:
-            found += _norm(f"encoder.layers.{s}.downsample.norm", f"stage{s + 1}/merging/norm")
-            found += _linear(f"encoder.layers.{s}.downsample.reduction", f"stage{s + 1}/merging/reduction", bias=False)
-    found += _norm("layernorm", "norm")
-    return found + (_linear("classifier", "head") if head else [])
 
 
 # ---- export
@@ -288,6 +171,12 @@ PREFIXES = {"vit": "vit.", "siglip": "vision_model.", "swin": "swin.", "swinv2":
 
 def file_name(model_type: str, name: str) -> str:
     return name if name.startswith("classifier.") else PREFIXES[model_type] + name
+
+
+def family_of(config: ModelConfig, told: Json) -> Family:
+    """Returns the family whose names an export has."""
+    del config
+    return FAMILIES[MODEL_TYPES[told["model_type"]][0]]
 
 
 def neighbour(
@@ -412,4 +301,4 @@ def _swin_fields(config: swin.SwinConfig, image_size: tuple[int, int]) -> dict[s
     return fields
 
 
-LAYOUT = Layout("huggingface", canonical, IGNORED, describe, entries, neighbour)
+LAYOUT = Layout(canonical, told)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vit_scaling import UserError
-from vit_scaling.interop.convert import Entry
+from vit_scaling.interop.families import Family
 from vit_scaling.interop.normalisation import Normalisation
 from vit_scaling.interop.stored import Stored
 from vit_scaling.models import ModelConfig, layers, swin, vit
@@ -24,56 +24,41 @@ class Described:
         config: the model; of its fields `assumed` are those that neither the file nor its neighbour tells.
         image_size: height and width in pixels that its positions or windows belong to.
         num_classes: of its classifier; None if it has none.
-        prefix_rows: rows of the position table that belong to the class token and the registers.
+        prefix: the parameters that have rows of their own at the start of the position table.
         unknown: the assumed fields for which there is not even a usual value; the user must tell them.
         normalisation: of the input; None if nobody says.
         class_names: of the classifier; None if nobody says.
+        notes: what was left out on the way.
     """
 
     config: ModelConfig
     image_size: tuple[int, int]
     num_classes: int | None
     assumed: tuple[str, ...] = ()
-    prefix_rows: int = 0
+    prefix: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
+    normalisation: Normalisation | None = None
+    class_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Told(NamedTuple):
+    """What a config beside the tensors tells: fields of the model by name (and image_size), and what comes with it."""
+
+    fields: dict[str, Any]
     normalisation: Normalisation | None = None
     class_names: tuple[str, ...] | None = None
 
 
 class Layout(NamedTuple):
-    """A way to name tensors: functions of plain data.
+    """What is particular to a library, beside its tables of names.
 
-    name: as users write it.
-    canonical: {name: tensor} of a file to {name in this layout's newest form: tensor}, or None if it is another layout.
-    ignored: regular expressions of canonical names that hold no parameter of the image model.
-    describe: (tensors, neighbour, the size they were trained at if the user gave one) to the network.
-    entries: (config, prefix_rows, with a classifier) to the name map.
-    neighbour: (config, image_size, num_classes, normalisation, class names) to the config.json that goes with an
-        export, or None where none does.
+    canonical: {name: tensor} to the names that its tables have.
+    told: (config.json or None, tensors, family) to what it tells.
     """
 
-    name: str
-    canonical: Callable[[Tensors], dict[str, Stored] | None]
-    ignored: tuple[str, ...]
-    describe: Callable[[Tensors, Json | None, tuple[int, int] | None], Described]
-    entries: Callable[[ModelConfig, int, bool], list[Entry]]
-    neighbour: (
-        Callable[[ModelConfig, tuple[int, int], int, Normalisation, tuple[str, ...] | None], dict[str, Any]] | None
-    )
-
-
-def shape_of(tensors: Tensors, name: str, dims: int) -> tuple[int, ...]:
-    """Returns a tensor's shape.
-
-    Raises:
-        UserError: it is not there, or has another number of axes.
-    """
-    if name not in tensors:
-        raise UserError(f"the weights have no tensor {name!r}, so what model they are of cannot be told")
-    shape = tensors[name].shape
-    if len(shape) != dims or not all(shape):
-        raise UserError(f"the tensor {name!r} has the shape {shape}; it must have {dims} axes, none of them empty")
-    return shape
+    canonical: Callable[[Tensors], dict[str, Stored]]
+    told: Callable[[Json | None, Tensors, Family], Told]
 
 
 def vit_heads(width: int) -> int | None:

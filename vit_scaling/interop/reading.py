@@ -1,6 +1,7 @@
 """From a weight file to `Weights`: recognise the layout, describe the network, check every tensor, convert."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,16 +10,30 @@ from typing import Any
 import numpy as np
 
 from vit_scaling import UserError, models, names
-from vit_scaling.interop import big_vision, convert, files, huggingface, native, normalisation, onnx, timm
-from vit_scaling.interop.layout import Described, Layout
+from vit_scaling.interop import big_vision, convert, families, files, huggingface, native, normalisation, onnx, timm
+from vit_scaling.interop import describe as describing
+from vit_scaling.interop.families import FAMILIES, Family
+from vit_scaling.interop.layout import Described, Layout, Told
 from vit_scaling.interop.normalisation import Normalisation
 from vit_scaling.interop.stored import Stored
 from vit_scaling.interop.weights import Leaves, Target, Weights, abstract
 from vit_scaling.models import ModelConfig
 
-LAYOUTS: tuple[Layout, ...] = (timm.LAYOUT, huggingface.LAYOUT, big_vision.LAYOUT)
-
-PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "teacher.", "student.", "visual.trunk.")
+LAYOUTS: dict[str, Layout] = {
+    "timm": timm.LAYOUT,
+    "huggingface": huggingface.LAYOUT,
+    "open_clip": huggingface.LAYOUT,
+    "big_vision": big_vision.LAYOUT,
+}
+# The patch embedding of any network, below the names of what wraps it.
+_PATCHES = re.compile(
+    r"(?P<prefix>(?:(?:module|_orig_mod|model|backbone|encoder|teacher|student|visual|trunk|vision_model|vision_tower|"
+    r"vit|deit|dinov2|dinov2_with_registers|dinov3_vit|swin|swinv2|beit)\.)*)"
+    r"(?:patch_embed\.proj|embeddings\.patch_embeddings(?:\.projection)?|embeddings\.patch_embedding|conv1)\.weight"
+)
+# Wrappers beside which lie other networks: a text tower, the other half of a distillation.
+_TOWERS = ("visual", "vision_model", "vision_tower", "teacher", "student")
+_HEADS = r"(cls_|distillation_)?classifier\..*"
 
 
 def read(path: str | Path, target: Target, ignore: Sequence[str]) -> Weights:
@@ -41,8 +56,7 @@ def describe(path: str | Path) -> tuple[ModelConfig, tuple[int, int], int | None
     if native.is_native(neighbour):
         assert neighbour is not None
         return native.read_config(neighbour)[:3]
-    layout, named = _recognise(tensors)
-    described = _described(layout, named, neighbour, None)
+    _, _, described = describe_tensors(tensors, neighbour, None)
     found = _normalisation(described, files.processor(path))
     config = _settled(described, None)
     if found is not None:
@@ -50,17 +64,28 @@ def describe(path: str | Path) -> tuple[ModelConfig, tuple[int, int], int | None
     return config, described.image_size, described.num_classes
 
 
-def _described(
-    layout: Layout, named: Mapping[str, Stored], neighbour: Mapping[str, Any] | None, trained_size: Any
-) -> Described:
-    """Returns what the layout makes of a file; what the graph of an ONNX file tells is not assumed."""
-    described = layout.describe(named, neighbour, trained_size)
-    told = {field: value for field, value in (neighbour or {}).get(onnx.KEY, {}).items() if field in described.assumed}
-    return dataclasses.replace(
-        described,
-        config=dataclasses.replace(described.config, **told),
-        assumed=tuple(field for field in described.assumed if field not in told),
-        unknown=tuple(field for field in described.unknown if field not in told),
+def describe_tensors(
+    tensors: Mapping[str, Stored], neighbour: Mapping[str, Any] | None, trained_size: tuple[int, int] | None
+) -> tuple[Family, dict[str, Stored], Described]:
+    """Returns (family, tensors under its names, the network that they and what lies beside them describe)."""
+    family, named, notes = _recognise(tensors)
+    told: Told = LAYOUTS[family.layout].told(neighbour, named, family)
+    look = describing.Look(family, named)
+    network = describing.swin_transformer if "Swin" in family.name else describing.vision_transformer
+    found = network(look, told.fields, trained_size)
+    graph = {key: value for key, value in (neighbour or {}).get(onnx.KEY, {}).items() if key in found.assumed}
+    return (
+        family,
+        named,
+        dataclasses.replace(
+            found,
+            config=dataclasses.replace(found.config, **graph),
+            assumed=tuple(field for field in found.assumed if field not in graph),
+            unknown=tuple(field for field in found.unknown if field not in graph),
+            normalisation=told.normalisation or found.normalisation,
+            class_names=told.class_names,
+            notes=notes,
+        ),
     )
 
 
@@ -91,18 +116,15 @@ def _read_foreign(
     target: Target,
     ignore: Sequence[str],
 ) -> Weights:
-    layout, named = _recognise(tensors)
-    described = _described(layout, named, neighbour, target.trained_size)
+    family, named, described = describe_tensors(tensors, neighbour, target.trained_size)
     config = _settled(described, target.config)
-    if described.num_classes is None and target.num_classes is None:
-        raise UserError("the weights have no classifier; give num_classes, and it starts from zero")
-
     fresh = described.num_classes is None
-    classes = described.num_classes or 1
+    classes = described.num_classes or 0
     like = names.flatten(models.split(abstract(config, described.image_size, classes))[1])
     shapes = {path: tuple(leaf.shape) for path, leaf in convert.unstack(like).items()}
-    entries = layout.entries(config, described.prefix_rows, not fresh)
-    _account({entry.theirs: convert.their_shape(entry, shapes) for entry in entries}, named, (*layout.ignored, *ignore))
+    own = {path: shape for path, shape in shapes.items() if not fresh or not path.startswith("head/")}
+    entries = convert.entries(family, own, described.prefix)
+    _account({entry.theirs: convert.their_shape(entry, shapes) for entry in entries}, named, (*family.ignored, *ignore))
     leaves: Leaves = {}
     for entry in entries:
         leaves |= convert.to_ours(entry, _finite(entry.theirs, named), shapes)
@@ -116,7 +138,19 @@ def _read_foreign(
     names_ = described.class_names if described.class_names and len(described.class_names) == classes else None
     stacked = convert.stack(leaves, like)
     assumed = described.assumed
-    return Weights(config, described.image_size, classes, stacked, {}, layout.name, fresh, found, names_, assumed)
+    return Weights(
+        config,
+        described.image_size,
+        classes,
+        stacked,
+        {},
+        family.layout,
+        fresh,
+        found,
+        names_,
+        assumed,
+        described.notes,
+    )
 
 
 def _settled(described: Described, hint: ModelConfig | None) -> ModelConfig:
@@ -137,25 +171,45 @@ def _settled(described: Described, hint: ModelConfig | None) -> ModelConfig:
     return config
 
 
-def _without_prefix(tensors: Mapping[str, Stored]) -> Mapping[str, Stored]:
-    """Returns the tensors without the names of wrappers that the patch embedding's begins with, such as "module."."""
-    for patch in (name for name in tensors if re.search(r"(^|\.)(patch_embed\.proj|projection)\.weight$", name)):
-        prefix = ""
-        while part := next((p for p in PREFIXES if patch.removeprefix(prefix).startswith(p)), None):
-            prefix += part
-        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return tensors
+def _unwrapped(tensors: Mapping[str, Stored]) -> tuple[dict[str, Stored], list[str]]:
+    """Returns (the tensors without the names of what wraps the network, such as "module.", what was done)."""
+    matches = [match for name in tensors if (match := _PATCHES.fullmatch(name))]
+    if not matches:
+        return dict(tensors), []
+    prefix = min((match["prefix"] for match in matches), key=lambda each: ("teacher" not in each, len(each)))
+    if not prefix:
+        return dict(tensors), []
+    named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    others = [name for name in tensors if not name.startswith(prefix)]
+    tower = bool(set(prefix.split(".")) & set(_TOWERS))
+    words = [f"{word}." for word in prefix.split(".")[:-1]]
+    inner = {name: functools.reduce(str.removeprefix, words, name) for name in others}
+    kept = [name for name in others if not tower or re.fullmatch(_HEADS, inner[name])]
+    notes = [f"of the names {prefix} was left out"]
+    if left := sorted(set(others) - set(kept)):
+        notes.append(f"{len(left)} tensors beside {prefix}* were left out: {', '.join(left[:3])}, ...")
+    return named | {inner[name]: tensors[name] for name in kept}, notes
 
 
-def _recognise(tensors: Mapping[str, Stored]) -> tuple[Layout, dict[str, Stored]]:
-    tensors = _without_prefix(tensors)
-    for layout in LAYOUTS:
-        named = layout.canonical(tensors)
-        if named is not None:
-            return layout, named
+def _recognise(tensors: Mapping[str, Stored]) -> tuple[Family, dict[str, Stored], tuple[str, ...]]:
+    """Returns (family, tensors under the names of its table, what was left out)."""
+    unwrapped, notes = _unwrapped(tensors)
+    for layout in dict.fromkeys(family.layout for family in FAMILIES.values()):
+        named = LAYOUTS[layout].canonical(unwrapped)
+        for family in FAMILIES.values():
+            if family.layout == layout and any(re.fullmatch(family.marker, name) for name in named):
+                if layout == "timm":
+                    family = timm.variant(family, "fc_norm.weight" in named and "norm.weight" not in named)
+                idle = [name for name in named if any(re.fullmatch(each, name) for each in family.ignored)]
+                if idle and not all(re.fullmatch(families.BUFFERS, name) for name in idle):
+                    notes.append(f"{len(idle)} tensors of no part of the network were left out: {idle[0]}, ...")
+                return family, named, tuple(notes)
     shown = ", ".join(sorted(tensors)[:3]) or "none"
-    known = ", ".join(layout.name for layout in LAYOUTS)
-    raise UserError(f"the tensors' names ({shown}, ...) are of no known layout; known are {known} and vit_scaling")
+    known = ", ".join(FAMILIES)
+    raise UserError(
+        f"the tensors' names ({shown}, ...) are of no known network; known are those of "
+        f"{known}, and of vit_scaling itself"
+    )
 
 
 def _account(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Stored], ignored: Sequence[str]) -> None:

@@ -16,7 +16,8 @@ from vit_scaling.interop.layout import Json
 from vit_scaling.interop.normalisation import Normalisation
 
 VIT, SWIN, SWIN2 = "VisionTransformer", "SwinTransformer", "SwinTransformerV2"
-SUPPORTED = (VIT, SWIN, SWIN2)
+DISTILLED = "VisionTransformerDistilled"
+SUPPORTED = (VIT, DISTILLED, SWIN, SWIN2)
 # Arguments that change nothing of the forward pass.
 INERT = (
     *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
@@ -47,6 +48,7 @@ READ = {
     ),
     SWIN: ("patch_size", "embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "norm_layer"),
 }
+READ[DISTILLED], ONLY[DISTILLED] = READ[VIT], ONLY[VIT]
 READ[SWIN2] = (*READ[SWIN], "pretrained_window_sizes", "act_layer")
 
 

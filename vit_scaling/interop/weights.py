@@ -50,7 +50,7 @@ class Weights:
     Attributes:
         config: the model.
         image_size: height and width in pixels that its positions or windows belong to.
-        num_classes: of its classifier.
+        num_classes: of its classifier; 0 of a backbone, which has none.
         leaves: {path: float32 array} of the parameters.
         running: {path: float32 array} of the batch statistics.
         layout: of the file that they came from.
@@ -58,6 +58,7 @@ class Weights:
         normalisation: of the input; None if nobody says. `config.mean` and `config.std` are then [-1, 1]'s.
         class_names: of the classifier; None if nobody says.
         assumed: fields of the model that the file leaves open, taken as its family has them.
+        notes: what was left out on the way, in plain words.
     """
 
     config: ModelConfig
@@ -70,6 +71,7 @@ class Weights:
     normalisation: Normalisation | None = None
     class_names: tuple[str, ...] | None = None
     assumed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def known_normalisation(self) -> Normalisation:
         """Returns the normalisation.

@@ -48,8 +48,11 @@ SIZES = {
     "22B": Size(6144, 48, 24576, 48),
 }
 
+# Pools that read the class token; beside it the mean of the patches (DINOv2's classifier), or the first register (the
+# distillation token of a DeiT).
+TOKEN_POOLS = ("token", "token+gap", "token+register")
 CHOICES = {
-    "pool": ("gap", "max", "avgmax", "map", "token"),
+    "pool": ("gap", "max", "avgmax", "map", *TOKEN_POOLS),
     "position": ("learned", "sincos2d", "rope", "learned+rope", "none"),
     "mlp_kind": ("gelu", "swiglu"),
     "norm": ("layernorm", "rmsnorm"),
@@ -68,8 +71,11 @@ class ViTConfig:
     mlp: int = 3072  # hidden units; of swiglu, of each of its two halves (DINOv2's g/14: 4096 at width 1536)
     heads: int = 12
     patch: tuple[int, int] = (16, 16)  # height, width in pixels
-    pool: str = "gap"  # gap: mean of the patches; max; avgmax: half of each; map: attention pooling; token: class token
-    class_token: bool = False  # a class token even if the pool does not read it; pool="token" always has one
+    pool: str = (
+        "gap"  # gap: mean of the patches; max; avgmax: half of each; map: attention pooling; token: class token;
+    )
+    # token+gap, token+register: two of them, side by side
+    class_token: bool = False  # a class token even if the pool does not read it; pools of the token always have one
     pool_prefix: bool = False  # gap, max, avgmax and map read the class token and the registers, too
     pool_norm: bool = False  # gap, max and avgmax: the final norm follows the pool (timm's fc_norm), not the last block
     position: str = "learned"  # learned | sincos2d | rope (DINOv3's) | learned+rope | none
@@ -132,15 +138,24 @@ def check(config: ViTConfig) -> None:
             f"model.position {config.position!r} needs heads of a multiple of 4 dims; model.width {config.width} / "
             f"model.heads {config.heads} is {config.width // config.heads}"
         )
-    if config.pool_norm and config.pool in ("map", "token"):
+    if config.pool_norm and config.pool in ("map", *TOKEN_POOLS):
         raise UserError(f"model.pool_norm needs model.pool gap, max or avgmax, not {config.pool!r}")
+    if config.pool == "token+register" and not config.registers:
+        raise UserError("model.pool 'token+register' needs model.registers to be at least 1")
+    if config.pre_logits and feature_width(config) != config.width:
+        raise UserError(f"model.pre_logits needs a pool of one vector, not {config.pool!r}")
     if config.layerscale_mlp is not None and config.layerscale is None:
         raise UserError(f"model.layerscale_mlp is {config.layerscale_mlp}, but model.layerscale is None; set both")
 
 
 def prefix_tokens(config: ViTConfig) -> int:
     """Returns how many tokens precede the patches: the class token, where there is one, and the registers."""
-    return int(config.class_token or config.pool == "token") + config.registers
+    return int(config.class_token or config.pool in TOKEN_POOLS) + config.registers
+
+
+def feature_width(config: ViTConfig) -> int:
+    """Returns the length of the features that the classifier reads."""
+    return config.width * (2 if config.pool in ("token+gap", "token+register") else 1)
 
 
 def learned_positions(config: ViTConfig) -> bool:
@@ -253,7 +268,7 @@ class ViT(nnx.Module):
         self.pre_logits = (
             layers.Linear(width, width, key=jax.random.fold_in(head_key, 1)) if config.pre_logits else None
         )
-        self.head = layers.Linear(width, num_classes, key=head_key, kernel_init=layers.zeros)
+        self.head = layers.Linear(feature_width(config), num_classes, key=head_key, kernel_init=layers.zeros)
 
     def _positions(self, height: int, width: int) -> Array | None:
         grid = layers.grid_size((height, width), self.config.patch)
@@ -310,13 +325,18 @@ class ViT(nnx.Module):
         return constrain(x_BLD) if self.config.pool_norm else self.norm(constrain(x_BLD))
 
     def features(self, images_BHWC: Float[Array, "B H W 3"], key: PRNGKeyArray | None = None) -> Float[Array, "B D"]:
-        """Returns the representation that the classifier reads, in float32."""
+        """Returns what the classifier reads, in float32; of two pools side by side it is 2D wide."""
         pooled_BD = self._pool(self.encode(images_BHWC, key))
         return pooled_BD if self.pre_logits is None else jnp.tanh(self.pre_logits(pooled_BD))
 
     def _pool(self, x_BLD: Array) -> Float[Array, "B D"]:
-        if self.config.pool == "token":
-            return x_BLD[:, 0].astype(jnp.float32)
+        if self.config.pool in TOKEN_POOLS:
+            token_BD = x_BLD[:, 0].astype(jnp.float32)
+            if self.config.pool == "token":
+                return token_BD
+            patches_BLD = x_BLD[:, prefix_tokens(self.config) :].astype(jnp.float32)
+            second_BD = x_BLD[:, 1] if self.config.pool == "token+register" else jnp.mean(patches_BLD, axis=1)
+            return jnp.concatenate([token_BD, second_BD.astype(jnp.float32)], axis=1)
         x_BLD = x_BLD if self.config.pool_prefix else x_BLD[:, prefix_tokens(self.config) :]
         if self.pool is not None:
             return self.pool(x_BLD)
