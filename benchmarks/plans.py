@@ -39,7 +39,7 @@ MODELS = {
     "SASA-50": (4096, 1000, "sasa_imagenet", "50"),
 }
 
-# The incumbent on the same work: GiB a chip at its peak, compiled at the same level; None: it did not fit.
+# The incumbent on the same work: GiB per chip at its peak, compiled at the same level; None: it did not fit.
 INCUMBENT = (
     ("B/16", "v5e:4x4", 1024, 1000, 4.43),
     ("L/16", "v5e:4x4", 1024, 1000, 6.51),
@@ -103,7 +103,7 @@ def work():
 
 
 def tables(found: dict) -> str:
-    lines = ["| model | batch | chip shape | ours, GiB a chip | incumbent, GiB a chip |", "|---|---|---|---|---|"]
+    lines = ["| model | batch | chip shape | ours, GiB per chip | incumbent, GiB per chip |", "|---|---|---|---|---|"]
     for variant, topology, batch, _, theirs in INCUMBENT:
         plans = found.get(f"incumbent {variant} {topology} {batch}")
         if plans:
@@ -141,11 +141,11 @@ def tables(found: dict) -> str:
         plans = found.get(f"weak {devices}")
         if plans:
             p = plans[0]
-            wire = sum(m["links"] + m["slow"] for m in p["moved"]) / 1e6
+            wire = sum(m["ici"] + m["dcn"] for m in p["moved"]) / 1e6
             flops = p["executed_flops"] / devices / 1e9
             need = p["memory"]["needed"] / GIB
             lines.append(f"| {devices} | {p['batch_size']} | {flops:,.0f} | {wire:,.0f} | {need:.2f} |")
-    lines += ["", "| ViT-g/14, batch 1,024 | state, MB a chip | in all, GiB a chip |", "|---|---|---|"]
+    lines += ["", "| ViT-g/14, batch 1,024 | state, MB per chip | in all, GiB per chip |", "|---|---|---|"]
     for topology in ("v5e:4x4", "v5e:8x8", "v5e:16x16"):
         plans = found.get(f"g {topology}")
         if plans and plans[0]["fits"]:
@@ -155,7 +155,7 @@ def tables(found: dict) -> str:
 
 
 def picture(found: dict, path: Path) -> None:
-    """Draws what weak scaling costs a chip."""
+    """Draws what weak scaling costs per chip."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -166,7 +166,7 @@ def picture(found: dict, path: Path) -> None:
     count = [d for d, _ in rows]
     axes[0].plot(count, [p["executed_flops"] / d / 1e12 for d, p in rows], "o-")
     axes[0].set(ylabel="TFLOPs per chip and step", xlabel="chips")
-    wire = [sum(m["links"] + m["slow"] for m in p["moved"]) / 1e9 for _, p in rows]
+    wire = [sum(m["ici"] + m["dcn"] for m in p["moved"]) / 1e9 for _, p in rows]
     axes[1].plot(count, wire, "o-", color="C1")
     axes[1].set(ylabel="GB received per chip and step", xlabel="chips")
     for axis in axes:
@@ -174,7 +174,7 @@ def picture(found: dict, path: Path) -> None:
         axis.set_xticks(count, [str(c) for c in count])
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    figure.suptitle("ViT-L/16, 16 images a chip, fully sharded: work is constant, communication bounded")
+    figure.suptitle("ViT-L/16, 16 images per chip, fully sharded: work is constant, communication bounded")
     figure.savefig(path, dpi=120)
 
 

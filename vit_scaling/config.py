@@ -1,8 +1,8 @@
 """The typed schema of every experiment.
 
 A file in configs/ has `get_config(arg)`, which returns a `Config`; flags such as --config.optim.lr=3e-4 override its
-fields. Each room's part stands beside what it configures (model, data, loss, optimizer, schedule, mesh); the rest
-stands here.
+fields. The parts for model, data, loss, optimizer, schedule and mesh are defined beside what they configure, the rest
+here.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Goodput: the formula is the simulation's, and the best period is nobody's guess."""
+"""Goodput: the formula agrees with the simulation, and the best period minimizes it."""
 
 import math
 
@@ -12,7 +12,7 @@ HOUR = 3600.0
 
 
 def step_by_step(period: float, costs: Costs, mean: float, failures: int) -> float:
-    """A slow twin of `simulate`: a clock, a checkpoint on its way, and failures."""
+    """A slow reference for `simulate`: a clock, a checkpoint that is being written, and failures."""
     generator = np.random.default_rng(1)
     time, saved = 0.0, 0.0
     for _ in range(failures):

@@ -136,9 +136,9 @@ def test_a_program_by_hand() -> None:
     found = program.traffic(PROGRAM, slices=np.repeat([0, 1], 4))
     gather, total = found.collectives
     assert (gather.kind, gather.times, gather.payload, gather.group) == ("all-gather", 6, 64 * 64 * 2, 4)
-    assert (gather.links, gather.slow) == (64 * 64 * 2 * 3 / 4, 0)  # devices 0 to 3 are one slice
+    assert (gather.ici, gather.dcn) == (64 * 64 * 2 * 3 / 4, 0)  # devices 0 to 3 are one slice
     assert (total.kind, total.times, total.payload, total.group) == ("all-reduce", 1, 12 * 64 * 4, 2)
-    assert (total.links, total.slow) == (0, 12 * 64 * 4)  # devices 0 and 4; twice one half
+    assert (total.ici, total.dcn) == (0, 12 * 64 * 4)  # devices 0 and 4; twice one half
     # In the loop, six times: a slice of 256 bytes read and written; read again for a copy into another memory; the
     # counter's add (4 + 4 + 4) and the index (4); the gather's 8,192 in and out. Behind it, two all-reduces and a copy.
     inside = 6 * (256 + 256 + 4 + 256 + 12 + 2 * 8192)
@@ -186,10 +186,10 @@ def test_a_program_with_starts_by_hand() -> None:
     gather, scatter = found.collectives
     assert (gather.kind, gather.times, gather.payload, gather.group) == ("all-gather", 12, 2 * (64 + 16), 8)
     # Seven eighths of it come from elsewhere: four from the other slice, each device's network bringing a fourth.
-    assert gather.slow == 160 / 2 / 4
-    assert gather.links == 160 * 7 / 8 - gather.slow
+    assert gather.dcn == 160 / 2 / 4
+    assert gather.ici == 160 * 7 / 8 - gather.dcn
     # Seven sums of 16 bytes come in; from the other slice, four, each device's network again bringing a fourth.
-    assert (scatter.slow, scatter.links) == (16, 6 * 16)
+    assert (scatter.dcn, scatter.ici) == (16, 6 * 16)
     # A row of 256 bytes is read and written in place, at an index; what is gathered or summed is read (as float32) and
     # written.
     assert found.memory_bytes == 12 * (256 + 256 + 4 + 2 * 256 + 160 + 256 + 16)
@@ -214,7 +214,7 @@ def test_traffic_between_slices_by_hand(slices: int, received: float) -> None:
     """libtpu's form of an all-reduce over DCN: of n slices each device receives 2 (n - 1) / n of its 6,144 bytes."""
     (one,) = program.traffic(MEGASCALE, slices=np.repeat(np.arange(slices), 8)).collectives
     assert (one.kind, one.times, one.payload, one.group) == ("all-reduce", 1, 3 * 8 * 128 * 2, slices)
-    assert (one.links, one.slow) == (0, received)
+    assert (one.ici, one.dcn) == (0, received)
 
 
 def test_a_program_of_eight_real_devices() -> None:
@@ -279,7 +279,7 @@ def test_what_a_b16_step_moves(b16: Plan) -> None:
     kernels = 2 * b16.params
     gathered = sum(m.payload for m in b16.moved if m.kind == "all-gather")
     assert 1.8 * kernels < gathered < 2.6 * kernels
-    assert not any(m.slow for m in b16.moved)
+    assert not any(m.dcn for m in b16.moved)
     assert b16.bounds.dcn == 0
     # 105 GFLOPs an image, a third more for remat, on sixteen chips of 197 TFLOP/s.
     assert b16.bounds.compute == pytest.approx(1024 * 105.9e9 * 4 / 3 / 16 / 197e12, rel=0.02)
@@ -306,13 +306,13 @@ def test_only_replica_crosses_slices() -> None:
         plan_lib.make(config, machine, num_classes=1000)
     config.mesh = MeshConfig(replica=2)
     plan = plan_lib.make(config, machine, num_classes=1000)
-    across = [m for m in plan.moved if m.slow]
+    across = [m for m in plan.moved if m.dcn]
     assert across, "libtpu lowers traffic between slices to send and recv of its megascale runtime"
     assert {m.kind for m in across} <= {"all-reduce", "reduce-scatter"}  # gradients, and no parameter
     # Each of the 8 devices of a slice sums its eighth of the gradients with the other slice, in bfloat16 or float32.
-    assert 2 * plan.params / 8 < sum(m.slow for m in across) < 4 * plan.params / 8
+    assert 2 * plan.params / 8 < sum(m.dcn for m in across) < 4 * plan.params / 8
     assert plan.bounds is not None
-    assert plan.bounds.dcn == sum(m.slow for m in across) / machine.chip.slow
+    assert plan.bounds.dcn == sum(m.dcn for m in across) / machine.chip.dcn
     assert sum(m.payload for m in plan.moved if m.kind == "all-gather") > 2 * plan.params
 
 
@@ -378,7 +378,7 @@ def test_gpus_compiled() -> None:
     assert compiled.memory is not None
     gathered = sum(m.payload for m in compiled.moved if m.kind == "all-gather")
     assert 1.6 * 2 * compiled.params < gathered < 4 * 2 * compiled.params  # bfloat16, forward and backward
-    assert all(m.slow > 0 for m in compiled.moved if m.kind == "all-gather")  # over both nodes
+    assert all(m.dcn > 0 for m in compiled.moved if m.kind == "all-gather")  # over both nodes
     too_large = plan_lib.make(small(2**17, remat="none"), machines.topology("gpu:a100-40gbx8"), num_classes=1000)
     assert "GiB more than a device has" in too_large.message
     assert not too_large.fits

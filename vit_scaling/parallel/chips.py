@@ -23,8 +23,8 @@ class Chip:
     flops: float  # FLOP/s, dense bfloat16
     memory: float  # bytes that a program can use, per device
     bandwidth: float  # bytes/s, device memory
-    fast: float  # bytes/s received over all links within a slice (ICI) or a node (NVLink)
-    slow: float  # bytes/s received between slices (DCN) or nodes
+    ici: float  # bytes/s received over all links within a slice (ICI) or a node (NVLink)
+    dcn: float  # bytes/s received between slices (DCN) or nodes
     dims: int = 0  # axes of a TPU slice; 0 for GPUs
     largest: int = 8  # chips of the largest slice, or GPUs of a node
     sms: int = 0  # of a GPU: streaming multiprocessors,

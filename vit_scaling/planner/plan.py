@@ -44,8 +44,8 @@ class Moved:
     kind: str
     count: int
     payload: float  # bytes of results
-    links: float  # bytes received over ICI (TPU) or NVLink (GPU)
-    slow: float  # bytes received over DCN, between slices or nodes
+    ici: float  # bytes received over ICI (TPU) or NVLink (GPU)
+    dcn: float  # bytes received over DCN, between slices or nodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,16 +213,16 @@ def _short_by(message: str) -> float | None:
 def _summed(collectives: tuple[program.Collective, ...]) -> tuple[Moved, ...]:
     sums: dict[tuple[str, bool], Moved] = {}
     for c in collectives:
-        key = (c.kind, c.slow > 0)
+        key = (c.kind, c.dcn > 0)
         m = sums.get(key, Moved(c.kind, 0, 0.0, 0.0, 0.0))
         sums[key] = Moved(
             c.kind,
             m.count + c.times,
             m.payload + c.times * c.payload,
-            m.links + c.times * c.links,
-            m.slow + c.times * c.slow,
+            m.ici + c.times * c.ici,
+            m.dcn + c.times * c.dcn,
         )
-    return tuple(sorted(sums.values(), key=lambda m: -m.links - m.slow))
+    return tuple(sorted(sums.values(), key=lambda m: -m.ici - m.dcn))
 
 
 def _bytes_per_device(state: Any) -> int:
@@ -268,8 +268,8 @@ def _plan(
         bounds = Bounds(
             compute=(model_flops + again) / machine.devices / chip.flops,
             memory=traffic / chip.bandwidth,
-            ici=sum(row.links for row in moved) / chip.fast,
-            dcn=sum(row.slow for row in moved) / chip.slow,
+            ici=sum(row.ici for row in moved) / chip.ici,
+            dcn=sum(row.dcn for row in moved) / chip.dcn,
         )
     return Plan(
         machine=str(machine),

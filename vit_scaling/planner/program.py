@@ -36,8 +36,8 @@ class Collective(NamedTuple):
     times: int  # that a step runs it
     payload: float  # bytes of its result on one device, each time
     group: int  # devices that take part together
-    links: float  # bytes that one device must receive over ICI or NVLink, each time, by the best algorithm
-    slow: float  # and over DCN; what enters a slice is shared among the devices of the group in it
+    ici: float  # bytes that one device must receive over ICI or NVLink, each time, by the best algorithm
+    dcn: float  # and over DCN; what enters a slice is shared among the devices of the group in it
 
 
 class Traffic(NamedTuple):
@@ -258,8 +258,8 @@ def _collective(instruction: _Instruction, times: int, slices: np.ndarray | None
     every = _received(kind, payload, size)
     # A slice as one device: it gets what several devices of the group get, over the networks of all of them.
     together = size // count
-    slow = _received(kind, payload * (together if kind == "reduce-scatter" else 1), count) / together
-    return Collective(kind, times, payload, size, links=every - slow, slow=slow)
+    dcn = _received(kind, payload * (together if kind == "reduce-scatter" else 1), count) / together
+    return Collective(kind, times, payload, size, ici=every - dcn, dcn=dcn)
 
 
 def _between_slices(instruction: _Instruction, times: int, slices: np.ndarray | None) -> Collective:
@@ -268,7 +268,7 @@ def _between_slices(instruction: _Instruction, times: int, slices: np.ndarray | 
     count = 2 if slices is None else len(set(slices))
     payload = _bytes(_elements(instruction.shape)[0])  # then a context and a token
     name = kind[1].lower().replace("_", "-") if kind else "recv"
-    return Collective(name, times, payload, count, links=0.0, slow=_received(name, payload, count))
+    return Collective(name, times, payload, count, ici=0.0, dcn=_received(name, payload, count))
 
 
 def _received(kind: str, payload: float, size: int) -> float:

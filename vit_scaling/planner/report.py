@@ -29,7 +29,7 @@ def text(plan: Plan) -> str:
         lines.append(f"compiled in {plan.compile_seconds:.0f} s; attention: {plan.attention}")
     if plan.moved:
         rows = [
-            (m.kind, f"{m.count}", f"{m.payload / 1e6:,.1f}", f"{m.links / 1e6:,.1f}", f"{m.slow / 1e6:,.1f}")
+            (m.kind, f"{m.count}", f"{m.payload / 1e6:,.1f}", f"{m.ici / 1e6:,.1f}", f"{m.dcn / 1e6:,.1f}")
             for m in plan.moved
         ]
         lines += ["", "collectives of a step, in MB per device:"]
