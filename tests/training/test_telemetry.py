@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from pathlib import Path
 
 import jax
@@ -55,18 +54,28 @@ def test_tensorboard_files_hold_the_values(tmp_path: Path) -> None:
     assert found == [(5, "loss", 0.25)]
 
 
-def test_every_second_is_booked_once() -> None:
-    clock = telemetry.Clock(started=time.perf_counter() - 3.0)
+class FakeTime:
+    """A clock that moves only when it is told to."""
+
+    now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def test_every_second_is_booked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeTime()
+    monkeypatch.setattr(telemetry, "time", fake)
+    clock = telemetry.Clock(started=fake.now - 3.0)
     with clock.book("evaluation"):
-        time.sleep(0.02)
+        fake.now += 0.25
         with clock.book("data"):
-            time.sleep(0.05)
+            fake.now += 0.5
+        fake.now += 0.125
     clock.book_rest("step")
-    assert clock.seconds["data"] == pytest.approx(0.05, abs=0.015)
-    assert clock.seconds["evaluation"] == pytest.approx(0.02, abs=0.015)
-    assert clock.seconds["step"] == pytest.approx(3.0, abs=0.05)
-    assert clock.total == pytest.approx(3.07, abs=0.05)
-    assert clock.useful_share == pytest.approx(3.0 / 3.07, abs=0.02)
+    assert clock.seconds == {"data": 0.5, "evaluation": 0.375, "step": 3.0}
+    assert clock.total == 3.875
+    assert clock.useful_share == 3.0 / 3.875
 
 
 def test_what_xla_compiles_is_booked_as_such_wherever_it_happens() -> None:
