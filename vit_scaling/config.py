@@ -8,6 +8,7 @@ here.
 import dataclasses
 import functools
 import json
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from vit_scaling import UserError
 from vit_scaling.data.config import DataConfig
 from vit_scaling.data.images.transforms import TransformConfig
 from vit_scaling.data.sources import SourceConfig
+from vit_scaling.interop import native
 from vit_scaling.models import ModelConfig
 from vit_scaling.optim import losses, schedule
 from vit_scaling.optim.losses import LossConfig
@@ -299,6 +301,23 @@ def _branch_end(branch: ScheduleConfig) -> Duration:
 def to_dict(config: Config) -> dict[str, Any]:
     """Returns the config as JSON reads it back: nested dicts, lists and plain values."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(record: dict[str, Any]) -> Config:
+    """Returns the config that a run's config.json holds: the inverse of `to_dict`."""
+
+    def typed(hint: Any, value: Any) -> Any:
+        kinds: list[Any] = [kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)]
+        if isinstance(value, dict) and len(kinds) == 1:
+            hints = typing.get_type_hints(kinds[0])
+            return kinds[0](**{name: typed(hints[name], part) for name, part in value.items()})
+        if isinstance(value, list):
+            return tuple(SourceConfig(**part) if isinstance(part, dict) else typed(None, part) for part in value)
+        return value
+
+    hints = typing.get_type_hints(Config)
+    fields = {name: typed(hints[name], value) for name, value in record.items() if name != "model"}
+    return Config(model=native.model_config(record["model"]), **fields)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], may_change: tuple[str, ...] = MAY_CHANGE) -> list[str]:

@@ -43,9 +43,9 @@ def main(argv: Sequence[str]) -> None:
     cli.need_config(_CONFIG.value)
     _START_PROCESSES()
     workdir = Path(_WORKDIR.value)
-    reporter = report.Reporter(workdir, ["python", "-m", "vit_scaling.train", *sys.argv[1:]])
-    result = loop.train(_CONFIG.value, workdir, reporter)
-    reporter.finish()
+    program = cli.PROGRAM if Path(sys.argv[0]).name == cli.PROGRAM else "./run.sh"
+    with report.Reporter(workdir, [program, "train", *sys.argv[1:]]) as reporter:
+        result = loop.train(_CONFIG.value, workdir, reporter)
     if "accuracy" not in result or not processes.is_first():
         return
     for name, value in sorted(result["metrics"].items()):

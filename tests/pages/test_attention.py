@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import jax
 import numpy as np
 import pytest
 
@@ -100,9 +99,10 @@ def test_gaussians_are_the_inverse_of_the_precision() -> None:
     np.testing.assert_allclose(covariances[0, 0], np.linalg.inv(spreads[0, 0] @ spreads[0, 0].T), rtol=1e-6)
 
 
-def test_a_convolution_network_has_no_attention_page() -> None:
+def test_a_convolution_network_has_no_attention_page(monkeypatch: Any) -> None:
     config = resnet.ResNetConfig(depth=14, width=8, spatial="convolution", stem="small")
-    model: Any = resnet.ResNet(config, image_size=dense.SIZE, num_classes=2, key=jax.random.key(0))
+    monkeypatch.setitem(dense.MODELS, "convolution", config)
+    model: Any = dense.weights("convolution").module()
     with pytest.raises(UserError, match="no attention to show"):
         families.look(model, dense.inputs(dense.pictures(1), config))
 

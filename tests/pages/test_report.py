@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import logging
 
 from tests import tiny
 from tests.pages.browser import Browser
@@ -23,26 +24,27 @@ from vit_scaling.studies.table import SWEEP, Run
 from vit_scaling.training import loop, telemetry
 from vit_scaling.training.step import build
 
-COMMAND = ["python", "-m", "vit_scaling.train", "--config=tiny.py", "--config.optim.lr=0.003"]
+COMMAND = ["./run.sh", "train", "--config=tiny.py", "--config.optim.lr=0.003"]
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: Any) -> Path:
     """A finished run of eight steps."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    reporter, create = report.Reporter(folder, COMMAND), mesh_lib.create
+    create = mesh_lib.create
     with pytest.MonkeyPatch.context() as patch:
         # As the tests of the loop have it, so that what they compile serves here too.
         patch.setattr(mesh_lib, "create", lambda config: create(config, jax.devices()[:1]))
-        loop.train(tiny.config(), folder, reporter)
-    reporter.finish()
+        with report.Reporter(folder, COMMAND) as reporter:
+            logging.warning("a warning of the run")
+            loop.train(tiny.config(), folder, reporter)
     return folder
 
 
 def copy_of(workdir: Path, to: Path) -> Path:
     """Returns a run with the files that a report reads, in another folder."""
     to.mkdir()
-    for name in ("config.json", "metrics.jsonl", "clock.json", "result.json", runs.RECORD):
+    for name in ("config.json", "metrics.jsonl", "clock.json", "result.json", "starts.jsonl", runs.RECORD):
         (to / name).write_bytes((workdir / name).read_bytes())
     return to
 
@@ -92,7 +94,7 @@ def test_the_first_screen_says_what_came_of_the_run(workdir: Path, browser: Brow
     assert f"{100 * result['accuracy']:.2f}%" in text
     low, high = runs.wilson(result["accuracy"], 40)
     assert f"{100 * low:.2f}% to {100 * high:.2f}%" in text
-    assert "python -m vit_scaling.train --config=tiny.py --config.optim.lr=0.003" in text
+    assert "./run.sh train --config=tiny.py --config.optim.lr=0.003" in text
     changed = browser.run("[...document.querySelectorAll('tr.changed')].map((row) => row.cells[0].textContent)")
     assert changed == ["optim.lr"]
 
@@ -147,15 +149,18 @@ def test_a_run_that_was_stopped_says_so_and_marks_its_restart(workdir: Path, bro
     lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
     (copy / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= 4))
     (copy / "clock.json").write_text(json.dumps({"step": 4, "seconds": {"step": 1.0}}))
-    record = json.loads((copy / runs.RECORD).read_text())
-    record["starts"].append(record["starts"][0] | {"step": 2})
-    (copy / runs.RECORD).write_text(json.dumps(record))
+    first = json.loads((copy / "starts.jsonl").read_text())
+    with (copy / "starts.jsonl").open("a") as file:
+        file.write(json.dumps(first | {"step": 2, "host": "another"}) + "\n")
     report.write(copy)
     browser.open(copy / report.PAGE)
     text = browser.run("document.querySelector('main').innerText")
     assert "Not finished. Step 4 of 8." in text
     assert "restarted at step 2" in text
     assert browser.run("document.querySelector('svg .mark title').textContent") == "restart 1 at step 2"
+    rows = browser.run(f"[...{figure_of('Versions and devices')}.querySelectorAll('tbody tr')].map((r) => r.innerText)")
+    assert any(row.split("\t") == ["host", first["host"], "another"] for row in rows)
+    assert any(row.startswith("versions.jax\t") for row in rows)
 
 
 def test_hostile_names_in_a_report_show_as_text(workdir: Path, browser: Browser, tmp_path: Path) -> None:
@@ -216,8 +221,9 @@ def test_the_page_of_a_study_answers_for_the_budget_of_the_slider(browser: Brows
 
 def test_the_network_is_fed_the_pixels_that_the_page_shows(workdir: Path, browser: Browser, tmp_path: Path) -> None:
     """What the page calls mixed is what the step hands to the model: the step's own call of `mix` is listened to."""
-    config = fed.config_of(json.loads((workdir / "config.json").read_text())["config"])
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, mixing=mixing.MixingConfig(mixup=0.8)))
+    config = config_lib.from_dict(json.loads((workdir / "config.json").read_text())["config"])
+    mixed_more = dataclasses.replace(config.data, mixing=mixing.MixingConfig(mixup=0.8))
+    config = dataclasses.replace(config, data=mixed_more, model=tiny.model(width=8, depth=1, mlp=8, pool="gap"))
     source = open_source(config.data.train)
     plain, mixed, targets = fed.batch(config, source, 5)
     heard: list[tuple[np.ndarray, np.ndarray]] = []
@@ -252,4 +258,28 @@ def test_the_network_is_fed_the_pixels_that_the_page_shows(workdir: Path, browse
 
 def test_the_record_of_the_config_is_what_the_run_used(workdir: Path) -> None:
     record = json.loads((workdir / "config.json").read_text())["config"]
-    assert config_lib.to_dict(fed.config_of(record)) == record
+    assert config_lib.to_dict(config_lib.from_dict(record)) == record
+
+
+def test_warnings_and_the_error_that_ended_a_run_are_in_its_report(
+    workdir: Path, browser: Browser, tmp_path: Path
+) -> None:
+    browser.open(workdir / report.PAGE)
+    rows = browser.run(f"{figure_of('1 different warnings')}.querySelector('tbody').innerText")
+    assert rows.split("\t") == ["warning", "a warning of the run", "1"]
+
+    copy = copy_of(workdir, tmp_path / "failed")
+    (copy / "result.json").unlink()
+    reporter = report.Reporter(copy, COMMAND)
+    reporter._note({})  # as after an evaluation
+
+    def fails() -> None:
+        with reporter:
+            logging.error("an error of the run")
+            raise UserError("the data are gone")
+
+    with pytest.raises(UserError, match="the data are gone"):
+        fails()
+    shown = page.unpack((copy / report.PAGE).read_text())[0]
+    assert shown["warnings"] == [["warning", "a warning of the run", 1], ["error", "an error of the run", 1]]
+    assert any("UserError: the data are gone" in note for note in shown["notes"])

@@ -1,6 +1,7 @@
 """What a report says of a run's files."""
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import scipy.stats
 from tests import tiny
 from vit_scaling import UserError
 from vit_scaling import config as config_lib
-from vit_scaling.pages import fed, page, report, runs
+from vit_scaling.pages import page, report, runs
 
 
 def test_wilson_interval_is_that_of_scipy() -> None:
@@ -37,6 +38,37 @@ def test_notes_name_what_is_wrong() -> None:
     assert "3 updates were left out" in said
     assert "1 logged values were not finite" in said
     assert runs.notes([{"step": 2, "loss": 1.0}], True, 2, 2, {}) == []
+
+
+def test_counts_of_images_begin_again_with_each_start() -> None:
+    name = "data/skipped"
+    rows = [{"step": 2, name: 1.0}, {"step": 4, name: 3.0}, {"step": 5, name: 4.0}, {"step": 8, name: 4.0}]
+    starts = [{"step": 0}, {"step": 4}]
+    assert runs.counted(rows, name, starts) == 3 + 4
+    assert runs.counted(rows, "data/alpha", starts) == 0
+    said = " ".join(runs.notes(rows, True, 8, 8, {}, starts))
+    assert "7 reads of training images found them corrupt" in said
+
+
+def test_the_error_that_ended_the_last_start_is_told() -> None:
+    record = {"ended": "UserError: the update was not finite"}
+    assert "ended with an error: UserError: the update" in " ".join(runs.notes([], False, 2, 8, record))
+    assert runs.notes([], True, 8, 8, record) == []
+
+
+def test_warnings_are_kept_once_with_their_number() -> None:
+    kept, logger = report.Warnings(), logging.getLogger("test of warnings")
+    logger.propagate = False
+    logger.addHandler(kept)
+    for text in ("first", "second", "first"):
+        logger.warning(text)
+    logger.info("no warning")
+    assert kept.rows() == [["warning", "first", 2], ["warning", "second", 1]]
+    for number in range(report.MOST_WARNINGS):
+        logger.error("error %d", number)
+    assert len(kept.rows()) == report.MOST_WARNINGS + 1
+    assert kept.rows()[-1][2] == 2
+    logger.removeHandler(kept)
 
 
 def test_headline_prefers_the_test_set_and_needs_the_count_for_an_interval() -> None:
@@ -101,7 +133,7 @@ def test_classes_count_right_and_wrong() -> None:
 def test_a_config_comes_back_from_its_record() -> None:
     config = tiny.config()
     record = config_lib.to_dict(config)
-    assert config_lib.to_dict(fed.config_of(json.loads(json.dumps(record)))) == record
+    assert config_lib.to_dict(config_lib.from_dict(json.loads(json.dumps(record)))) == record
 
 
 def test_a_report_that_fails_ends_no_run(tmp_path: Path, monkeypatch: Any) -> None:

@@ -199,7 +199,7 @@ def explore(
     weights = initial.read(weights_path, interop.Target(image_size=size), ema=ema)
     checkpointed = initial.find_checkpoint(Path(weights_path))
     run = None if checkpointed is None else initial.record_of(checkpointed)["config"]
-    chosen = images.read(choice, count, weights.image_size, run)
+    chosen = images.read(choice, count, weights, run)
     steps = gaussian_steps(Path(weights_path), ema) if all_steps else []
     own = getattr(weights, "class_names", None)
     if own and chosen.class_names is None:

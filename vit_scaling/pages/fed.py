@@ -1,8 +1,6 @@
 """What the network is fed: the training images of some steps of a run, before and after mixing, with their labels."""
 
-import dataclasses
 import json
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,30 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_scaling import UserError
+from vit_scaling import config as config_lib
 from vit_scaling.config import Config
 from vit_scaling.data import loader, mixing
 from vit_scaling.data.images.transforms import transform
-from vit_scaling.data.sources import Source, SourceConfig, open_source
-from vit_scaling.interop import native
+from vit_scaling.data.sources import Source, open_source
 from vit_scaling.optim import losses
 from vit_scaling.pages import page
-
-
-def config_of(record: dict[str, Any]) -> Config:
-    """Returns the config that a run's config.json holds: the inverse of `config.to_dict`."""
-
-    def typed(hint: Any, value: Any) -> Any:
-        kinds: list[Any] = [kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)]
-        if isinstance(value, dict) and len(kinds) == 1:
-            hints = typing.get_type_hints(kinds[0])
-            return kinds[0](**{name: typed(hints[name], part) for name, part in value.items()})
-        if isinstance(value, list):
-            return tuple(SourceConfig(**part) if isinstance(part, dict) else typed(None, part) for part in value)
-        return value
-
-    hints = typing.get_type_hints(Config)
-    fields = {name: typed(hints[name], value) for name, value in record.items() if name != "model"}
-    return Config(model=native.model_config(record["model"]), **fields)
 
 
 def batch(config: Config, source: Source, step: int) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
@@ -84,7 +65,7 @@ def write(workdir: Path, steps: Sequence[int], count: int, path: Path) -> Path:
     record = workdir / "config.json"
     if not record.exists():
         raise UserError(f"{workdir} holds no run of this project: it has no config.json")
-    config = config_of(json.loads(record.read_text())["config"])
+    config = config_lib.from_dict(json.loads(record.read_text())["config"])
     total = int(config.duration.amount)
     if wrong := [step for step in steps if not 0 <= step < total]:
         raise UserError(f"--steps has {wrong[0]}; the run has the steps 0 to {total - 1}")

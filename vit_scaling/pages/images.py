@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from vit_scaling import UserError
-from vit_scaling.data.images.transforms import TransformConfig, transform
+from vit_scaling import UserError, interop
+from vit_scaling.data.images.transforms import transform
 from vit_scaling.data.sources import SourceConfig, open_source
+from vit_scaling.evaluation import predict
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jxl")
 
@@ -26,20 +27,20 @@ class Images:
     left_out: int  # images of the set or the folder that are not shown
 
 
-def read(choice: str | None, count: int, size: tuple[int, int], run: dict[str, Any] | None) -> Images:
+def read(choice: str | None, count: int, weights: interop.Weights, run: dict[str, Any] | None) -> Images:
     """Reads the images that --images names.
 
     Args:
         choice: "builtin", a folder of image files, or KIND:NAME:SPLIT; None: the set that the run was measured on, or
             builtin.
         count: how many, the first ones.
-        size: height and width that the model takes.
+        weights: the model, whose image size and preprocessing the images get.
         run: the config of the weights' run as a dict, where they are of one.
 
     Raises:
         UserError: there is no such folder or set, or it holds no image.
     """
-    prepare = transform(_transform(run, size), train=False)
+    prepare = transform(predict.eval_transform(weights, run), train=False)
     class_names = _class_names(run)
     if choice is not None and choice != "builtin" and ":" not in choice:
         files = _files(Path(choice))
@@ -98,15 +99,3 @@ def _class_names(run: dict[str, Any] | None) -> tuple[str, ...] | None:
         return None if run is None else open_source(SourceConfig(**run["data"]["train"])).class_names
     except (UserError, ImportError, OSError, TypeError):
         return None
-
-
-def _transform(run: dict[str, Any] | None, size: tuple[int, int]) -> TransformConfig:
-    """Returns how images are shown: as the run's evaluation did, at this size; else a central crop."""
-    fields: dict[str, Any] = {"crop": "central", "resize": "area", "resize_to": max(size) * 256 // 224}
-    if run is not None:
-        own = run["data"]["eval_transform"]
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
-        if tuple(fields["size"]) != tuple(size):
-            fields["resize_to"] = max(size) * fields["resize_to"] // max(fields["size"])
-        fields["crop"] = "resize" if fields["crop"] == "none" else fields["crop"]
-    return TransformConfig(**fields | {"size": tuple(size)})

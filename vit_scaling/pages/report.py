@@ -1,10 +1,8 @@
 """report.html in every workdir: written at each evaluation and at the end, and never the reason why a run ends."""
 
 import json
-import platform
-import socket
+import logging as std_logging
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ from vit_scaling.evaluation.suite import Suite
 from vit_scaling.optim import optimizer
 from vit_scaling.pages import page, runs
 from vit_scaling.parallel import processes, sharding
-from vit_scaling.training import checkpoint
 from vit_scaling.training import workdir as workdirs
 
 PAGE = "report.html"
@@ -28,10 +25,14 @@ MOST_LABELS = 20_000  # images whose labels the table of classes reads
 MOST_CLASSES = 1000  # rows of that table
 CONFUSIONS = 16
 THUMBNAIL = 96  # pixels
+MOST_WARNINGS = 100  # different ones that a start keeps
+MOST_CHARACTERS = 500  # of a warning
 
 
 class Reporter:
-    """Writes the report of one run. Hand it to `training.loop.train`, and call `finish` when that returns.
+    """Writes the report of one run. As a context manager it keeps warnings, and notes the error that ended a run.
+
+    Hand it to `training.loop.train`.
 
     Args:
         workdir: of the run.
@@ -40,11 +41,21 @@ class Reporter:
 
     def __init__(self, workdir: Path, command: Sequence[str]):
         self._workdir = workdir
-        steps = checkpoint.steps(workdir / "checkpoints") if (workdir / "checkpoints").is_dir() else []
-        self._started = {"step": steps[-1] if steps else 0, "time": time.strftime("%Y-%m-%d %H:%M:%S %z")}
         self._command = list(command)
         self._labels: tuple[Any, np.ndarray] | None = None
-        self._noted = False
+        self._warnings = Warnings()
+        self._earlier: list[list[Any]] | None = None  # warnings of the starts before this one
+
+    def __enter__(self) -> "Reporter":
+        std_logging.getLogger().addHandler(self._warnings)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        std_logging.getLogger().removeHandler(self._warnings)
+        if self._earlier is not None and processes.is_first():  # else this start never owned the workdir
+            ended = None if error is None else f"{type(error).__name__}: {error}"
+            self._safely(lambda: self._note({"ended": ended}))
+            self.finish()
 
     def __call__(self, step: int, suite: Suite, config: Config, program: Any) -> None:
         """Takes what the evaluation of a step knows and writes the report again; the first process alone does."""
@@ -64,23 +75,24 @@ class Reporter:
             logging.exception("the report of %s could not be written; the run goes on", self._workdir)
 
     def _record(self, step: int, suite: Suite, config: Config, program: Any) -> None:
+        self._note(
+            {
+                "command": self._command,
+                "examples": {name: row["examples"] for name, row in suite.sets().items()},
+                "parameters": parameter_table(config, program),
+                "evaluation": self._evaluation(step, suite, config),
+                "ended": None,
+            }
+        )
+
+    def _note(self, changes: dict[str, Any]) -> None:
+        """Writes what has changed, and the warnings so far, to the record of the run."""
         path = self._workdir / runs.RECORD
         record = json.loads(path.read_text()) if path.exists() else {}
-        if not self._noted:
-            start = self._started | {
-                "host": socket.gethostname(),
-                **workdirs.environment(),
-                "system": platform.platform(),
-            }
-            record["starts"] = [*record.get("starts", []), start]
-            self._noted = True
-        record |= {
-            "command": self._command,
-            "examples": {name: row["examples"] for name, row in suite.sets().items()},
-            "parameters": parameter_table(config, program),
-            "evaluation": self._evaluation(step, suite, config),
-        }
-        workdirs.write_json(path, page.finite(record))
+        if self._earlier is None:
+            self._earlier = record.get("warnings", [])
+        changes["warnings"] = [*self._earlier, *self._warnings.rows()]
+        workdirs.write_json(path, page.finite(record | changes))
 
     def _evaluation(self, step: int, suite: Suite, config: Config) -> dict[str, Any] | None:
         if suite.classified is None:
@@ -100,6 +112,29 @@ class Reporter:
         )
         left = len(predictions) - count
         return about | told | {"left_out": f"the first {count:,} of {len(predictions):,} images" if left else None}
+
+
+class Warnings(std_logging.Handler):
+    """Keeps what is logged as a warning or worse, each text once with how often it came."""
+
+    def __init__(self) -> None:
+        super().__init__(std_logging.WARNING)
+        self._found: dict[str, tuple[str, int]] = {}
+        self._left_out = 0
+
+    def emit(self, record: std_logging.LogRecord) -> None:
+        text = record.getMessage()[:MOST_CHARACTERS]
+        if text not in self._found and len(self._found) >= MOST_WARNINGS:
+            self._left_out += 1
+            return
+        level, count = self._found.get(text, (record.levelname.lower(), 0))
+        self._found[text] = level, count + 1
+
+    def rows(self) -> list[list[Any]]:
+        """Returns [level, text, how often] of each; the last row counts those that were too many to keep."""
+        rows: list[list[Any]] = [[level, text, count] for text, (level, count) in self._found.items()]
+        more = f"further warnings, after the first {MOST_WARNINGS} different ones"
+        return [*rows, ["warning", more, self._left_out]] if self._left_out else rows
 
 
 def classes(labels: np.ndarray, predictions: np.ndarray, class_names: Sequence[str], image_of: Any) -> dict[str, Any]:

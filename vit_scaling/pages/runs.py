@@ -1,5 +1,6 @@
 """What the files of a workdir say about a run, for the report and for comparisons."""
 
+import bisect
 import dataclasses
 import json
 import math
@@ -14,6 +15,13 @@ from vit_scaling import UserError
 from vit_scaling.training import telemetry
 
 RECORD = "report.json"  # what the report shows and no other file of the workdir holds
+# What happens to images when they are read: see `data.prefetch.Batches.counts`.
+EVENTS = {
+    "skipped": "found them corrupt, and the next record took their place",
+    "unlabelled": "found no label, and the next record took their place",
+    "alpha": "found transparency",
+    "warning": "were decoded with a warning",
+}
 MOST_POINTS = 2000  # of a curve; longer ones are thinned, and the page says so
 
 
@@ -38,7 +46,7 @@ def read(workdir: Path, prefix: str = "") -> Run:
     record = _json(workdir / RECORD, {})
     result = _json(workdir / "result.json", None)
     clock = _json(workdir / "clock.json", {"step": 0, "seconds": {}})
-    rows = telemetry.read_jsonl(workdir / "metrics.jsonl")
+    rows, starts = (telemetry.read_jsonl(workdir / f"{name}.jsonl") for name in ("metrics", "starts"))
     arrays, curves, thinned = curves_of(rows, prefix)
     total = int(config.get("duration", {}).get("amount", 0))
     step = max([int(clock["step"]), *(int(row["step"]) for row in rows)], default=0)
@@ -54,10 +62,11 @@ def read(workdir: Path, prefix: str = "") -> Run:
         "headline": headline(rows, record.get("examples", {})),
         "seconds": clock["seconds"],
         "command": None if command is None else shlex.join(command),
-        "notes": notes(rows, result is not None, step, total, record),
+        "notes": notes(rows, result is not None, step, total, record, starts),
         "curves": curves,
         "thinned": thinned,
-        "starts": record.get("starts", []),
+        "starts": starts,
+        "warnings": record.get("warnings", []),
         "environment": {name: value for name, value in config_record.items() if name != "config"},
         "config": [[name, json.dumps(value)] for name, value in flat.items()],
         "overridden": sorted(overridden(command or []) & set(flat)),
@@ -131,25 +140,40 @@ def wilson(share: float, count: int, z: float = 1.959964) -> list[float]:
 
 
 def notes(
-    rows: Sequence[Mapping[str, Any]], finished: bool, step: int, total: int, record: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]],
+    finished: bool,
+    step: int,
+    total: int,
+    record: Mapping[str, Any],
+    starts: Sequence[Mapping[str, Any]] = (),
 ) -> list[str]:
     """Returns one sentence for everything that is not as it should be, or not finished."""
     said = []
     if not finished:
         said.append(f"Not finished: step {step:,} of {total:,}. The same command continues from the newest checkpoint.")
+        if record.get("ended"):
+            said.append(f"The last start ended with an error: {record['ended']}")
     skipped = max((row["skipped"] for row in rows if row.get("skipped") is not None), default=0)
     if skipped:
-        said.append(f"{int(skipped):,} updates were left out, because loss or gradient was not finite.")
-    for name, words in (
-        ("corrupt", "corrupt images were replaced"),
-        ("corrupt_images", "corrupt images were replaced"),
-    ):
-        if count := max((row[name] for row in rows if row.get(name) is not None), default=0):
-            said.append(f"{int(count):,} {words}.")
+        said.append(f"{int(skipped):,} updates were left out: something in them was not finite, or their loss spiked.")
+    for event, words in EVENTS.items():
+        if count := counted(rows, f"data/{event}", starts):
+            said.append(f"{count:,} reads of training images {words} (process 0, batches read ahead included).")
     lost = sum(value is None for row in rows for value in row.values())
     if lost:
         said.append(f"{lost:,} logged values were not finite and are missing from the curves.")
-    return [*said, *record.get("notes", [])]
+    return said
+
+
+def counted(rows: Sequence[Mapping[str, Any]], name: str, starts: Sequence[Mapping[str, Any]]) -> int:
+    """Returns the sum over all starts of a count that begins at zero in each."""
+    restarts = sorted(start["step"] for start in starts[1:])
+    largest: dict[int, int] = {}
+    for row in rows:
+        if row.get(name) is not None:
+            start = bisect.bisect_left(restarts, row["step"])
+            largest[start] = max(largest.get(start, 0), int(row[name]))
+    return sum(largest.values())
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

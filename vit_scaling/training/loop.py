@@ -159,7 +159,8 @@ def _train(
         except Stopped:
             return False  # the next start measures again
         values = measured_now
-        writer.write_scalars(step, values)
+        read = {f"data/{event}": float(count) for event, count in batches.counts.items() if count}
+        writer.write_scalars(step, values | read)
         progress.show(step, {name: value for name, value in values.items() if not name.endswith(("loss", "std"))})
         if step > 0:
             best.offer(step, state, values)

@@ -6,9 +6,15 @@ const MARGIN = { left: 54, right: 12, top: 8, bottom: 30 };
 // Ticks at 1, 2 or 5 times a power of ten; on a logarithmic axis at powers of ten, or linear where there are too few.
 function ticks(low, high, log, count) {
   if (log) {
-    const from = Math.floor(Math.log10(low)), to = Math.ceil(Math.log10(high));
+    const from = Math.floor(Math.log10(low)),
+      to = Math.ceil(Math.log10(high));
     const every = Math.max(1, Math.ceil((to - from) / count));
-    for (const [stride, steps] of [[every, [1]], [1, [1]], [1, [1, 3]], [1, [1, 2, 5]]]) {
+    for (const [stride, steps] of [
+      [every, [1]],
+      [1, [1]],
+      [1, [1, 3]],
+      [1, [1, 2, 5]],
+    ]) {
       const found = [];
       for (let power = from; power <= to; power += stride) {
         for (const step of steps) {
@@ -23,14 +29,16 @@ function ticks(low, high, log, count) {
   const power = 10 ** Math.floor(Math.log10(raw));
   const step = power * [1, 2, 5, 10].find((factor) => factor * power >= raw);
   const found = [];
-  for (let value = Math.ceil(low / step) * step; value <= high + step * 1e-9; value += step) found.push(Number(value.toPrecision(12)));
+  for (let value = Math.ceil(low / step) * step; value <= high + step * 1e-9; value += step)
+    found.push(Number(value.toPrecision(12)));
   return found;
 }
 
 // An exponential moving average, weighted so that its start is no guess; `amount` from 0 (none) to below 1.
 function smooth(values, amount) {
   if (!amount) return values;
-  let sum = 0, weight = 0;
+  let sum = 0,
+    weight = 0;
   return values.map((value) => {
     if (value === null) return null;
     sum = amount * sum + (1 - amount) * value;
@@ -40,10 +48,12 @@ function smooth(values, amount) {
 }
 
 function nearest(sorted, target) {
-  let low = 0, high = sorted.length - 1;
+  let low = 0,
+    high = sorted.length - 1;
   while (high - low > 1) {
     const middle = (low + high) >> 1;
-    if (sorted[middle] < target) low = middle; else high = middle;
+    if (sorted[middle] < target) low = middle;
+    else high = middle;
   }
   return Math.abs(sorted[low] - target) <= Math.abs(sorted[high] - target) ? low : high;
 }
@@ -57,12 +67,14 @@ function chart(options) {
   const node = el("div", {}, drawing, legend);
   const box = () => ({ width: drawing.clientWidth || 400, height: drawing.clientHeight || 230 });
   const format = (value) => (options.percent ? percent(value, 2) : number(value));
-  let scale = null, selection = null;
+  let scale = null,
+    selection = null;
 
   const usable = (series) => {
     const points = [];
     for (let i = 0; i < series.x.length; i++) {
-      const x = series.x[i], y = series.y[i];
+      const x = series.x[i],
+        y = series.y[i];
       if (x === null || y === null || (options.xLog && x <= 0) || (options.yLog && y <= 0)) continue;
       points.push([x, y, i]);
     }
@@ -72,21 +84,40 @@ function chart(options) {
   function limits() {
     let [x0, x1, y0, y1] = [Infinity, -Infinity, Infinity, -Infinity];
     const all = options.series.map(usable);
-    for (const points of all) for (const [x] of points) { x0 = Math.min(x0, x); x1 = Math.max(x1, x); }
+    for (const points of all)
+      for (const [x] of points) {
+        x0 = Math.min(x0, x);
+        x1 = Math.max(x1, x);
+      }
     if (state.zoom) [x0, x1] = state.zoom;
     all.forEach((points, s) => {
       for (const [x, y, i] of points) {
         if (x < x0 || x > x1) continue;
         const band = options.series[s].band;
-        const low = band?.[0][i] ?? y, high = band?.[1][i] ?? y;
-        y0 = Math.min(y0, options.yLog && low <= 0 ? y : low); y1 = Math.max(y1, high);
+        const low = band?.[0][i] ?? y,
+          high = band?.[1][i] ?? y;
+        y0 = Math.min(y0, options.yLog && low <= 0 ? y : low);
+        y1 = Math.max(y1, high);
       }
     });
     if (!(x1 >= x0)) return null;
     if (x1 === x0) x1 = options.xLog ? x0 * 1.01 : x0 + 1;
     if (!(y1 >= y0)) [y0, y1] = options.yLog ? [0.1, 1] : [0, 1];
-    if (y1 === y0) { const pad = Math.abs(y0) * 0.1 || 1; if (options.yLog) { y0 /= 1.1; y1 *= 1.1; } else { y0 -= pad; y1 += pad; } }
-    if (!options.yLog) { const pad = 0.05 * (y1 - y0); y1 += pad; y0 -= y0 >= 0 && y0 - pad < 0 ? y0 : pad; }
+    if (y1 === y0) {
+      const pad = Math.abs(y0) * 0.1 || 1;
+      if (options.yLog) {
+        y0 /= 1.1;
+        y1 *= 1.1;
+      } else {
+        y0 -= pad;
+        y1 += pad;
+      }
+    }
+    if (!options.yLog) {
+      const pad = 0.05 * (y1 - y0);
+      y1 += pad;
+      y0 -= y0 >= 0 && y0 - pad < 0 ? y0 : pad;
+    }
     return { x0, x1, y0, y1 };
   }
 
@@ -95,43 +126,102 @@ function chart(options) {
     const range = limits();
     drawing.replaceChildren();
     drawing.setAttribute("viewBox", `0 0 ${width} ${height}`);
-    drawing.setAttribute("aria-label", `${options.label ?? options.yLabel ?? "chart"}: left and right move, plus and minus zoom, 0 shows all`);
-    if (!range) { drawing.append(svg("text", { x: width / 2, y: height / 2, "text-anchor": "middle" }, "no values yet")); legend.replaceChildren(); return; }
+    drawing.setAttribute(
+      "aria-label",
+      `${options.label ?? options.yLabel ?? "chart"}: left and right move, plus and minus zoom, 0 shows all`,
+    );
+    if (!range) {
+      drawing.append(svg("text", { x: width / 2, y: height / 2, "text-anchor": "middle" }, "no values yet"));
+      legend.replaceChildren();
+      return;
+    }
     const forward = (log) => (log ? Math.log : (v) => v);
-    const fx = forward(options.xLog), fy = forward(options.yLog);
+    const fx = forward(options.xLog),
+      fy = forward(options.yLog);
     const inner = { w: width - MARGIN.left - MARGIN.right, h: height - MARGIN.top - MARGIN.bottom };
     const px = (x) => MARGIN.left + ((fx(x) - fx(range.x0)) / (fx(range.x1) - fx(range.x0))) * inner.w;
     const py = (y) => MARGIN.top + inner.h - ((fy(y) - fy(range.y0)) / (fy(range.y1) - fy(range.y0))) * inner.h;
-    const back = (p) => { const t = fx(range.x0) + ((p - MARGIN.left) / inner.w) * (fx(range.x1) - fx(range.x0)); return options.xLog ? Math.exp(t) : t; };
+    const back = (p) => {
+      const t = fx(range.x0) + ((p - MARGIN.left) / inner.w) * (fx(range.x1) - fx(range.x0));
+      return options.xLog ? Math.exp(t) : t;
+    };
     scale = { px, py, back, range };
 
     const clip = `clip${Math.random().toString(36).slice(2)}`;
-    drawing.append(svg("clipPath", { id: clip }, svg("rect", { x: MARGIN.left - 4, y: 0, width: inner.w + 8, height: height - MARGIN.bottom + 2 })));
+    drawing.append(
+      svg(
+        "clipPath",
+        { id: clip },
+        svg("rect", { x: MARGIN.left - 4, y: 0, width: inner.w + 8, height: height - MARGIN.bottom + 2 }),
+      ),
+    );
     for (const value of ticks(range.y0, range.y1, options.yLog, Math.max(3, height / 60))) {
-      drawing.append(svg("line", { class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: py(value), y2: py(value) }),
-        svg("text", { x: MARGIN.left - 6, y: py(value) + 4, "text-anchor": "end" }, options.percent ? `${Number((100 * value).toPrecision(5))}%` : number(value, 3)));
+      drawing.append(
+        svg("line", { class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: py(value), y2: py(value) }),
+        svg(
+          "text",
+          { x: MARGIN.left - 6, y: py(value) + 4, "text-anchor": "end" },
+          options.percent ? `${Number((100 * value).toPrecision(5))}%` : number(value, 3),
+        ),
+      );
     }
     for (const value of ticks(range.x0, range.x1, options.xLog, Math.max(2, width / 110))) {
       if (options.xWhole && !Number.isInteger(value)) continue;
-      drawing.append(svg("text", { x: px(value), y: height - MARGIN.bottom + 15, "text-anchor": "middle" }, value >= 1e5 ? value.toExponential().replace("e+", "e") : number(value, 4)));
+      drawing.append(
+        svg(
+          "text",
+          { x: px(value), y: height - MARGIN.bottom + 15, "text-anchor": "middle" },
+          value >= 1e5 ? value.toExponential().replace("e+", "e") : number(value, 4),
+        ),
+      );
     }
     drawing.append(svg("text", { x: width - MARGIN.right, y: height - 2, "text-anchor": "end" }, options.xLabel ?? ""));
     const inside = svg("g", { "clip-path": `url(#${clip})` });
     drawing.append(inside);
     for (const mark of options.marks ?? []) {
       if (mark.x < range.x0 || mark.x > range.x1) continue;
-      inside.append(svg("line", { class: "mark", x1: px(mark.x), x2: px(mark.x), y1: MARGIN.top, y2: height - MARGIN.bottom }, svg("title", {}, mark.label)));
+      inside.append(
+        svg(
+          "line",
+          { class: "mark", x1: px(mark.x), x2: px(mark.x), y1: MARGIN.top, y2: height - MARGIN.bottom },
+          svg("title", {}, mark.label),
+        ),
+      );
     }
     options.series.forEach((series, s) => {
-      const colour = `s${(series.colour ?? s) % 6}`, points = usable(series);
+      const colour = `s${(series.colour ?? s) % 6}`,
+        points = usable(series);
       if (series.band) {
-        const edge = (which) => points.map(([x, , i]) => `${px(x)},${py(options.yLog ? Math.max(series.band[which][i], 1e-30) : series.band[which][i])}`);
-        inside.append(svg("polygon", { class: `band ${colour}`, points: [...edge(0), ...edge(1).reverse()].join(" ") }));
+        const edge = (which) =>
+          points.map(
+            ([x, , i]) =>
+              `${px(x)},${py(options.yLog ? Math.max(series.band[which][i], 1e-30) : series.band[which][i])}`,
+          );
+        inside.append(
+          svg("polygon", { class: `band ${colour}`, points: [...edge(0), ...edge(1).reverse()].join(" ") }),
+        );
       }
       const line = points.map(([x, y]) => `${px(x).toFixed(1)},${py(y).toFixed(1)}`).join(" ");
-      if (!series.points) inside.append(svg("polyline", { class: `series ${colour}`, points: line, "stroke-dasharray": DASHES[series.dash ?? Math.floor(s / 6) % 3], opacity: series.faint ? 0.3 : null }));
+      if (!series.points)
+        inside.append(
+          svg("polyline", {
+            class: `series ${colour}`,
+            points: line,
+            "stroke-dasharray": DASHES[series.dash ?? Math.floor(s / 6) % 3],
+            opacity: series.faint ? 0.3 : null,
+          }),
+        );
       if (series.points || points.length < 40) {
-        for (const [x, y] of points) inside.append(svg("circle", { class: colour, cx: px(x), cy: py(y), r: series.points ? 3.2 : 2.2, opacity: series.faint ? 0.4 : null }));
+        for (const [x, y] of points)
+          inside.append(
+            svg("circle", {
+              class: colour,
+              cx: px(x),
+              cy: py(y),
+              r: series.points ? 3.2 : 2.2,
+              opacity: series.faint ? 0.4 : null,
+            }),
+          );
       }
     });
     drawCursor();
@@ -143,21 +233,56 @@ function chart(options) {
     if (!scale) return;
     if (state.cursor !== null) {
       const at = scale.px(state.cursor);
-      drawing.append(svg("line", { class: "cursor", x1: at, x2: at, y1: MARGIN.top, y2: box().height - MARGIN.bottom }));
+      drawing.append(
+        svg("line", { class: "cursor", x1: at, x2: at, y1: MARGIN.top, y2: box().height - MARGIN.bottom }),
+      );
     }
-    const keys = options.series.filter((series) => !series.faint).map((series) => {
-      const s = options.series.indexOf(series);
-      const points = usable(series);
-      const value = state.cursor === null || !points.length ? null : points[nearest(points.map((p) => p[0]), state.cursor)];
-      return el("span", {}, el("span", { class: `key s${(series.colour ?? s) % 6} d${series.dash ?? Math.floor(s / 6) % 3}` }), nameOf(series.name, 40),
-        value && el("b", {}, `${format(value[1])}${value[0] === state.cursor ? "" : ` at ${number(value[0])}`}`));
-    });
-    const marks = state.cursor === null ? [] : (options.marks ?? []).filter((mark) => Math.abs(scale.px(mark.x) - scale.px(state.cursor)) < 5).map((mark) => el("span", {}, mark.label));
-    legend.replaceChildren(...keys, ...(state.cursor === null ? [] : [el("span", { class: "soft" }, `${options.xLabel ?? "x"} ${number(state.cursor, 6)}`)]), ...marks);
+    const keys = options.series
+      .filter((series) => !series.faint)
+      .map((series) => {
+        const s = options.series.indexOf(series);
+        const points = usable(series);
+        const value =
+          state.cursor === null || !points.length
+            ? null
+            : points[
+                nearest(
+                  points.map((p) => p[0]),
+                  state.cursor,
+                )
+              ];
+        return el(
+          "span",
+          {},
+          el("span", { class: `key s${(series.colour ?? s) % 6} d${series.dash ?? Math.floor(s / 6) % 3}` }),
+          nameOf(series.name, 40),
+          value && el("b", {}, `${format(value[1])}${value[0] === state.cursor ? "" : ` at ${number(value[0])}`}`),
+        );
+      });
+    const marks =
+      state.cursor === null
+        ? []
+        : (options.marks ?? [])
+            .filter((mark) => Math.abs(scale.px(mark.x) - scale.px(state.cursor)) < 5)
+            .map((mark) => el("span", {}, mark.label));
+    legend.replaceChildren(
+      ...keys,
+      ...(state.cursor === null
+        ? []
+        : [el("span", { class: "soft" }, `${options.xLabel ?? "x"} ${number(state.cursor, 6)}`)]),
+      ...marks,
+    );
   }
 
-  const abscissas = () => [...new Set(options.series.flatMap((series) => usable(series).map((p) => p[0])))].sort((a, b) => a - b);
-  const moveTo = (x) => { const all = abscissas(); if (all.length) { state.cursor = all[nearest(all, x)]; drawCursor(); } };
+  const abscissas = () =>
+    [...new Set(options.series.flatMap((series) => usable(series).map((p) => p[0])))].sort((a, b) => a - b);
+  const moveTo = (x) => {
+    const all = abscissas();
+    if (all.length) {
+      state.cursor = all[nearest(all, x)];
+      drawCursor();
+    }
+  };
   const place = (event) => event.clientX - drawing.getBoundingClientRect().left;
 
   drawing.addEventListener("pointermove", (event) => {
@@ -166,10 +291,23 @@ function chart(options) {
     if (selection) {
       selection.to = place(event);
       drawing.querySelector(".select")?.remove();
-      drawing.append(svg("rect", { class: "select", x: Math.min(selection.from, selection.to), width: Math.abs(selection.to - selection.from), y: MARGIN.top, height: box().height - MARGIN.top - MARGIN.bottom }));
+      drawing.append(
+        svg("rect", {
+          class: "select",
+          x: Math.min(selection.from, selection.to),
+          width: Math.abs(selection.to - selection.from),
+          y: MARGIN.top,
+          height: box().height - MARGIN.top - MARGIN.bottom,
+        }),
+      );
     }
   });
-  drawing.addEventListener("pointerdown", (event) => { if (event.button === 0) { selection = { from: place(event), to: place(event) }; drawing.setPointerCapture(event.pointerId); } });
+  drawing.addEventListener("pointerdown", (event) => {
+    if (event.button === 0) {
+      selection = { from: place(event), to: place(event) };
+      drawing.setPointerCapture(event.pointerId);
+    }
+  });
   drawing.addEventListener("pointerup", () => {
     drawing.querySelector(".select")?.remove();
     if (selection && scale && Math.abs(selection.to - selection.from) > 8) {
@@ -178,15 +316,38 @@ function chart(options) {
     }
     selection = null;
   });
-  drawing.addEventListener("pointerleave", () => { if (!selection) { state.cursor = null; drawCursor(); } });
-  drawing.addEventListener("dblclick", () => { state.zoom = null; redraw(); });
+  drawing.addEventListener("pointerleave", () => {
+    if (!selection) {
+      state.cursor = null;
+      drawCursor();
+    }
+  });
+  drawing.addEventListener("dblclick", () => {
+    state.zoom = null;
+    redraw();
+  });
   drawing.addEventListener("keydown", (event) => {
     const all = abscissas();
     if (!all.length || event.ctrlKey || event.metaKey || event.altKey) return;
     const index = state.cursor === null ? -1 : all.indexOf(state.cursor);
-    const go = { ArrowRight: Math.min(all.length - 1, index + 1), ArrowLeft: Math.max(0, index - 1), Home: 0, End: all.length - 1 }[event.key];
-    if (go !== undefined) { state.cursor = all[go]; drawCursor(); event.preventDefault(); return; }
-    if (event.key === "0" || event.key === "Escape") { if (state.zoom) event.stopPropagation(); state.zoom = null; redraw(); return; }
+    const go = {
+      ArrowRight: Math.min(all.length - 1, index + 1),
+      ArrowLeft: Math.max(0, index - 1),
+      Home: 0,
+      End: all.length - 1,
+    }[event.key];
+    if (go !== undefined) {
+      state.cursor = all[go];
+      drawCursor();
+      event.preventDefault();
+      return;
+    }
+    if (event.key === "0" || event.key === "Escape") {
+      if (state.zoom) event.stopPropagation();
+      state.zoom = null;
+      redraw();
+      return;
+    }
     const factor = { "+": 0.5, "=": 0.5, "-": 2 }[event.key];
     if (factor && scale) {
       const middle = state.cursor ?? (scale.range.x0 + scale.range.x1) / 2;
@@ -199,10 +360,20 @@ function chart(options) {
   new ResizeObserver(redraw).observe(drawing);
 
   node.redraw = redraw;
-  node.set = (changes) => { if ("xLabel" in changes && changes.xLabel !== options.xLabel) { state.zoom = null; state.cursor = null; } Object.assign(options, changes); redraw(); };
+  node.set = (changes) => {
+    if ("xLabel" in changes && changes.xLabel !== options.xLabel) {
+      state.zoom = null;
+      state.cursor = null;
+    }
+    Object.assign(options, changes);
+    redraw();
+  };
   node.numbers = () => {
     const header = ["series", options.xLabel ?? "x", options.yLabel ?? "y"];
-    return { header, rows: options.series.filter((s) => !s.faint).flatMap((s) => usable(s).map(([x, y]) => [s.name, x, y])) };
+    return {
+      header,
+      rows: options.series.filter((s) => !s.faint).flatMap((s) => usable(s).map(([x, y]) => [s.name, x, y])),
+    };
   };
   return node;
 }

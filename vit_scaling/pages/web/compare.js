@@ -5,20 +5,71 @@ start((main, data, arrays) => {
   const header = ["run", "accuracy", "95% from", "to", "set", "steps", "of", "hours", "share in steps", "starts"];
   const rows = runs.map((run) => {
     const total = Object.values(run.seconds).reduce((a, b) => a + b, 0);
-    return [run.title, run.headline?.value ?? null, run.headline?.interval?.[0] ?? null, run.headline?.interval?.[1] ?? null, run.headline?.name ?? "–", run.step, run.total_steps, total / 3600, total ? (run.seconds.step ?? 0) / total : null, Math.max(1, run.starts.length)];
+    return [
+      run.title,
+      run.headline?.value ?? null,
+      run.headline?.interval?.[0] ?? null,
+      run.headline?.interval?.[1] ?? null,
+      run.headline?.name ?? "–",
+      run.step,
+      run.total_steps,
+      total / 3600,
+      total ? (run.seconds.step ?? 0) / total : null,
+      Math.max(1, run.starts.length),
+    ];
   });
   const best = runs.filter((run) => run.headline).sort((a, b) => b.headline.value - a.headline.value)[0];
   const differences = ["field", ...runs.map((run) => run.title)];
   main.append(
-    el("header", { class: "top" }, el("h1", {}, `${runs.length} runs compared`), el("span", { class: "spring" }), themeSwitch()),
-    best ? el("p", { class: "verdict" }, "Highest accuracy: ", el("b", { class: "good" }, nameOf(best.title)), `, ${percent(best.headline.value, 2)} (${best.headline.name})`,
-      best.headline.interval ? `, 95% interval ${percent(best.headline.interval[0], 2)} to ${percent(best.headline.interval[1], 2)}.` : ".") : "",
+    el(
+      "header",
+      { class: "top" },
+      el("h1", {}, `${runs.length} runs compared`),
+      el("span", { class: "spring" }),
+      themeSwitch(),
+    ),
+    best
+      ? el(
+          "p",
+          { class: "verdict" },
+          "Highest accuracy: ",
+          el("b", { class: "good" }, nameOf(best.title)),
+          `, ${percent(best.headline.value, 2)} (${best.headline.name})`,
+          best.headline.interval
+            ? `, 95% interval ${percent(best.headline.interval[0], 2)} to ${percent(best.headline.interval[1], 2)}.`
+            : ".",
+        )
+      : "",
     figure("Results", table("One row for each run", header, rows), { wide: true, numbers: () => ({ header, rows }) }),
-    el("ul", { class: "plain" }, runs.flatMap((run) => run.notes.map((note) => el("li", {}, nameOf(run.title), `: ${note}`)))),
-    section("What differs", data.differing.length
-      ? figure("Fields of the config that differ", table("One column for each run", differences, data.differing), { wide: true, numbers: () => ({ header: differences, rows: data.differing }) })
-      : el("p", { class: "soft" }, "The configs are the same.")),
+    el(
+      "ul",
+      { class: "plain" },
+      runs.flatMap((run) => run.notes.map((note) => el("li", {}, nameOf(run.title), `: ${note}`))),
+    ),
+    section(
+      "What differs",
+      data.differing.length
+        ? figure("Fields of the config that differ", table("One column for each run", differences, data.differing), {
+            wide: true,
+            numbers: () => ({ header: differences, rows: data.differing }),
+          })
+        : el("p", { class: "soft" }, "The configs are the same."),
+    ),
     curveSection(runs),
-    section("Time", el("div", { class: "figures" }, runs.map((run) => el("div", {}, el("h3", {}, nameOf(run.title)), timeBar(run))))),
-    section("Commands", runs.map((run) => [el("h3", {}, nameOf(run.title)), el("pre", {}, run.command ?? "the command was not recorded")])));
+    section(
+      "Time",
+      el(
+        "div",
+        { class: "figures" },
+        runs.map((run) => el("div", {}, el("h3", {}, nameOf(run.title)), timeBar(run))),
+      ),
+    ),
+    section(
+      "Commands",
+      runs.map((run) => [
+        el("h3", {}, nameOf(run.title)),
+        el("pre", {}, run.command ?? "the command was not recorded"),
+      ]),
+    ),
+  );
 });

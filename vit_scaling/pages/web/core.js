@@ -10,7 +10,14 @@ async function unpack() {
   const raw = await new Response(stream).arrayBuffer();
   const length = new DataView(raw).getUint32(0, true);
   const both = JSON.parse(new TextDecoder().decode(new Uint8Array(raw, 4, length)));
-  const types = { uint8: Uint8Array, int8: Int8Array, uint16: Uint16Array, int16: Int16Array, int32: Int32Array, float32: Float32Array };
+  const types = {
+    uint8: Uint8Array,
+    int8: Int8Array,
+    uint16: Uint16Array,
+    int16: Int16Array,
+    int32: Int32Array,
+    float32: Float32Array,
+  };
   const arrays = {};
   for (const [name, entry] of Object.entries(both.arrays)) {
     const count = entry.shape.reduce((a, b) => a * b, 1);
@@ -57,7 +64,8 @@ function number(value, digits = 4) {
   return String(Number(value.toPrecision(digits)));
 }
 
-const percent = (value, digits = 1) => (value === null || value === undefined ? "–" : `${(100 * value).toFixed(digits)}%`);
+const percent = (value, digits = 1) =>
+  value === null || value === undefined ? "–" : `${(100 * value).toFixed(digits)}%`;
 
 function duration(seconds) {
   if (seconds === null || seconds === undefined) return "–";
@@ -78,21 +86,55 @@ function csvText(header, rows) {
 }
 
 function saveCsv(name, header, rows) {
-  const link = el("a", { download: name, href: URL.createObjectURL(new Blob([csvText(header, rows)], { type: "text/csv" })) });
+  const link = el("a", {
+    download: name,
+    href: URL.createObjectURL(new Blob([csvText(header, rows)], { type: "text/csv" })),
+  });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
 function table(caption, header, rows, { most = 2000, changed = null } = {}) {
-  const isNumber = header.map((_, column) => rows.length > 0 && rows.every((row) => row[column] === null || typeof row[column] === "number"));
+  const isNumber = header.map(
+    (_, column) => rows.length > 0 && rows.every((row) => row[column] === null || typeof row[column] === "number"),
+  );
   const cell = (value, column) =>
-    el("td", { class: isNumber[column] ? "number" : null }, value instanceof Node ? value : isNumber[column] ? number(value, 5) : nameOf(value ?? "–", 200));
-  const left = rows.length > most ? ` The first ${most.toLocaleString("en-US")} of ${rows.length.toLocaleString("en-US")} rows; the CSV file has all.` : "";
-  return el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption },
-    el("table", {},
+    el(
+      "td",
+      { class: isNumber[column] ? "number" : null },
+      value instanceof Node ? value : isNumber[column] ? number(value, 5) : nameOf(value ?? "–", 200),
+    );
+  const left =
+    rows.length > most
+      ? ` The first ${most.toLocaleString("en-US")} of ${rows.length.toLocaleString("en-US")} rows; the CSV file has all.`
+      : "";
+  return el(
+    "div",
+    { class: "scroll", tabindex: 0, role: "region", "aria-label": caption },
+    el(
+      "table",
+      {},
       el("caption", {}, caption + left),
-      el("thead", {}, el("tr", {}, header.map((name, column) => el("th", { scope: "col", class: isNumber[column] ? "number" : null }, nameOf(name))))),
-      el("tbody", {}, rows.slice(0, most).map((row, index) => el("tr", { class: changed?.(row, index) ? "changed" : null }, row.map(cell))))));
+      el(
+        "thead",
+        {},
+        el(
+          "tr",
+          {},
+          header.map((name, column) =>
+            el("th", { scope: "col", class: isNumber[column] ? "number" : null }, nameOf(name)),
+          ),
+        ),
+      ),
+      el(
+        "tbody",
+        {},
+        rows
+          .slice(0, most)
+          .map((row, index) => el("tr", { class: changed?.(row, index) ? "changed" : null }, row.map(cell))),
+      ),
+    ),
+  );
 }
 
 let figureCount = 0;
@@ -101,28 +143,56 @@ let figureCount = 0;
 // `numbers()` returns { header, rows }; it is called when somebody asks.
 function figure(title, body, { note = null, numbers = null, wide = false } = {}) {
   const id = `figure${++figureCount}`;
-  const slug = title.toLowerCase().replace(/[^a-z0-9]+/g, "_").slice(0, 60);
+  const slug = title
+    .toLowerCase()
+    .replace(/[^a-z0-9]+/g, "_")
+    .slice(0, 60);
   const place = el("div", {}, body);
   const enlarge = () => {
     const box = el("dialog", { "aria-labelledby": id });
     const close = el("button", { onclick: () => box.close() }, "Close");
-    box.addEventListener("close", () => { place.append(body); box.remove(); body.redraw?.(); });
+    box.addEventListener("close", () => {
+      place.append(body);
+      box.remove();
+      body.redraw?.();
+    });
     box.append(el("div", { class: "bar" }, el("h3", {}, title), close), body);
     document.body.append(box);
     box.showModal();
     body.redraw?.();
   };
-  const node = el("figure", { class: wide ? "wide" : null, "aria-labelledby": id },
-    el("div", { class: "head" }, el("h3", { id }, title),
+  const node = el(
+    "figure",
+    { class: wide ? "wide" : null, "aria-labelledby": id },
+    el(
+      "div",
+      { class: "head" },
+      el("h3", { id }, title),
       el("button", { onclick: enlarge, "aria-label": `Enlarge: ${title}` }, "enlarge"),
-      numbers && el("button", { onclick: () => { const n = numbers(); saveCsv(`${slug}.csv`, n.header, n.rows); }, "aria-label": `CSV: ${title}` }, "CSV")),
+      numbers &&
+        el(
+          "button",
+          {
+            onclick: () => {
+              const n = numbers();
+              saveCsv(`${slug}.csv`, n.header, n.rows);
+            },
+            "aria-label": `CSV: ${title}`,
+          },
+          "CSV",
+        ),
+    ),
     place,
-    note && el("figcaption", {}, note));
+    note && el("figcaption", {}, note),
+  );
   if (numbers) {
     const details = el("details", {}, el("summary", {}, "Numbers as a table"));
     node.refresh = () => {
       details.querySelector(".scroll")?.remove();
-      if (details.open) { const n = numbers(); details.append(table(title, n.header, n.rows)); }
+      if (details.open) {
+        const n = numbers();
+        details.append(table(title, n.header, n.rows));
+      }
     };
     details.addEventListener("toggle", node.refresh);
     node.append(details);
@@ -132,7 +202,9 @@ function figure(title, body, { note = null, numbers = null, wide = false } = {})
 
 // One choice of several, as a row of buttons. `choose(value)` is called with the new value.
 function choice(label, options, value, choose) {
-  const buttons = options.map(([key, text]) => el("button", { "aria-pressed": String(key === value), "data-value": String(key), onclick: () => set(key) }, text));
+  const buttons = options.map(([key, text]) =>
+    el("button", { "aria-pressed": String(key === value), "data-value": String(key), onclick: () => set(key) }, text),
+  );
   const set = (key) => {
     buttons.forEach((button, index) => button.setAttribute("aria-pressed", String(options[index][0] === key)));
     choose(key);
@@ -141,14 +213,29 @@ function choice(label, options, value, choose) {
 }
 
 function themeSwitch() {
-  return choice("Colours", [["light dark", "Auto"], ["light", "Light"], ["dark", "Dark"]], "light dark", (scheme) => {
-    document.documentElement.style.colorScheme = scheme;
-    document.dispatchEvent(new Event("theme"));
-  });
+  return choice(
+    "Colours",
+    [
+      ["light dark", "Auto"],
+      ["light", "Light"],
+      ["dark", "Dark"],
+    ],
+    "light dark",
+    (scheme) => {
+      document.documentElement.style.colorScheme = scheme;
+      document.dispatchEvent(new Event("theme"));
+    },
+  );
 }
 
 function fact(name, value, detail = null) {
-  return el("div", {}, el("div", { class: "name" }, name), el("div", { class: "value" }, value), detail && el("div", { class: "detail" }, detail));
+  return el(
+    "div",
+    {},
+    el("div", { class: "name" }, name),
+    el("div", { class: "value" }, value),
+    detail && el("div", { class: "detail" }, detail),
+  );
 }
 
 function section(title, ...children) {

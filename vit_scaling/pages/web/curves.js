@@ -13,6 +13,7 @@ const GROUPS = [
   { title: "Waiting for data, and goodput", pattern: /^(data_wait_share|useful_share|goodput)$/, percent: true },
   { title: "Seconds per step", pattern: /^step_seconds$/, smoothable: /./, log: true },
   { title: "Skipped updates", pattern: /^skipped$/ },
+  { title: "Irregular training images, counted in each start", pattern: /^data\// },
 ];
 const UNSEEN = /^(examples|epoch)$|_std$/; // axes, and the deviations that are drawn as bands
 
@@ -29,9 +30,16 @@ function secondsAt(run, step) {
 function withCurves(data, arrays, prefix = "") {
   const curves = {};
   for (const { name, steps, values } of data.curves) {
-    curves[name] = { steps: Array.from(arrays[steps]), values: Array.from(arrays[values], (v) => (Number.isFinite(v) ? v : null)) };
+    curves[name] = {
+      steps: Array.from(arrays[steps]),
+      values: Array.from(arrays[values], (v) => (Number.isFinite(v) ? v : null)),
+    };
   }
-  return { ...data, curves, clock: { steps: Array.from(arrays[`${prefix}clock.steps`]), seconds: Array.from(arrays[`${prefix}clock.seconds`]) } };
+  return {
+    ...data,
+    curves,
+    clock: { steps: Array.from(arrays[`${prefix}clock.steps`]), seconds: Array.from(arrays[`${prefix}clock.seconds`]) },
+  };
 }
 
 // runs: made by withCurves, each with a title where there are several.
@@ -52,56 +60,195 @@ function curveSection(runs) {
   const several = runs.length > 1;
 
   function seriesOf(group) {
-    return runs.flatMap((run, r) => group.names.filter((name) => run.curves[name]).flatMap((name, n) => {
-      const { steps, values } = run.curves[name];
-      const x = steps.map((step) => axes[state.axis].of(run, step));
-      const label = several ? (group.names.length > 1 ? `${run.title} ${name}` : run.title) : name;
-      const look = several ? { colour: r, dash: n % 3 } : {};
-      const deviation = run.curves[`${name}_std`];
-      const band = deviation && [values.map((v, i) => (v === null ? v : v - deviation.values[i])), values.map((v, i) => (v === null ? v : v + deviation.values[i]))];
-      const smoothed = state.smoothing && group.smoothable?.test(name);
-      const line = { name: label, x, y: smoothed ? smooth(values, state.smoothing) : values, ...look, band };
-      return smoothed ? [line, { ...line, y: values, faint: true, band: null }] : [line];
-    }));
+    return runs.flatMap((run, r) =>
+      group.names
+        .filter((name) => run.curves[name])
+        .flatMap((name, n) => {
+          const { steps, values } = run.curves[name];
+          const x = steps.map((step) => axes[state.axis].of(run, step));
+          const label = several ? (group.names.length > 1 ? `${run.title} ${name}` : run.title) : name;
+          const look = several ? { colour: r, dash: n % 3 } : {};
+          const deviation = run.curves[`${name}_std`];
+          const band = deviation && [
+            values.map((v, i) => (v === null ? v : v - deviation.values[i])),
+            values.map((v, i) => (v === null ? v : v + deviation.values[i])),
+          ];
+          const smoothed = state.smoothing && group.smoothable?.test(name);
+          const line = { name: label, x, y: smoothed ? smooth(values, state.smoothing) : values, ...look, band };
+          return smoothed ? [line, { ...line, y: values, faint: true, band: null }] : [line];
+        }),
+    );
   }
 
   // In one run a faint raw curve must share the colour of its smoothed one.
   function coloured(series) {
     if (several) return series;
     let colour = -1;
-    return series.map((each) => { if (!each.faint) colour++; return { ...each, colour: colour % 6, dash: Math.floor(colour / 6) % 3 }; });
+    return series.map((each) => {
+      if (!each.faint) colour++;
+      return { ...each, colour: colour % 6, dash: Math.floor(colour / 6) % 3 };
+    });
   }
 
-  const marks = () => runs.flatMap((run) => (run.starts ?? []).slice(1).map((start, i) => ({ x: axes[state.axis].of(run, start.step), label: `${several ? run.title + ": " : ""}restart ${i + 1} at step ${start.step}` })));
-  const shown = groups.filter((group) => group.names.length).map((group) => {
-    const drawn = chart({ label: group.title, yLabel: group.title, percent: group.percent, series: [], xLabel: "step" });
-    drawn.update = () => drawn.set({
-      series: coloured(seriesOf(group)), marks: marks(), xLabel: axes[state.axis].label, xLog: state.xLog,
-      yLog: state.scale === "auto" ? Boolean(group.log) && !group.percent : state.scale === "log",
+  const marks = () =>
+    runs.flatMap((run) =>
+      (run.starts ?? [])
+        .slice(1)
+        .map((start, i) => ({
+          x: axes[state.axis].of(run, start.step),
+          label: `${several ? run.title + ": " : ""}restart ${i + 1} at step ${start.step}`,
+        })),
+    );
+  const shown = groups
+    .filter((group) => group.names.length)
+    .map((group) => {
+      const drawn = chart({
+        label: group.title,
+        yLabel: group.title,
+        percent: group.percent,
+        series: [],
+        xLabel: "step",
+      });
+      drawn.update = () =>
+        drawn.set({
+          series: coloured(seriesOf(group)),
+          marks: marks(),
+          xLabel: axes[state.axis].label,
+          xLog: state.xLog,
+          yLog: state.scale === "auto" ? Boolean(group.log) && !group.percent : state.scale === "log",
+        });
+      return { drawn, node: figure(group.title, drawn, { numbers: () => drawn.numbers() }) };
     });
-    return { drawn, node: figure(group.title, drawn, { numbers: () => drawn.numbers() }) };
+  const update = () =>
+    shown.forEach(({ drawn, node }) => {
+      drawn.update();
+      node.refresh();
+    });
+  const amount = el("input", {
+    type: "range",
+    min: 0,
+    max: 0.99,
+    step: 0.01,
+    value: 0,
+    "aria-label": "Smoothing",
+    oninput: (event) => {
+      state.smoothing = Number(event.target.value);
+      update();
+    },
   });
-  const update = () => shown.forEach(({ drawn, node }) => { drawn.update(); node.refresh(); });
-  const amount = el("input", { type: "range", min: 0, max: 0.99, step: 0.01, value: 0, "aria-label": "Smoothing", oninput: (event) => { state.smoothing = Number(event.target.value); update(); } });
   update();
-  return el("section", { "aria-label": "Curves" }, el("h2", {}, "Curves"),
-    el("div", { class: "bar sticky" },
-      el("label", { class: "control" }, "by ", choice("Horizontal axis", [["step", "step"], ["images", "images"], ["seconds", "seconds"]], "step", (axis) => { state.axis = axis; update(); })),
-      el("label", { class: "control" }, "x ", choice("Horizontal scale", [[false, "linear"], [true, "log"]], false, (log) => { state.xLog = log; update(); })),
-      el("label", { class: "control" }, "y ", choice("Vertical scale", [["auto", "auto"], ["linear", "linear"], ["log", "log"]], "auto", (scale) => { state.scale = scale; update(); })),
-      el("label", { class: "control" }, "smoothing ", amount)),
-    el("p", { class: "note" }, "Drag to zoom, double-click to see all. With a chart in focus: arrow keys read values, + and − zoom, 0 shows all. Dashed verticals are restarts."),
-    el("div", { class: "figures" }, shown.map(({ node }) => node)));
+  return el(
+    "section",
+    { "aria-label": "Curves" },
+    el("h2", {}, "Curves"),
+    el(
+      "div",
+      { class: "bar sticky" },
+      el(
+        "label",
+        { class: "control" },
+        "by ",
+        choice(
+          "Horizontal axis",
+          [
+            ["step", "step"],
+            ["images", "images"],
+            ["seconds", "seconds"],
+          ],
+          "step",
+          (axis) => {
+            state.axis = axis;
+            update();
+          },
+        ),
+      ),
+      el(
+        "label",
+        { class: "control" },
+        "x ",
+        choice(
+          "Horizontal scale",
+          [
+            [false, "linear"],
+            [true, "log"],
+          ],
+          false,
+          (log) => {
+            state.xLog = log;
+            update();
+          },
+        ),
+      ),
+      el(
+        "label",
+        { class: "control" },
+        "y ",
+        choice(
+          "Vertical scale",
+          [
+            ["auto", "auto"],
+            ["linear", "linear"],
+            ["log", "log"],
+          ],
+          "auto",
+          (scale) => {
+            state.scale = scale;
+            update();
+          },
+        ),
+      ),
+      el("label", { class: "control" }, "smoothing ", amount),
+    ),
+    el(
+      "p",
+      { class: "note" },
+      "Drag to zoom, double-click to see all. With a chart in focus: arrow keys read values, + and − zoom, 0 shows all. Dashed verticals are restarts.",
+    ),
+    el(
+      "div",
+      { class: "figures" },
+      shown.map(({ node }) => node),
+    ),
+  );
 }
 
 // Where the time went, over all restarts.
 function timeBar(run) {
-  const parts = Object.entries(run.seconds).filter(([, seconds]) => seconds > 0).sort((a, b) => b[1] - a[1]);
+  const parts = Object.entries(run.seconds)
+    .filter(([, seconds]) => seconds > 0)
+    .sort((a, b) => b[1] - a[1]);
   const total = parts.reduce((sum, [, seconds]) => sum + seconds, 0);
   if (!total) return el("p", { class: "soft" }, "No time has been noted yet.");
-  const bar = el("div", { class: "stack", role: "img", "aria-label": parts.map(([name, s]) => `${name} ${duration(s)}`).join(", ") },
-    parts.map(([name, seconds], i) => { const part = el("div", { title: `${name}: ${duration(seconds)}, ${percent(seconds / total)}` }); part.style.width = `${(100 * seconds) / total}%`; part.style.background = `var(--s${i % 6})`; return part; }));
-  const legend = el("div", { class: "legend" }, parts.map(([name, seconds], i) => el("span", {}, el("span", { class: `key s${i % 6}` }), name, el("b", {}, `${duration(seconds)} (${percent(seconds / total)})`))));
-  const numbers = () => ({ header: ["part", "seconds", "share"], rows: parts.map(([name, seconds]) => [name, seconds, seconds / total]) });
-  return figure("Where the time went", el("div", {}, bar, legend), { numbers, wide: true, note: "Over all restarts. “lost” is time that a crash undid." });
+  const bar = el(
+    "div",
+    { class: "stack", role: "img", "aria-label": parts.map(([name, s]) => `${name} ${duration(s)}`).join(", ") },
+    parts.map(([name, seconds], i) => {
+      const part = el("div", { title: `${name}: ${duration(seconds)}, ${percent(seconds / total)}` });
+      part.style.width = `${(100 * seconds) / total}%`;
+      part.style.background = `var(--s${i % 6})`;
+      return part;
+    }),
+  );
+  const legend = el(
+    "div",
+    { class: "legend" },
+    parts.map(([name, seconds], i) =>
+      el(
+        "span",
+        {},
+        el("span", { class: `key s${i % 6}` }),
+        name,
+        el("b", {}, `${duration(seconds)} (${percent(seconds / total)})`),
+      ),
+    ),
+  );
+  const numbers = () => ({
+    header: ["part", "seconds", "share"],
+    rows: parts.map(([name, seconds]) => [name, seconds, seconds / total]),
+  });
+  return figure("Where the time went", el("div", {}, bar, legend), {
+    numbers,
+    wide: true,
+    note: "Over all restarts. “lost” is time that a crash undid.",
+  });
 }

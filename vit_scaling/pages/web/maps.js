@@ -1,9 +1,27 @@
 // Maps of numbers as pictures: colours, and cells on a canvas.
 
 // Samples of matplotlib's viridis (CC0), whose lightness alone carries the order; light is high on both grounds.
-const SEQUENTIAL = [[68, 1, 84], [71, 44, 122], [59, 81, 139], [44, 113, 142], [33, 144, 141], [39, 173, 129], [92, 200, 99], [170, 220, 50], [253, 231, 37]];
+const SEQUENTIAL = [
+  [68, 1, 84],
+  [71, 44, 122],
+  [59, 81, 139],
+  [44, 113, 142],
+  [33, 144, 141],
+  [39, 173, 129],
+  [92, 200, 99],
+  [170, 220, 50],
+  [253, 231, 37],
+];
 // Blue to orange through grey: signs stay apart in every common colour blindness.
-const SIGNED = [[0, 84, 147], [64, 140, 191], [146, 188, 215], [214, 222, 226], [238, 190, 150], [217, 130, 65], [163, 70, 0]];
+const SIGNED = [
+  [0, 84, 147],
+  [64, 140, 191],
+  [146, 188, 215],
+  [214, 222, 226],
+  [238, 190, 150],
+  [217, 130, 65],
+  [163, 70, 0],
+];
 
 function colour(stops, t) {
   const at = Math.min(1, Math.max(0, t)) * (stops.length - 1);
@@ -11,14 +29,22 @@ function colour(stops, t) {
   return stops[low].map((value, i) => Math.round(value + (stops[low + 1][i] - value) * (at - low)));
 }
 
-const tableOf = (stops) => { const table = new Uint8Array(256 * 3); for (let i = 0; i < 256; i++) table.set(colour(stops, i / 255), 3 * i); return table; };
-const SEQUENTIAL_TABLE = tableOf(SEQUENTIAL), SIGNED_TABLE = tableOf(SIGNED);
+const tableOf = (stops) => {
+  const table = new Uint8Array(256 * 3);
+  for (let i = 0; i < 256; i++) table.set(colour(stops, i / 255), 3 * i);
+  return table;
+};
+const SEQUENTIAL_TABLE = tableOf(SEQUENTIAL),
+  SIGNED_TABLE = tableOf(SIGNED);
 
 // Paints values [rows x columns] onto a canvas, one pixel a cell. NaN is a cell that cannot be seen: left transparent.
 // `high` is the value of the brightest colour; signed maps run from -high to high. Weights are shown by their root,
 // since most of them are far below the largest.
 function paint(canvas, values, rows, columns, { high, signed = false, root = !signed } = {}) {
-  if (canvas.width !== columns || canvas.height !== rows) { canvas.width = columns; canvas.height = rows; }
+  if (canvas.width !== columns || canvas.height !== rows) {
+    canvas.width = columns;
+    canvas.height = rows;
+  }
   const context = canvas.getContext("2d");
   const pixels = context.createImageData(columns, rows);
   const colours = signed ? SIGNED_TABLE : SEQUENTIAL_TABLE;
@@ -36,11 +62,21 @@ function paint(canvas, values, rows, columns, { high, signed = false, root = !si
   context.putImageData(pixels, 0, 0);
 }
 
-const largest = (values) => { let top = 0; for (const value of values) if (Math.abs(value) > top) top = Math.abs(value); return top; };
+const largest = (values) => {
+  let top = 0;
+  for (const value of values) if (Math.abs(value) > top) top = Math.abs(value);
+  return top;
+};
 
 function scaleBar(high, { signed = false, root = !signed } = {}) {
   const canvas = el("canvas", { "aria-hidden": "true" });
-  paint(canvas, Float32Array.from({ length: 128 }, (_, i) => (signed ? (2 * i) / 127 - 1 : (i / 127) * (root ? i / 127 : 1))), 1, 128, { high: 1, signed, root });
+  paint(
+    canvas,
+    Float32Array.from({ length: 128 }, (_, i) => (signed ? (2 * i) / 127 - 1 : (i / 127) * (root ? i / 127 : 1))),
+    1,
+    128,
+    { high: 1, signed, root },
+  );
   return el("span", { class: "scale" }, signed ? number(-high, 3) : "0", canvas, number(high, 3));
 }
 
@@ -59,26 +95,48 @@ function mapFigure(title, get, { note = null, describe = null } = {}) {
     readout.textContent = `${where}: ${Number.isNaN(value) ? "cannot be seen" : number(value)}`;
   };
   canvas.addEventListener("pointermove", (event) => {
-    const box = canvas.getBoundingClientRect(), map = get();
-    at = [Math.floor(((event.clientY - box.top) / box.height) * map.rows), Math.floor(((event.clientX - box.left) / box.width) * map.columns)];
+    const box = canvas.getBoundingClientRect(),
+      map = get();
+    at = [
+      Math.floor(((event.clientY - box.top) / box.height) * map.rows),
+      Math.floor(((event.clientX - box.left) / box.width) * map.columns),
+    ];
     tell();
   });
   canvas.addEventListener("keydown", (event) => {
     const move = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
-    if (move) { at = [at[0] + move[0], at[1] + move[1]]; tell(); event.preventDefault(); event.stopPropagation(); }
+    if (move) {
+      at = [at[0] + move[0], at[1] + move[1]];
+      tell();
+      event.preventDefault();
+      event.stopPropagation();
+    }
   });
   body.redraw = () => {
     const map = get();
     paint(canvas, map.values, map.rows, map.columns, map);
-    canvas.setAttribute("aria-label", `${title}: ${map.rows} rows, ${map.columns} columns, largest ${number(map.high)}; arrow keys read cells`);
+    canvas.setAttribute(
+      "aria-label",
+      `${title}: ${map.rows} rows, ${map.columns} columns, largest ${number(map.high)}; arrow keys read cells`,
+    );
   };
   body.redraw();
   const numbers = () => {
     const map = get();
-    return { header: ["row", "column", "value"], rows: Array.from(map.values, (value, i) => [Math.floor(i / map.columns) + 1, (i % map.columns) + 1, Number.isNaN(value) ? null : value]) };
+    return {
+      header: ["row", "column", "value"],
+      rows: Array.from(map.values, (value, i) => [
+        Math.floor(i / map.columns) + 1,
+        (i % map.columns) + 1,
+        Number.isNaN(value) ? null : value,
+      ]),
+    };
   };
   const node = figure(title, body, { note, numbers });
-  node.redraw = () => { body.redraw(); node.refresh(); };
+  node.redraw = () => {
+    body.redraw();
+    node.refresh();
+  };
   node.canvas = canvas;
   return node;
 }

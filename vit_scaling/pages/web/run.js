@@ -4,49 +4,164 @@ function firstScreen(run) {
   const total = Object.values(run.seconds).reduce((a, b) => a + b, 0);
   const head = run.headline;
   const verdict = run.finished
-    ? el("p", { class: "verdict" }, el("b", { class: "good" }, "Finished."), ` ${number(run.total_steps)} steps of ${number(run.batch_size)} images.`)
-    : el("p", { class: "verdict" }, el("b", { class: "bad" }, "Not finished."), ` Step ${number(run.step)} of ${number(run.total_steps)}.`);
-  const facts = el("div", { class: "facts" },
+    ? el(
+        "p",
+        { class: "verdict" },
+        el("b", { class: "good" }, "Finished."),
+        ` ${number(run.total_steps)} steps of ${number(run.batch_size)} images.`,
+      )
+    : el(
+        "p",
+        { class: "verdict" },
+        el("b", { class: "bad" }, "Not finished."),
+        ` Step ${number(run.step)} of ${number(run.total_steps)}.`,
+      );
+  const facts = el(
+    "div",
+    { class: "facts" },
     head
-      ? fact(head.name.replace("/", " "), percent(head.value, 2), head.interval ? `95% interval ${percent(head.interval[0], 2)} to ${percent(head.interval[1], 2)}, ${number(head.examples)} images, step ${number(head.step)}` : `step ${number(head.step)}`)
+      ? fact(
+          head.name.replace("/", " "),
+          percent(head.value, 2),
+          head.interval
+            ? `95% interval ${percent(head.interval[0], 2)} to ${percent(head.interval[1], 2)}, ${number(head.examples)} images, step ${number(head.step)}`
+            : `step ${number(head.step)}`,
+        )
       : fact("accuracy", "–", "nothing was evaluated yet"),
     fact("time", duration(total), run.seconds.step ? `${percent(run.seconds.step / total)} of it in steps` : null),
-    fact("images seen", number(run.step * run.batch_size), `${percent(run.total_steps ? run.step / run.total_steps : null, 0)} of the planned steps`),
+    fact(
+      "images seen",
+      number(run.step * run.batch_size),
+      `${percent(run.total_steps ? run.step / run.total_steps : null, 0)} of the planned steps`,
+    ),
     fact("devices", number(run.environment.device_count ?? null), run.environment.device_kind ?? null),
-    fact("starts", number(Math.max(1, run.starts.length)), run.starts.length > 1 ? `restarted at step ${run.starts.slice(1).map((s) => s.step).join(", ")}` : "no restart"));
-  return [verdict, facts,
-    run.notes.length > 0 && el("ul", { class: "plain" }, run.notes.map((note) => el("li", {}, note))),
-    el("h3", {}, "The same run again"), el("pre", {}, run.command ?? "the command was not recorded")];
+    fact(
+      "starts",
+      number(Math.max(1, run.starts.length)),
+      run.starts.length > 1
+        ? `restarted at step ${run.starts
+            .slice(1)
+            .map((s) => s.step)
+            .join(", ")}`
+        : "no restart",
+    ),
+  );
+  return [
+    verdict,
+    facts,
+    run.notes.length > 0 &&
+      el(
+        "ul",
+        { class: "plain" },
+        run.notes.map((note) => el("li", {}, note)),
+      ),
+    el("h3", {}, "The same run again"),
+    el("pre", {}, run.command ?? "the command was not recorded"),
+  ];
 }
 
 function evaluationSection(evaluation) {
   if (!evaluation) return section("Evaluation", el("p", { class: "soft" }, "No set was classified."));
-  const about = el("p", { class: "note" }, `The ${evaluation.set} set at step ${number(evaluation.step)}.${evaluation.left_out ? ` ${evaluation.left_out}.` : ""}`);
+  const about = el(
+    "p",
+    { class: "note" },
+    `The ${evaluation.set} set at step ${number(evaluation.step)}.${evaluation.left_out ? ` ${evaluation.left_out}.` : ""}`,
+  );
   if (!evaluation.classes) return section("Evaluation", about);
   const header = ["class", "images", "right", "accuracy", "predicted"];
-  const rows = evaluation.classes.map(([name, total, right, accuracy, called]) => [name, total, right, accuracy, called]);
-  const left = evaluation.classes_left_out ? ` ${evaluation.classes_left_out} classes with higher accuracy are left out.` : "";
-  return section("Evaluation", about,
-    figure(`Classes, least accurate first`, table(`${evaluation.images - evaluation.wrong} of ${evaluation.images} images right.${left}`, header, rows), { wide: true, numbers: () => ({ header, rows }) }),
-    el("h3", {}, evaluation.confusions.length ? `Most frequent confusions (${evaluation.confusions.length} of ${evaluation.pairs} pairs)` : "No image was confused."),
-    el("div", { class: "tiles" }, evaluation.confusions.map((each) => el("div", {},
-      el("img", { src: each.image, alt: "an image that was confused" }),
-      nameOf(each.label, 24), el("div", { class: "bad" }, "taken for ", nameOf(each.prediction, 24)), el("div", { class: "soft" }, each.count > 1 ? `${each.count} times` : "once")))));
+  const rows = evaluation.classes.map(([name, total, right, accuracy, called]) => [
+    name,
+    total,
+    right,
+    accuracy,
+    called,
+  ]);
+  const left = evaluation.classes_left_out
+    ? ` ${evaluation.classes_left_out} classes with higher accuracy are left out.`
+    : "";
+  return section(
+    "Evaluation",
+    about,
+    figure(
+      `Classes, least accurate first`,
+      table(`${evaluation.images - evaluation.wrong} of ${evaluation.images} images right.${left}`, header, rows),
+      { wide: true, numbers: () => ({ header, rows }) },
+    ),
+    el(
+      "h3",
+      {},
+      evaluation.confusions.length
+        ? `Most frequent confusions (${evaluation.confusions.length} of ${evaluation.pairs} pairs)`
+        : "No image was confused.",
+    ),
+    el(
+      "div",
+      { class: "tiles" },
+      evaluation.confusions.map((each) =>
+        el(
+          "div",
+          {},
+          el("img", { src: each.image, alt: "an image that was confused" }),
+          nameOf(each.label, 24),
+          el("div", { class: "bad" }, "taken for ", nameOf(each.prediction, 24)),
+          el("div", { class: "soft" }, each.count > 1 ? `${each.count} times` : "once"),
+        ),
+      ),
+    ),
+  );
+}
+
+// What was logged as a warning or an error, over all starts.
+function warningSection(run) {
+  const header = ["level", "text", "how often"];
+  if (!run.warnings.length) return section("Warnings", el("p", { class: "soft" }, "No warning was logged."));
+  const body = table("Of the first process, over all starts", header, run.warnings);
+  const numbers = () => ({ header, rows: run.warnings });
+  return section("Warnings", figure(`${run.warnings.length} different warnings`, body, { wide: true, numbers }));
 }
 
 function configSection(run) {
   const changed = new Set(run.overridden);
   const rows = run.config.map(([name, value]) => [name, value, changed.has(name) ? "overridden" : ""]);
-  return section("Config",
-    el("p", { class: "note" }, changed.size ? `${changed.size} fields were overridden on the command line; they are marked.` : "No field was overridden on the command line."),
-    figure("All fields", table("Resolved config, durations in steps", ["field", "value", "origin"], rows, { changed: (row) => row[2] !== "" }), { wide: true, numbers: () => ({ header: ["field", "value", "origin"], rows }) }));
+  return section(
+    "Config",
+    el(
+      "p",
+      { class: "note" },
+      changed.size
+        ? `${changed.size} fields were overridden on the command line; they are marked.`
+        : "No field was overridden on the command line.",
+    ),
+    figure(
+      "All fields",
+      table("Resolved config, durations in steps", ["field", "value", "origin"], rows, {
+        changed: (row) => row[2] !== "",
+      }),
+      { wide: true, numbers: () => ({ header: ["field", "value", "origin"], rows }) },
+    ),
+  );
 }
 
 function parameterSection(run) {
   if (!run.parameters) return null;
-  const header = ["parameter", "shape", "count", "weight decay", "learning-rate scale", "sharded over", "bytes per device"];
+  const header = [
+    "parameter",
+    "shape",
+    "count",
+    "weight decay",
+    "learning-rate scale",
+    "sharded over",
+    "bytes per device",
+  ];
   const count = run.parameters.reduce((sum, row) => sum + row[2], 0);
-  return section("Parameters", figure(`${count.toLocaleString("en-US")} parameters`, table("Every parameter, its rules and its sharding", header, run.parameters), { wide: true, numbers: () => ({ header, rows: run.parameters }) }));
+  return section(
+    "Parameters",
+    figure(
+      `${count.toLocaleString("en-US")} parameters`,
+      table("Every parameter, its rules and its sharding", header, run.parameters),
+      { wide: true, numbers: () => ({ header, rows: run.parameters }) },
+    ),
+  );
 }
 
 function environmentSection(run) {
@@ -54,24 +169,51 @@ function environmentSection(run) {
   const keys = [...new Set(starts.flatMap((start) => Object.keys(flatten(start))))];
   const rows = keys.map((key) => [key, ...starts.map((start) => String(flatten(start)[key] ?? "–"))]);
   const header = ["", ...starts.map((_, i) => `start ${i + 1}`)];
-  return section("Environment of every start", figure("Versions and devices", table("Environment", header, rows, { changed: (row) => new Set(row.slice(1)).size > 1 && !["step", "time"].includes(row[0]) }), { wide: true, numbers: () => ({ header, rows }) }));
+  return section(
+    "Environment of every start",
+    figure(
+      "Versions and devices",
+      table("Environment", header, rows, {
+        changed: (row) => new Set(row.slice(1)).size > 1 && !["step", "time"].includes(row[0]),
+      }),
+      { wide: true, numbers: () => ({ header, rows }) },
+    ),
+  );
 }
 
 function flatten(tree, prefix = "") {
   if (tree === null || typeof tree !== "object" || Array.isArray(tree)) return { [prefix]: tree };
-  return Object.assign({}, ...Object.entries(tree).map(([key, value]) => flatten(value, prefix ? `${prefix}.${key}` : key)));
+  return Object.assign(
+    {},
+    ...Object.entries(tree).map(([key, value]) => flatten(value, prefix ? `${prefix}.${key}` : key)),
+  );
 }
 
 start((main, data, arrays) => {
   const run = withCurves(data, arrays);
   main.append(
-    el("header", { class: "top" }, el("h1", {}, nameOf(run.name)), el("span", { class: "soft" }, nameOf(run.workdir)), el("span", { class: "spring" }), themeSwitch()),
+    el(
+      "header",
+      { class: "top" },
+      el("h1", {}, nameOf(run.name)),
+      el("span", { class: "soft" }, nameOf(run.workdir)),
+      el("span", { class: "spring" }),
+      themeSwitch(),
+    ),
     ...firstScreen(run).filter(Boolean),
     curveSection([run]),
-    run.thinned === 0 ? "" : el("p", { class: "note" }, `${run.thinned} curves have more than 2,000 points: of each stretch the lowest and the highest are drawn. metrics.jsonl has all.`),
+    run.thinned === 0
+      ? ""
+      : el(
+          "p",
+          { class: "note" },
+          `${run.thinned} curves have more than 2,000 points: of each stretch the lowest and the highest are drawn. metrics.jsonl has all.`,
+        ),
     section("Time", timeBar(run)),
     evaluationSection(run.evaluation),
+    warningSection(run),
     parameterSection(run) ?? "",
     configSection(run),
-    environmentSection(run));
+    environmentSection(run),
+  );
 });
