@@ -93,6 +93,8 @@ def parse(argv: Sequence[str], commands: Sequence[str] = (), words: bool = False
     Raises:
         UserError: a flag, the config or an override cannot be understood.
     """
+    if commands and len(argv) > 1 and not argv[1].startswith("-") and argv[1] not in commands:
+        raise UserError(f"{argv[1]!r} is not a command; choose one of {', '.join(commands)}")
     given = _given_config(argv[1:])
     if given is not None and _takes_config():
         flags.FLAGS["config"].parser = _Loaded(given, load_config(given))
@@ -105,8 +107,7 @@ def parse(argv: Sequence[str], commands: Sequence[str] = (), words: bool = False
 
         fields.check_types(flags.FLAGS["config"].value, "config")
     if commands and (len(rest) < 2 or rest[1] not in commands):
-        wrong = f"{rest[1]!r} is not a command" if len(rest) > 1 else "a command is missing"
-        raise UserError(f"{wrong}; choose one of {', '.join(commands)}")
+        raise UserError(f"name a command, one of {', '.join(commands)}")
     extra = rest[2 if commands else 1 :]
     if extra and not words:
         raise UserError(f"{extra[0]!r} is not a flag; flags look like --name=value")

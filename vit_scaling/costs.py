@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from vit_scaling import UserError, cli
+from vit_scaling.names import render_table
 
 # Every model of configs/, at its published sizes.
 PUBLISHED = {
@@ -64,11 +65,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     names = _CONFIG.value or [f"{name}:{variant}" for name, variants in PUBLISHED.items() for variant in variants]
     header = ("model", "image", "classes", "parameters", "forward GFLOPs", "training GFLOPs", "activations, MiB")
-    rows = [header, *(line(name, _CLASSES.value) for name in names)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join([first.strip().ljust(widths[0]), *rest]))
+    print(render_table(header, [line(name, _CLASSES.value) for name in names]))
 
 
 if __name__ == "__main__":

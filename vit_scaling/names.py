@@ -73,8 +73,13 @@ def first_match(rules: Sequence[tuple[str, T]], path: str) -> T:
     raise UserError(f"no rule names the parameter {path!r}; the rules are {patterns}: add one that matches it")
 
 
+_NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?%?|-|")
+
+
 def render_table(header: Sequence[str], rows: Iterable[Sequence[object]], *, markdown: bool = False) -> str:
     """Returns a table as text: columns padded to one width, or a Markdown table. No line ends in a space.
+
+    Columns of numbers are flush right.
 
     Raises:
         ValueError: a row has more or fewer cells than the header.
@@ -84,7 +89,9 @@ def render_table(header: Sequence[str], rows: Iterable[Sequence[object]], *, mar
         table = [[cell.replace("|", r"\|") for cell in row] for row in table]
         table.insert(1, ["---"] * len(header))
         return "\n".join(f"| {' | '.join(row)} |" for row in table)
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
-    )
+    columns = []
+    for name, *cells in zip(*table, strict=True):
+        width = max(map(len, (name, *cells)))
+        justify = str.rjust if cells and all(_NUMBER.fullmatch(cell) for cell in cells) else str.ljust
+        columns.append([justify(cell, width) for cell in (name, *cells)])
+    return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))
