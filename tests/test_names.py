@@ -15,5 +15,7 @@ def test_tables_are_padded_or_markdown() -> None:
         r"| bcd | (2, 3) | x\|y |",
     ]
     assert render_table(("only", "header"), []) == "only  header"
+    numbers = [("a", "1,000", "12.5%"), ("b", "-2", "-")]
+    assert render_table(("name", "n", "%"), numbers) == "name      n      %\na     1,000  12.5%\nb        -2      -"
     with pytest.raises(ValueError, match="argument"):
         render_table(("one",), [("a", "b")])
