@@ -36,9 +36,8 @@ Run by us: digits, see docs/finetuning.md; the rest `smoke` only.
 """
 
 import dataclasses
-import os
 
-from vit_scaling import UserError
+from vit_scaling import UserError, paths
 from vit_scaling import config as c
 from vit_scaling.data import own
 from vit_scaling.data.config import DataConfig
@@ -144,7 +143,7 @@ def _data(name: str) -> _Data:
 
 def _model(name: str) -> tuple[str | None, ModelConfig, tuple[int, int] | None]:
     """Returns (weights, model, image size) of what lies there; else (None, a ViT of that size, None)."""
-    if not os.path.exists(name):
+    if not paths.place(name).exists():
         try:
             return None, vit.variant(name), None
         except UserError as error:

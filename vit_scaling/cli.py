@@ -45,7 +45,7 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import config_flags
 
-from vit_scaling import TransientError, UserError
+from vit_scaling import TransientError, UserError, paths
 
 PACKAGE = Path(__file__).parent
 COMMANDS = ("train", "evaluate", "predict", "plan", "study", "costs", "prepare", "weights", "explore")
@@ -53,6 +53,17 @@ PROCESS_FLAGS = ("coordinator", "num_processes", "process_id")
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
+
+
+class PathParser(flags.ArgumentParser[str]):
+    """Reads a path: `flags.DEFINE(cli.PathParser(), NAME, None, HELP)`. Only with `bucket` may it be in a bucket."""
+
+    def __init__(self, bucket: bool = False):
+        super().__init__()
+        self._bucket = bucket
+
+    def parse(self, argument: str) -> str:
+        return paths.expand(argument, bucket=self._bucket)
 
 
 def define_config(required: bool = True) -> Any:
@@ -173,7 +184,9 @@ def load_config(text: str) -> Any:
         UserError: there is no such config, or the file itself is wrong; the sentence names file and line.
     """
     name, colon, argument = text.partition(":")
-    path = _config_path(name)
+    if argument.startswith("//"):
+        paths.expand(text)  # refuses it: a scheme, not a config and its argument
+    path = _config_path(paths.expand(name))
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         if get_config is None:

@@ -17,12 +17,16 @@ from typing import Any
 
 from absl import flags
 
-from vit_scaling import UserError, cli
+from vit_scaling import UserError, cli, paths
 
-_WEIGHTS = flags.DEFINE_string("weights", None, "Run, checkpoint, weight file or folder.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "Folder for evaluation.json and evaluation.png.", required=True)
+_WEIGHTS = flags.DEFINE(
+    cli.PathParser(bucket=True), "weights", None, "Run, checkpoint, weight file or folder.", required=True
+)
+_OUTPUT = flags.DEFINE(
+    cli.PathParser(), "output", None, "Folder for evaluation.json and evaluation.png.", required=True
+)
 _DATA = flags.DEFINE_string("data", None, "Set to measure, KIND:NAME:SPLIT, such as folder:/data/birds:test.")
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS's sets lie.")
+_DATA_DIR = flags.DEFINE(cli.PathParser(), "data_dir", None, "Where TFDS's sets lie.")
 _IMAGE_SIZE = flags.DEFINE_string("image_size", None, "Adapt the weights to this size, HEIGHTxWIDTH or one number.")
 _CROP = flags.DEFINE_string("crop", None, "central, square_central, resize or none; default: a run's own, or central.")
 _RESIZE_TO = flags.DEFINE_integer("resize_to", None, "Shorter side before the crop; default: size x 256/224.", 1)
@@ -49,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
 
     size = None if _IMAGE_SIZE.value is None else config_lib.image_size("--image_size", _IMAGE_SIZE.value)
     weights = initial.read(_WEIGHTS.value, Target(image_size=size), ema=_EMA.value)
-    found = initial.find_checkpoint(Path(_WEIGHTS.value))
+    found = initial.find_checkpoint(paths.place(_WEIGHTS.value))
     run = None if found is None else initial.record_of(found)["config"]
     source = _source(run)
     transform = predict.eval_transform(weights, run, crop=_CROP.value, resize_to=_RESIZE_TO.value)

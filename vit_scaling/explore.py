@@ -18,9 +18,11 @@ from pathlib import Path
 
 from absl import flags
 
-from vit_scaling import UserError, cli
+from vit_scaling import UserError, cli, paths
 
-_WEIGHTS = flags.DEFINE_string("weights", None, "Run, checkpoint, weight file or folder to look inside.")
+_WEIGHTS = flags.DEFINE(
+    cli.PathParser(bucket=True), "weights", None, "Run, checkpoint, weight file or folder to look inside."
+)
 _IMAGES = flags.DEFINE_string(
     "images", None, "Folder of images, builtin, or KIND:NAME:SPLIT such as builtin:mnist:test."
 )
@@ -30,10 +32,12 @@ _EMA = flags.DEFINE_bool("ema", False, "Of a run: its average of the parameters.
 _CHECKPOINTS = flags.DEFINE_enum(
     "checkpoints", "last", ["last", "all"], "Of an attention-CNN's run: all shows how its heads moved."
 )
-_COMPARE = flags.DEFINE_multi_string("compare", [], "Runs to compare: --compare RUN RUN ...")
-_FED = flags.DEFINE_string("fed", None, "Run whose augmented training images are shown.")
+_COMPARE = flags.DEFINE_multi(
+    cli.PathParser(bucket=True), flags.ArgumentSerializer(), "compare", [], "Runs to compare: --compare RUN RUN ..."
+)
+_FED = flags.DEFINE(cli.PathParser(bucket=True), "fed", None, "Run whose augmented training images are shown.")
 _STEPS = flags.DEFINE_list("steps", ["0"], "Of --fed: the steps.")
-_OUTPUT = flags.DEFINE_string("output", None, "HTML file to write.", required=True)
+_OUTPUT = flags.DEFINE(cli.PathParser(), "output", None, "HTML file to write.", required=True)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -52,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
 
         if len(_COMPARE.value) < 2:
             raise UserError("--compare needs at least two runs, as in --compare runs/a runs/b")
-        report.compare([Path(run) for run in _COMPARE.value], output)
+        report.compare([paths.place(run) for run in _COMPARE.value], output)
         print(f"comparison of {len(_COMPARE.value)} runs: {output}")
         return
     if _FED.value:
@@ -60,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
 
         if wrong := [step for step in _STEPS.value if not step.isdigit()]:
             raise UserError(f"--steps has {wrong[0]!r}; give steps as whole numbers, such as 0,1000")
-        picture = fed.write(Path(_FED.value), [int(step) for step in _STEPS.value], _COUNT.value, output)
+        picture = fed.write(paths.place(_FED.value), [int(step) for step in _STEPS.value], _COUNT.value, output)
         print(f"page:    {output}\npicture: {picture}")
         return
     from vit_scaling.pages import attention

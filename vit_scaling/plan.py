@@ -30,7 +30,7 @@ _BATCH_SIZES = flags.DEFINE_list("batch_sizes", [], "Batch sizes that --search t
 _NUM_CLASSES = flags.DEFINE_integer("num_classes", None, "Length of the logits, where the data set is not here.")
 _EXAMPLES = flags.DEFINE_integer("examples", None, "Training examples, where the data set is not here.")
 _MULTI_LABEL = flags.DEFINE_bool("multi_label", False, "Labels are multi-hot rows, where the data set is not here.")
-_OUTPUT = flags.DEFINE_string("output", None, "A file for the plan, or for all plans of a search, as JSON.")
+_OUTPUT = flags.DEFINE(cli.PathParser(), "output", None, "A file for the plan, or for all plans of a search, as JSON.")
 
 
 def main(argv: Sequence[str]) -> None:

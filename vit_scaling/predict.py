@@ -29,12 +29,14 @@ from absl import flags
 
 from vit_scaling import UserError, cli
 
-_WEIGHTS = flags.DEFINE_string("weights", None, "Run, checkpoint, weight file or folder.", required=True)
+_WEIGHTS = flags.DEFINE(
+    cli.PathParser(bucket=True), "weights", None, "Run, checkpoint, weight file or folder.", required=True
+)
 _TOP = flags.DEFINE_integer("top", 5, "Classes for each image, the most likely first; 0: none.", 0)
 _FORMAT = flags.DEFINE_enum("format", "table", ["table", "csv", "json"], "What is written.")
-_OUTPUT = flags.DEFINE_string("output", None, "File to write to; default: stdout.")
-_SHEET = flags.DEFINE_string("sheet", None, "PNG file for a contact sheet of the first 48 images.")
-_FEATURES = flags.DEFINE_string("features", None, ".npz file for the features that the classifier sees.")
+_OUTPUT = flags.DEFINE(cli.PathParser(), "output", None, "File to write to; default: stdout.")
+_SHEET = flags.DEFINE(cli.PathParser(), "sheet", None, "PNG file for a contact sheet of the first 48 images.")
+_FEATURES = flags.DEFINE(cli.PathParser(), "features", None, ".npz file for the features that the classifier sees.")
 _IMAGE_SIZE = flags.DEFINE_string("image_size", None, "Adapt the weights to this size, HEIGHTxWIDTH or one number.")
 _CROP = flags.DEFINE_string("crop", None, "central, square_central, resize or none; default: the weights' own.")
 _RESIZE_TO = flags.DEFINE_integer("resize_to", None, "Shorter side before the crop; default: the weights' own.", 1)

@@ -22,20 +22,20 @@ from pathlib import Path
 
 from absl import flags
 
-from vit_scaling import UserError, cli
+from vit_scaling import UserError, cli, paths
 from vit_scaling.data.prepare.shards import Work
 
 _INPUT = flags.DEFINE_string("input", None, "A folder of images, tar shards, parquet or IDX files, or KIND:NAME.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder of the prepared set.")
 _LIST = flags.DEFINE_bool("list", False, "Show what of --input would be read, and write nothing.")
 _CHECK = flags.DEFINE_bool("check", False, "The same, and decode every image.")
-_SHEET = flags.DEFINE_string("sheet", None, "With --list or --check: a PNG with a few images of each class.")
+_SHEET = flags.DEFINE(cli.PathParser(), "sheet", None, "With --list or --check: a PNG with a few images of each class.")
 _STRICT = flags.DEFINE_bool("strict", False, "Refuse an input of which anything that looks like data is left out.")
 _VERIFY = flags.DEFINE_bool("verify", False, "Re-read the set in --output and change nothing.")
 _WORKERS = flags.DEFINE_integer("workers", os.cpu_count() or 1, "Processes that write shards; 0: none but this.", 0)
 _SHARD_EXAMPLES = flags.DEFINE_integer("shard_examples", 5_000, "Images in a shard.", 1)
 _EXCLUDE = flags.DEFINE_multi_string("exclude", [], "Evaluation images, as --input; may be repeated.")
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "TFDS: the folder of its data sets.")
+_DATA_DIR = flags.DEFINE(cli.PathParser(), "data_dir", None, "TFDS: the folder of its data sets.")
 _LABEL = flags.DEFINE_string("label", "", "TFDS, parquet: the feature or column that holds the label.")
 _DEFAULT = Work()
 _ON_CORRUPT = flags.DEFINE_enum(
@@ -99,7 +99,7 @@ def _local(flag: str, text: str | None) -> Path:
             f"--{flag}={text} is in a bucket; prepare writes to a local folder: write it there and copy it, for "
             f"instance with `gcloud storage cp -r SET {text}`"
         )
-    return Path(text).expanduser()
+    return paths.local(text)
 
 
 def _show(config: object) -> None:
@@ -111,7 +111,7 @@ def _show(config: object) -> None:
     content = list_input(config, max_bytes=_MAX_BYTES.value, on_corrupt=_ON_CORRUPT.value)  # type: ignore[arg-type]
     print("\n".join(describe(content, check.count_classes(content))))
     if _SHEET.value:
-        check.write_sheet(content, Path(_SHEET.value).expanduser(), _MAX_BYTES.value)
+        check.write_sheet(content, Path(_SHEET.value), _MAX_BYTES.value)
         print(f"Wrote {_SHEET.value}")
     if _STRICT.value:
         refuse_left_out(content)

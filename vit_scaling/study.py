@@ -26,14 +26,14 @@ from absl import flags
 from vit_scaling import UserError, cli
 
 _CONFIG = cli.define_config(required=False)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the study.")
+_WORKDIR = flags.DEFINE(cli.PathParser(), "workdir", None, "Folder of the study.")
 _PARALLEL = flags.DEFINE_integer("parallel", 1, "Runs at a time on this machine.", lower_bound=1)
 _PRINT = flags.DEFINE_enum(
     "print", None, ["commands", "slurm"], "Print the runs' commands for a cluster instead of running them."
 )
 _ONLY = flags.DEFINE_string("only", None, "Run this one run of the study, here.")
 _REPORT = flags.DEFINE_bool("report", False, "Run nothing; gather what has finished and report.")
-_POINTS = flags.DEFINE_string("points", None, "Fit the runs in this CSV file instead of running a study.")
+_POINTS = flags.DEFINE(cli.PathParser(), "points", None, "Fit the runs in this CSV file instead of running a study.")
 _COLUMNS = {
     name: flags.DEFINE_string(name, None, f"Column of the table: {meaning}.")
     for name, meaning in {

@@ -15,16 +15,17 @@ other; elsewhere give --coordinator=HOST:PORT --num_processes=N --process_id=I.
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from vit_scaling import UserError, cli
+from vit_scaling import UserError, cli, paths
 
 _CONFIG = cli.define_config()
 _START_PROCESSES = cli.define_processes()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics, figure and result.")
+_WORKDIR = flags.DEFINE(
+    cli.PathParser(bucket=True), "workdir", None, "Folder for checkpoints, metrics, figure and result."
+)
 _PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the resolved config as JSON and stop.")
 
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
 
     cli.need_config(_CONFIG.value)
     _START_PROCESSES()
-    workdir = Path(_WORKDIR.value)
+    workdir = paths.place(_WORKDIR.value)
     program = cli.PROGRAM if Path(sys.argv[0]).name == cli.PROGRAM else "./run.sh"
     with report.Reporter(workdir, [program, "train", *sys.argv[1:]]) as reporter:
         result = loop.train(_CONFIG.value, workdir, reporter)

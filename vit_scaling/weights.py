@@ -18,17 +18,21 @@ from pathlib import Path
 
 from absl import flags
 
-from vit_scaling import UserError, cli
+from vit_scaling import UserError, cli, paths
 
 COMMANDS = ("import", "export", "show")
 LAYOUTS = ("huggingface", "timm", "vit_scaling")
 
-_INPUT = flags.DEFINE_string("input", None, "Weight file or folder, run or checkpoint.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "New folder to write (import, export).")
+_INPUT = flags.DEFINE(
+    cli.PathParser(bucket=True), "input", None, "Weight file or folder, run or checkpoint.", required=True
+)
+_OUTPUT = flags.DEFINE(cli.PathParser(), "output", None, "New folder to write (import, export).")
 _LAYOUT = flags.DEFINE_enum("layout", "huggingface", LAYOUTS, "Whose names an export has.")
 _IMAGE_SIZE = flags.DEFINE_string("image_size", None, "Adapt to this size, HEIGHTxWIDTH or one number.")
 _NUM_CLASSES = flags.DEFINE_integer("num_classes", None, "Adapt to so many classes: a fresh classifier.", 1)
-_CLASSES = flags.DEFINE_string("classes", None, "File with one number a line: for each new class the old one.")
+_CLASSES = flags.DEFINE(
+    cli.PathParser(), "classes", None, "File with one number a line: for each new class the old one."
+)
 _TRAINED_SIZE = flags.DEFINE_string(
     "trained_size", None, "Size the weights were trained at, where the file leaves it open."
 )
@@ -67,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
         print(_table(weights))
         return
     layout = "vit_scaling" if command == "import" else _LAYOUT.value
-    found = initial.find_checkpoint(Path(_INPUT.value))
+    found = initial.find_checkpoint(paths.place(_INPUT.value))
     text = card.card(
         weights,
         layout=layout,

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vit_scaling import UserError
+from vit_scaling import UserError, paths
 from vit_scaling.data import loader
 from vit_scaling.data.config import DataConfig
 from vit_scaling.data.images import codec
@@ -77,7 +77,7 @@ def find(arguments: Sequence[str]) -> Found:
     files: list[str] = []
     left_out = 0
     for argument in arguments:
-        matches = [argument] if os.path.exists(argument) else sorted(glob.glob(argument, recursive=True))
+        matches = [argument] if os.path.exists(argument) else sorted(glob.glob(paths.expand(argument), recursive=True))
         if not matches:
             raise UserError(f"there is no file, folder or match for {argument!r}")
         for match in matches:

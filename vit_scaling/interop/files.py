@@ -22,7 +22,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from vit_scaling import UserError
+from vit_scaling import UserError, paths
 from vit_scaling.interop import onnx
 from vit_scaling.interop.stored import Stored
 
@@ -56,7 +56,7 @@ def open_weights(path: str | Path, ema: bool = False) -> tuple[dict[str, Stored]
     Raises:
         UserError: there is no such file, it is damaged, or it is of a kind that is not read; one sentence says which.
     """
-    path = Path(path)
+    path = paths.fetched(path)
     if not path.exists():
         raise UserError(f"there is no weight file or folder {str(path)!r}")
     folder = path if path.is_dir() else path.parent
@@ -108,7 +108,7 @@ def _neighbour(folder: Path) -> dict[str, Any] | None:
 
 def processor(path: str | Path) -> dict[str, Any] | None:
     """Returns what preprocessor_config.json beside a weight file, or in its folder, says; None if there is none."""
-    path = Path(path)
+    path = paths.fetched(path)
     beside = (path if path.is_dir() else path.parent) / PROCESSOR
     return read_json(beside) if beside.exists() else None
 
@@ -276,7 +276,7 @@ def write_folder(
     Raises:
         UserError: something is there already.
     """
-    path = Path(path)
+    path = paths.local(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists already; name a new folder for the weights")
     path.parent.mkdir(parents=True, exist_ok=True)

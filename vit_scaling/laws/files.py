@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_scaling import UserError
+from vit_scaling import UserError, paths
 from vit_scaling.laws.curve import CurveLaw
 from vit_scaling.laws.fitting import Fitted
 from vit_scaling.laws.joint import JointLaw
@@ -49,7 +49,7 @@ def from_json(stored: Any) -> Fitted:
 
 def save(law: Fitted, path: str | Path) -> None:
     """Writes the law as a JSON file."""
-    Path(path).write_text(json.dumps(to_json(law)) + "\n")
+    paths.local(path).write_text(json.dumps(to_json(law)) + "\n")
 
 
 def load(path: str | Path) -> Fitted:
@@ -59,7 +59,7 @@ def load(path: str | Path) -> Fitted:
         UserError: the file is not there, is no JSON, or holds no law.
     """
     try:
-        stored = json.loads(Path(path).read_text())
+        stored = json.loads(paths.local(path).read_text())
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except ValueError as error:

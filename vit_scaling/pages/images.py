@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_scaling import UserError, interop
+from vit_scaling import UserError, interop, paths
 from vit_scaling.data.images.transforms import transform
 from vit_scaling.data.sources import SourceConfig, open_source
 from vit_scaling.evaluation import predict
@@ -43,7 +43,7 @@ def read(choice: str | None, count: int, weights: interop.Weights, run: dict[str
     prepare = transform(predict.eval_transform(weights, run), train=False)
     class_names = _class_names(run)
     if choice is not None and choice != "builtin" and ":" not in choice:
-        files = _files(Path(choice))
+        files = _files(paths.local(choice))
         chosen = files[:count]
         pixels = []
         for file in chosen:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_scaling import UserError, interop
+from vit_scaling import UserError, interop, paths
 from vit_scaling.config import Config
 from vit_scaling.data.sources import SourceConfig, open_source
 from vit_scaling.interop import Target, Weights, native
@@ -22,13 +22,13 @@ from vit_scaling.training.step import Program, TrainState
 
 def run_of(path: str | Path) -> dict[str, Any] | None:
     """Returns the config of the run that a path belongs to, as JSON; None for other weights."""
-    found = find_checkpoint(Path(path))
+    found = find_checkpoint(paths.place(path))
     return None if found is None else record_of(found)["config"]
 
 
 def class_names(path: str | Path, weights: Weights) -> tuple[str, ...] | None:
     """Returns the names of the classes of weights: as the run noted them, else its training set's; None if unknown."""
-    found = find_checkpoint(Path(path))
+    found = find_checkpoint(paths.place(path))
     if found is None:
         return getattr(weights, "class_names", None)
     record = record_of(found)
@@ -43,7 +43,7 @@ def class_names(path: str | Path, weights: Weights) -> tuple[str, ...] | None:
 
 def has_no_classifier(path: str | Path) -> bool:
     """Returns whether weights are a backbone without a classifier."""
-    return find_checkpoint(Path(path)) is None and interop.describe(path)[2] is None
+    return find_checkpoint(paths.place(path)) is None and interop.describe(path)[2] is None
 
 
 def describe(path: str | Path) -> tuple[ModelConfig, tuple[int, int], int | None]:
@@ -52,7 +52,7 @@ def describe(path: str | Path) -> tuple[ModelConfig, tuple[int, int], int | None
     Raises:
         UserError: there are none.
     """
-    found = find_checkpoint(Path(path))
+    found = find_checkpoint(paths.place(path))
     if found is None:
         return interop.describe(path)
     config = record_of(found)["config"]
@@ -69,11 +69,11 @@ def read(path: str | Path, target: Target | None = None, *, ignore: Sequence[str
     Raises:
         UserError: as `interop.read`; or the run keeps no average.
     """
-    found = find_checkpoint(Path(path))
+    found = find_checkpoint(paths.place(path))
     if found is None:
         return interop.read(path, dataclasses.replace(target or Target(), ema=ema), ignore=ignore)
     config, size, _ = describe(found)
-    found, parts = read_arrays(Path(path), ("ema" if ema else "params", "statistics"))
+    found, parts = read_arrays(paths.place(path), ("ema" if ema else "params", "statistics"))
     parameters = parts["ema" if ema else "params"]
     if not parameters:
         raise UserError(f"the run of {found} keeps no average of its parameters; leave ema out")

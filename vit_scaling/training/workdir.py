@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 
-from vit_scaling import UserError, __version__
+from vit_scaling import UserError, __version__, paths
 from vit_scaling import config as config_lib
 from vit_scaling.config import Config
 from vit_scaling.data.sources import Source
@@ -68,7 +68,7 @@ def trunk(config: Config) -> Path | None:
     """
     if config.schedule.cooldown_from is None:
         return None
-    origin = Path(config.schedule.cooldown_from)
+    origin = paths.place(config.schedule.cooldown_from)
     if schedule.needs_total(config.schedule):
         raise UserError(
             f"schedule.cooldown_from needs a schedule that does not know its end, rsqrt or constant; "

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vit_scaling import UserError
+from vit_scaling import UserError, paths
 from vit_scaling.data import sources
 from vit_scaling.data.sources import SourceConfig, arrays, folders, tars
 from vit_scaling.data.sources.listing import MAX_BYTES, Label, Listing, Place, Report, shown, summary
@@ -86,7 +86,7 @@ def list_input(
     Raises:
         UserError: there is no such set, or something in it is refused.
     """
-    name = os.path.expanduser(config.name)
+    name = paths.expand(config.name) if config.kind in ("folder", "webdataset", "idx") else config.name
     if config.kind == "folder":
         return _from_listing(name, folders.list_folder(name))
     if config.kind == "webdataset":

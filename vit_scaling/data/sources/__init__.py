@@ -24,12 +24,11 @@ unlabelled: training and evaluation leave the image out and count it.
 import dataclasses
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from vit_scaling import UserError
+from vit_scaling import UserError, paths
 
 
 @dataclasses.dataclass
@@ -97,22 +96,20 @@ def parse(text: str, split: str = "train") -> SourceConfig:
     kind, colon, name = text.partition(":")
     if colon and kind in KINDS:
         return SourceConfig(kind, name, split)
-    path = Path(text).expanduser()
-    if not path.exists() and not re.match(r"\w+://", text):
+    path = paths.local(text)
+    if not path.exists():
         raise UserError(f"{text!r} is neither a file nor a folder, nor KIND:NAME with a kind of {', '.join(KINDS)}")
-    return SourceConfig(find_kind(text), str(path) if path.exists() else text, split)
+    return SourceConfig(find_kind(str(path)), str(path), split)
 
 
 def find_kind(name: str) -> str:
     """Returns the kind of the set at a path, by what it holds: a folder of images if nothing else fits."""
-    from etils import epath
-
     from vit_scaling.data import records
     from vit_scaling.data.sources import parquet, tars
 
-    if (epath.Path(name).expanduser() / records.MANIFEST).exists():
+    path = paths.local(name)
+    if (path / records.MANIFEST).exists():
         return "array_record"
-    path = Path(name).expanduser()
     if parquet.find_parquet(name):
         return "parquet"
     if path.is_dir() and any(path.glob("*-idx?-ubyte*")):

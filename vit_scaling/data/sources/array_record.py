@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from vit_scaling import UserError
+from vit_scaling import UserError, paths
 from vit_scaling.data import records
 from vit_scaling.data.sources import SourceConfig, make_label, open_source, split_ranges
 
@@ -33,9 +33,8 @@ class ArrayRecordSource:
 
     def __init__(self, config: SourceConfig):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
-        from etils import epath
 
-        folder = epath.Path(config.name).expanduser()
+        folder = paths.local(config.name)
         manifest = _manifest(config)
         self.config = config
         self.num_classes: int = manifest["num_classes"]
@@ -73,9 +72,7 @@ class ArrayRecordSource:
 
 def _manifest(config: SourceConfig) -> dict[str, Any]:
     """Reads the manifest of a prepared set."""
-    from etils import epath
-
-    path = epath.Path(config.name).expanduser() / records.MANIFEST
+    path = paths.local(config.name) / records.MANIFEST
     if not path.exists():
         raise UserError(
             f"{config.name} holds no {records.MANIFEST}; write a set there with "

@@ -2,14 +2,13 @@
 
 import functools
 import gzip
-import os
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vit_scaling import UserError
+from vit_scaling import UserError, paths
 from vit_scaling.data.sources import SourceConfig, open_source, split_ranges
 from vit_scaling.data.sources.listing import shown
 
@@ -86,11 +85,11 @@ class IdxSource(_ArraySource):
     """The files that MNIST, Fashion-MNIST, KMNIST and QMNIST come as: train-images-idx3-ubyte(.gz) and its like."""
 
     def __init__(self, config: SourceConfig):
-        super().__init__(config, read_idx_folder(os.path.expanduser(config.name)))
+        super().__init__(config, read_idx_folder(paths.expand(config.name)))
 
     @staticmethod
     def splits(config: SourceConfig) -> list[str]:
-        return list(read_idx_folder(os.path.expanduser(config.name)))
+        return list(read_idx_folder(paths.expand(config.name)))
 
 
 def read_idx_folder(folder: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:

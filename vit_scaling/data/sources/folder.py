@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_scaling import UserError
+from vit_scaling import UserError, paths
 from vit_scaling.data.sources import SourceConfig, folders, make_label, split_ranges, tars
 from vit_scaling.data.sources.listing import Label, Listing, Place, shown
 
@@ -19,7 +19,7 @@ class ListedSource:
         self.num_classes = listing.num_classes
         self.class_names = listing.class_names
         self.multi_label = listing.multi_label
-        self._prefix = os.path.join(os.path.expanduser(config.name), "")
+        self._prefix = os.path.join(paths.expand(config.name), "")
         self._files: list[tuple[str, Label]] = []
         for split, start, stop in ranges:
             rows = listing.splits[split]
@@ -45,18 +45,18 @@ class FolderSource(ListedSource):
     """Image files in class folders, or listed in tables; folders.py describes the forms."""
 
     def __init__(self, config: SourceConfig):
-        super().__init__(config, folders.list_folder(os.path.expanduser(config.name)))
+        super().__init__(config, folders.list_folder(paths.expand(config.name)))
 
     @staticmethod
     def splits(config: SourceConfig) -> list[str]:
-        return list(folders.list_folder(os.path.expanduser(config.name)).splits)
+        return list(folders.list_folder(paths.expand(config.name)).splits)
 
 
 class WebdatasetSource(ListedSource):
     """Tar shards in webdataset's layout; tars.py describes it."""
 
     def __init__(self, config: SourceConfig):
-        folder = os.path.expanduser(config.name)
+        folder = paths.expand(config.name)
         if not os.path.isdir(folder) or not (shards := tars.find_shards(folder)):
             raise UserError(f"{shown(config.name)} holds no tar shards such as train-0000.tar")
         for shard in shards:
@@ -69,4 +69,4 @@ class WebdatasetSource(ListedSource):
 
     @staticmethod
     def splits(config: SourceConfig) -> list[str]:
-        return sorted(set(tars.find_shards(os.path.expanduser(config.name)).values()))
+        return sorted(set(tars.find_shards(paths.expand(config.name)).values()))

@@ -11,14 +11,13 @@ import bisect
 import collections
 import itertools
 import json
-import os
 import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vit_scaling import UserError
+from vit_scaling import UserError, paths
 from vit_scaling.data.sources import SourceConfig, make_label, open_source, split_ranges
 from vit_scaling.data.sources.listing import Report, find_files, number_labels, shown, split_of_shard
 
@@ -38,9 +37,9 @@ class ParquetSource:
         self._lock = threading.Lock()
         written: dict[str, list[tuple[str, list[str]]]] = {}
         several, names = set(), None
-        for split, paths in files.items():
+        for split, tables in files.items():
             written[split] = []
-            for path in paths:
+            for path in tables:
                 table = _open(path)
                 features = _features(table)
                 self._image, label = _columns(table, features, config, path)
@@ -103,7 +102,7 @@ class ParquetSource:
 
 def find_parquet(name: str) -> list[Path]:
     """Returns the parquet files of a folder, or of its folder data."""
-    path = Path(os.path.expanduser(name))
+    path = paths.local(name)
     if not path.is_dir():
         return [path] if path.suffix == ".parquet" and path.is_file() else []
     return [path / file for file in find_files(path, (".parquet",))]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vit_scaling import UserError
+from vit_scaling import UserError, paths
 from vit_scaling.data.sources import SourceConfig, make_label, open_source, split_ranges
 from vit_scaling.data.sources.array_record import describe_place
 
@@ -58,7 +58,7 @@ def _builder(config: SourceConfig) -> Any:
     import tensorflow_datasets as tfds
 
     try:
-        builder = tfds.builder(config.name, data_dir=config.data_dir)
+        builder = tfds.builder(config.name, data_dir=config.data_dir and paths.expand(config.data_dir))
     except tfds.core.DatasetNotFoundError:
         place = config.data_dir or "its default folder"
         raise UserError(f"TFDS knows no data set {config.name!r}, and there is none in {place}") from None

@@ -1,0 +1,137 @@
+"""Paths that a user gives: local ones, in which `~` and $VARIABLES are expanded, and gs://BUCKET/... where one works.
+
+`expand` is the one place that reads such a text. Nothing is ever written into a folder named `~`, `$HOME` or `gs:`.
+"""
+
+import atexit
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from vit_scaling import UserError
+
+BUCKET = "gs://"
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})")
+
+
+def expand(text: str | os.PathLike[str], *, bucket: bool = False) -> str:
+    """Returns a path with `~`, `~USER`, $NAME and ${NAME} replaced by what they stand for.
+
+    Args:
+        text: a local path or, where `bucket` allows it, gs://BUCKET/PATH.
+
+    Raises:
+        UserError: the path is empty, its user or variable is not known, or it is of a kind that does not work here.
+    """
+    given = str(text)
+    if not given:
+        raise UserError("the path is empty; name a file or a folder")
+
+    def value(found: re.Match[str]) -> str:
+        name = found[1] or found[2]
+        if not os.environ.get(name):
+            raise UserError(f"the path {given!r} needs the environment variable {name!r}, which is not set")
+        return os.environ[name]
+
+    path = _VARIABLE.sub(value, given)
+    if path.startswith("~") and (path := os.path.expanduser(path)).startswith("~"):
+        raise UserError(f"the path {given!r} names the home of a user who is not known on this machine")
+    if (found := _SCHEME.match(path)) is None:
+        return path
+    if not path.startswith(BUCKET):
+        near = "write gs://BUCKET/PATH, with two slashes" if found[1] == "gs" else _WHERE
+        raise UserError(f"the path {given!r} is of a kind ({found[1]}:) that is not supported; {near}")
+    if not bucket:
+        raise UserError(
+            f"the path {given!r} is in a bucket, which does not work here; use a local path and copy it with "
+            f"`gcloud storage cp -r`, or mount the bucket with gcsfuse"
+        )
+    if not re.match(r"gs://[^/]+(/|$)", path):
+        raise UserError(f"the path {given!r} names no bucket; write gs://BUCKET/PATH")
+    return path
+
+
+_WHERE = "give a local path or, for runs and their checkpoints, gs://BUCKET/PATH"
+
+
+def local(text: str | os.PathLike[str]) -> Path:
+    """Returns a local path.
+
+    Raises:
+        UserError: as `expand`; a bucket is refused.
+    """
+    return Path(expand(text))
+
+
+def place(text: str | os.PathLike[str]) -> Path:
+    """Returns a path that may lie in a bucket: a pathlib.Path, or an epath.Path, which has the same methods.
+
+    Raises:
+        UserError: as `expand`; or it is in a bucket and the extra that reads buckets is not installed.
+    """
+    path = expand(text, bucket=True)
+    if not path.startswith(BUCKET):
+        return Path(path)
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f"{path} is in a bucket, which needs the extra gcs: pip install 'vit_scaling[gcs]'")
+    from etils import epath
+
+    found: Any = epath.Path(path)
+    return found
+
+
+def fetched(text: str | os.PathLike[str]) -> Path:
+    """Returns a local path of weights: the path itself or, of a bucket, a copy for as long as this process lives.
+
+    A folder is copied with its files; a file with the .json files beside it and those whose names begin with its own.
+
+    Raises:
+        UserError: as `place`; or there is nothing of that name.
+    """
+    path = place(text)
+    return _copied(str(path)) if in_bucket(path) else path
+
+
+@functools.cache
+def _copied(text: str) -> Path:
+    path = place(text)
+    if not path.exists():
+        raise UserError(f"there is no weight file or folder {str(path)!r}")
+    is_folder = path.is_dir()
+    folder = Path(tempfile.mkdtemp(prefix="vit_scaling-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for file in (path if is_folder else path.parent).iterdir():
+        if file.is_file() and (is_folder or file.suffix == ".json" or file.name.startswith(path.name)):
+            file.copy(folder / file.name)  # type: ignore[attr-defined]
+    return folder if is_folder else folder / path.name
+
+
+def in_bucket(path: os.PathLike[str] | str) -> bool:
+    """Returns whether a path that `place` returned lies in a bucket."""
+    return str(path).startswith(BUCKET)
+
+
+def write(path: Path, data: str | bytes) -> None:
+    """Writes a file whole or not at all. An object in a bucket always is; a local file is renamed into its place."""
+    data = data.encode() if isinstance(data, str) else data
+    if in_bucket(path):
+        path.write_bytes(data)
+        return
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+def remove_folder(path: Path) -> None:
+    """Deletes a folder with all that is in it; none is fine."""
+    if in_bucket(path):
+        if path.exists():
+            path.rmtree()  # type: ignore[attr-defined]
+    else:
+        shutil.rmtree(path, ignore_errors=True)
