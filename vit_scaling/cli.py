@@ -186,7 +186,7 @@ def load_config(text: str) -> Any:
     name, colon, argument = text.partition(":")
     if argument.startswith("//"):
         paths.expand(text)  # refuses it: a scheme, not a config and its argument
-    path = _config_path(paths.expand(name))
+    path = _config_path(paths.expand(name) if name else name)
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         if get_config is None:
