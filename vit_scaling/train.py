@@ -15,6 +15,7 @@ other; elsewhere give --coordinator=HOST:PORT --num_processes=N --process_id=I.
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags
