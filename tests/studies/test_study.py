@@ -284,7 +284,8 @@ def test_law_of_size_and_images_leaves_the_small_data_out():
     assert found.problems == ()
 
 
-def test_report_says_what_lies_beyond_the_runs_and_what_is_no_power_law(tmp_path):
+def test_report_says_what_lies_beyond_the_runs_and_what_is_no_power_law(tmp_path, monkeypatch):
+    monkeypatch.setattr(report.plots, "save", lambda figure, folder, name: None)
     table = known_runs()
     text = report.write(tmp_path, "Digits", table, findings.find(table), budgets=[1e11, 1e15]).read_text()
     inside, beyond = (line for line in text.splitlines() if line.startswith(("| 1.00e+11", "| 1.00e+15")))
