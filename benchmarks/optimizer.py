@@ -1,4 +1,4 @@
-"""State and update time of our Adafactor beside optax's AdamW and Adafactor.
+"""State and update time of our Adafactor and Muon beside optax's AdamW, Adafactor and Muon.
 
     python -m benchmarks.optimizer                     # bytes of ViT-g/14, abstractly; time of an update on ViT-B/16
     python -m benchmarks.optimizer --time Ti/16 --rounds 3
@@ -28,7 +28,12 @@ def optimizers(params):
     config = {"clip": None, "weight_decay": 0.0, "head_weight_decay": 0.0}
     ours = {
         f"ours: {name}, {dtype} first moment": optimizer.OptimConfig(name=name, moment_dtype=dtype, **config)
-        for name, dtype in (("adafactor", "bfloat16"), ("adafactor", "float32"), ("adam", "bfloat16"))
+        for name, dtype in (
+            ("adafactor", "bfloat16"),
+            ("adafactor", "float32"),
+            ("adam", "bfloat16"),
+            ("muon", "bfloat16"),
+        )
     }
     return {name: optimizer.create(config, params) for name, config in ours.items()} | {
         "optax.adamw": optax.scale_by_adam(),

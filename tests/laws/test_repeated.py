@@ -4,6 +4,7 @@ tests/files/digits_study.csv holds the 60 cooldowns of the study in docs/scaling
 """
 
 import csv
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -141,3 +142,29 @@ def test_a_stated_deviation_widens_the_intervals():
     widths = [np.subtract(*law.optimum(1e14, 1e6).params_interval[::-1]) for law in (stated, shown, both)]
     assert 0.5 < widths[0] / widths[1] < 2
     assert 0.7 < widths[2] / widths[1] < 1.5
+
+
+def test_a_run_that_is_too_good_makes_no_overfitting_of_longer_ones():
+    given = runs()
+    given["error"][np.flatnonzero((given["params"] == 1e8) & (given["unique"] == 1e5))[2]] *= 0.7
+    assert laws.fit_joint(**given, chance=0.9, bootstrap=2).beta == pytest.approx(0.4, rel=1e-3)
+
+
+def test_overfitting_is_refused_where_the_law_fits_badly():
+    """The published L/16 on 30 million images: 27.8% after 400,000 steps, 32.8% after 4 million (arXiv 2106.04560)."""
+    with (Path(__file__).parents[1] / "files" / "jft_scaling_runs.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["inet10_err"]]
+    names = ("params_M", "images_seen", "inet10_err", "data_images")
+    params, images, error, unique = np.array([[float(row[name]) for name in names] for row in rows]).T
+    with pytest.raises(UserError, match=r"with 303 parameters and 3e\+07 different images the error rises from 27\.8"):
+        laws.fit_joint(params, images, error, unique=unique, bootstrap=2)
+
+
+def test_few_runs_have_wider_intervals(exact):
+    """With 75 runs and 9 coefficients the quantiles are those of 2.14 standard deviations; unwidened, of 1.96."""
+    law = laws.fit_joint(**runs(noise=0.01), chance=0.9, bootstrap=100)
+    plain = dataclasses.replace(law, runs=0).interval("beta")
+    widened = law.interval("beta")
+    assert widened.low < plain.low < plain.high < widened.high
+    values = np.random.default_rng(0).normal(size=200_001)
+    np.testing.assert_allclose(law.quantiles(values), [-2.13, 2.13], atol=0.03)

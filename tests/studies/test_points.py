@@ -180,6 +180,16 @@ def test_a_break_is_used_only_where_it_predicts_better():
         assert (found.broken is not None) is (len(names) == 2)
 
 
+def test_a_break_that_predicts_worse_is_not_used(monkeypatch):
+    x = np.geomspace(1e6, 1e9, 30)
+    table = [dataclasses.replace(known_runs()[0], compute=c, error=0.1 + 0.4 * (c / 1e8) ** -0.4) for c in x]
+    wrong = findings.CurveLaw(0.9, 0.1, 0.2, 1e8, 1.0, np.ones((1, 5)), 0.95)
+    monkeypatch.setattr(findings.curve, "fit", lambda *columns, **options: wrong)
+    found = findings.find(table, findings.Options(frontier="all"))
+    assert found.broken is None
+    assert [each.law for each in found.held_out] == ["compute", "compute, with a break"]
+
+
 def test_residuals_are_those_of_every_law(found):
     table = known_runs(np.random.default_rng(0))
     rows = findings.residuals(found, table)

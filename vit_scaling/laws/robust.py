@@ -46,8 +46,8 @@ def minimize(
 ) -> tuple[Floats, Floats]:
     """Returns (theta_RK, loss_R) by Levenberg and Marquardt's method within bounds.
 
-    A coefficient at a bound that the gradient pushes outwards is held for that step, and one with equal bounds always.
-    Fits that have converged leave the batch.
+    A coefficient at a bound that the gradient pushes outwards is held for that step. Fits that have converged leave
+    the batch.
     """
     theta_RK = np.clip(start_RK, lower_K, upper_K)
     loss_R = loss(curve(theta_RK)[0] - y_RP, weight_RP, limit_R)
@@ -63,7 +63,6 @@ def minimize(
         gradient = np.einsum("rp,rpk->rk", residual, weighted)
         hessian = np.swapaxes(weighted, 1, 2) @ slope
         held = ((theta <= lower_K) & (gradient > 0)) | ((theta >= upper_K) & (gradient < 0))
-        held |= lower_K == upper_K
         scale = np.maximum(np.einsum("rkk->rk", hessian), 1e-12)
         system = hessian + (damping[:, None] * scale)[:, :, None] * eye
         system = np.where(held[:, :, None] | held[:, None, :], eye, system)

@@ -112,25 +112,9 @@ def scale_by_adafactor(
         *,
         newest: Array,
     ) -> _Leaf:
-        g = grad.astype(jnp.float32)
-        g2 = jnp.square(g) + eps
-
-        def average(old: Array, new: Array) -> Array:
-            return (1.0 - newest) * old + newest * new
-
-        axes = axes_of(path, grad.shape)
-        if axes is None:
-            assert full is not None
-            full = average(full, g2)
-            u = g * full**-0.5
-        else:
-            assert row is not None
-            assert col is not None
-            col_axis, row_axis = axes
-            row = average(row, jnp.mean(g2, axis=row_axis, keepdims=True))
-            col = average(col, jnp.mean(g2, axis=col_axis, keepdims=True))
-            row_scale = (row / jnp.mean(row, axis=col_axis, keepdims=True)) ** -0.5
-            u = g * row_scale * col**-0.5
+        u, row, col, full = _second_moment(
+            grad.astype(jnp.float32), row, col, full, axes_of(path, grad.shape), newest, eps
+        )
         # In float32: bfloat16 arithmetic would round 0.9 * m before the new gradient is added.
         first = momentum * m.astype(jnp.float32) + (1.0 - momentum) * u
         return _Leaf(row, col, full, first.astype(momentum_dtype), first.astype(grad.dtype))
@@ -148,6 +132,34 @@ def scale_by_adafactor(
         return _field(leaves, "update"), _gather(optax.safe_increment(state.count), leaves)
 
     return optax.GradientTransformation(init, update)
+
+
+def _second_moment(
+    g: Array,
+    row: Array | None,
+    col: Array | None,
+    full: Array | None,
+    axes: tuple[int, int] | None,
+    newest: Array,
+    eps: float,
+) -> tuple[Array, Array | None, Array | None, Array | None]:
+    """Returns the gradient over the root of its second moment, and that moment's new statistics."""
+    g2 = jnp.square(g) + eps
+
+    def average(old: Array, new: Array) -> Array:
+        return (1.0 - newest) * old + newest * new
+
+    if axes is None:
+        assert full is not None
+        full = average(full, g2)
+        return g * full**-0.5, row, col, full
+    assert row is not None
+    assert col is not None
+    col_axis, row_axis = axes
+    row = average(row, jnp.mean(g2, axis=row_axis, keepdims=True))
+    col = average(col, jnp.mean(g2, axis=col_axis, keepdims=True))
+    row_scale = (row / jnp.mean(row, axis=col_axis, keepdims=True)) ** -0.5
+    return g * row_scale * col**-0.5, row, col, full
 
 
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:

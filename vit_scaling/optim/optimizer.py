@@ -16,8 +16,9 @@ import optax
 
 from vit_scaling import UserError, names
 from vit_scaling.optim.adafactor import factored_axes, scale_by_adafactor
+from vit_scaling.optim.muon import reduced_axes, scale_by_muon
 
-NAMES = ("adafactor", "adam", "sgd", "nesterov", "lion", "lamb")
+NAMES = ("adafactor", "adam", "sgd", "nesterov", "lion", "lamb", "muon")
 DTYPES = ("bfloat16", "float32")
 LARGEST = 1e30  # of a learning rate or weight decay: what float32 can still multiply
 Tree = Any
@@ -42,11 +43,11 @@ class OptimConfig:
 
     Attributes:
         name: "adafactor" (the paper's), "adam", "sgd" (with momentum), "nesterov" (with Nesterov's), "lion" (arXiv
-            2302.06675, with beta2 0.99) or "lamb" (arXiv 1904.00962).
+            2302.06675, with beta2 0.99), "lamb" (arXiv 1904.00962) or "muon" (module muon; Adam for all but matrices).
         lr: peak learning rate, at most 1e30.
         beta1: decay of the first moment; for "sgd" and "nesterov", of the momentum.
-        beta2: decay of the second moment of "adam" and "lamb"; upper limit of "adafactor"'s; for "lion", decay of the
-            momentum, while beta1 weighs it in the update.
+        beta2: decay of the second moment of "adam", "lamb" and "muon"; upper limit of "adafactor"'s; for "lion", decay
+            of the momentum, while beta1 weighs it in the update.
         moment_dtype: dtype in which the first moment is stored, "bfloat16" or "float32".
         weight_decay: of the body, in AdamW's units (multiplied by the learning rate), at most 1e30.
         head_weight_decay: of the head, likewise.
@@ -75,13 +76,14 @@ class OptimConfig:
 
 
 class Row(NamedTuple):
-    """What the optimizer does with one parameter."""
+    """What the optimizer does with one parameter; Adafactor factors some, and Muon orthogonalises others."""
 
     path: str
     shape: tuple[int, ...]
     decay: float
     frozen: bool
     factored: bool
+    orthogonalised: bool
     rates: tuple[float, float] = (1.0, 1.0)  # smallest and largest factor of the learning rate
 
 
@@ -117,7 +119,8 @@ def describe(config: OptimConfig, params: Mapping[str, Any]) -> list[Row]:
             raise UserError(f"optim.decay_rules: {error}") from None
         frozen = path in frozen_paths
         factored = config.name == "adafactor" and factored_axes(path, leaf.shape) is not None
-        rows.append(Row(path, tuple(leaf.shape), 0.0 if frozen else decay, frozen, factored and not frozen))
+        muon = config.name == "muon" and not frozen and reduced_axes(path, leaf.shape) is not None
+        rows.append(Row(path, tuple(leaf.shape), 0.0 if frozen else decay, frozen, factored and not frozen, muon))
     if all(row.frozen for row in rows):
         raise UserError(f"optim.freeze {config.freeze} matches every parameter; leave some to train")
     if config.layer_decay is not None:
@@ -238,6 +241,8 @@ def _scaling(config: OptimConfig) -> optax.GradientTransformation:
         return optax.scale_by_adam(b1=config.beta1, b2=config.beta2, mu_dtype=dtype)
     if config.name == "lamb":
         return optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=1e-6, mu_dtype=dtype)
+    if config.name == "muon":
+        return scale_by_muon(b1=config.beta1, b2=config.beta2, mu_dtype=dtype)
     if config.name == "lion":
         return optax.scale_by_lion(b1=config.beta1, b2=config.beta2, mu_dtype=dtype)
     return optax.trace(decay=config.beta1, nesterov=config.name == "nesterov", accumulator_dtype=dtype)

@@ -268,7 +268,7 @@ def describe(config: Config, program: Program, source: Source) -> str:
     for row in sharding.describe(params, program.mesh):
         rule = rules[row.path]
         decay = "frozen" if rule.frozen else f"{rule.decay:g}"
-        factored = "yes" if rule.factored else "-"
+        factored = "yes" if rule.factored else "muon" if rule.orthogonalised else "-"
         rate = "-".join(f"x{value:.3g}" for value in sorted(set(rule.rates)))
         table.append((row.path, row.shape, decay, rate, factored, row.split, f"{row.bytes_per_device / 1e6:.3f}"))
     steps = int(config.duration.amount)
