@@ -122,3 +122,16 @@ def _resnet(layer: np.ndarray) -> np.ndarray:
                     if 0 <= v < H and 0 <= u < W:
                         full[:, :, y * W + x, v * W + u] = layer[:, y, x, :, a, c]
     return full
+
+
+@functools.cache  # the tests of one file share what is compiled
+def looked(name: str) -> tuple[Any, Any, families.Found]:
+    """Returns (model, its input images, what a page shows of them)."""
+    model: Any = weights(name).module()
+    images_BHWC = inputs(pictures(), model.config)
+    return model, images_BHWC, families.look(model, images_BHWC)
+
+
+@functools.cache
+def expected_of(name: str) -> list[np.ndarray]:
+    return dense(*looked(name)[:2])

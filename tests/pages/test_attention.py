@@ -1,6 +1,5 @@
 """What is packed for the attention page equals the model's attention, to the quantization that the page states."""
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,21 +10,10 @@ import pytest
 
 from tests.pages import dense
 from tests.pages.browser import Browser
+from tests.pages.dense import expected_of, looked
 from vit_scaling import UserError
 from vit_scaling.models import resnet
 from vit_scaling.pages import attention, families, page, quantize
-
-
-@functools.cache  # the tests of one file share what is compiled
-def looked(name: str) -> tuple[Any, Any, families.Found]:
-    model: Any = dense.weights(name).module()
-    inputs = dense.inputs(dense.pictures(), model.config)
-    return model, inputs, families.look(model, inputs)
-
-
-@functools.cache
-def expected_of(name: str) -> list[np.ndarray]:
-    return dense.dense(*looked(name)[:2])
 
 
 @pytest.fixture(params=list(dense.MODELS))
