@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-# The largest value of a row as a uint16: 2^(8 - 24 q / 65535), to within 0.013%. What is smaller than 2^-16 is zero.
+# The largest weight of a row as a uint16: 2^(8 - 24 q / 65535), to within 0.013%. What is smaller than 2^-16 is zero.
 OCTAVES, TOP = 24.0, 8.0
 LEVELS = (255, 63, 31, 15)  # from fine to coarse; a page takes the first with which it is small enough
 
 
 class Rows(NamedTuple):
     entries: np.ndarray  # uint8, or int8 where signed, of the shape of the values
-    largest: np.ndarray  # uint16, of that shape without the last axis
+    largest: np.ndarray  # uint16, or float32 where signed, of that shape without the last axis
     error: float  # largest difference between a value and what is drawn for it, as a share of its row's largest
 
 
@@ -34,16 +34,16 @@ def weights_of(entries: np.ndarray, largest: np.ndarray, levels: int) -> np.ndar
 
 
 def signed(values: np.ndarray) -> Rows:
-    """Quantizes rows [..., S] of any sign, in 127 equal steps on each side of zero."""
-    largest, scale = _largest(np.abs(values))
-    share = np.divide(values, scale[..., None], out=np.zeros_like(values), where=scale[..., None] > 0)
+    """Quantizes rows [..., S] of any sign and size, in 127 equal steps on each side of zero."""
+    largest = np.abs(values).max(axis=-1).astype(np.float32)
+    share = np.divide(values, largest[..., None], out=np.zeros_like(values), where=largest[..., None] > 0)
     entries = np.clip(np.rint(share * 127), -127, 127).astype(np.int8)
     return Rows(entries, largest, _error(values, signed_of(entries, largest)))
 
 
 def signed_of(entries: np.ndarray, largest: np.ndarray) -> np.ndarray:
     """Returns the float32 values that a page draws."""
-    return (entries.astype(np.float32) / 127 * _scale(largest)[..., None]).astype(np.float32)
+    return (entries.astype(np.float32) / 127 * largest[..., None]).astype(np.float32)
 
 
 def _largest(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

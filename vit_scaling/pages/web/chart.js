@@ -29,8 +29,8 @@ function ticks(low, high, log, count) {
   const power = 10 ** Math.floor(Math.log10(raw));
   const step = power * [1, 2, 5, 10].find((factor) => factor * power >= raw);
   const found = [];
-  for (let value = Math.ceil(low / step) * step; value <= high + step * 1e-9; value += step)
-    found.push(Number(value.toPrecision(12)));
+  for (let k = Math.ceil(low / step); k <= high / step + 1e-9 && found.length <= 2 * count; k++)
+    found.push(Number((k * step).toPrecision(12)));
   return found;
 }
 
@@ -101,9 +101,11 @@ function chart(options) {
       }
     });
     if (!(x1 >= x0)) return null;
+    // What differs by rounding alone is one value: an axis over it would have no ticks that differ.
+    const same = (low, high) => high - low <= 1e-7 * Math.max(Math.abs(low), Math.abs(high));
     if (x1 === x0) x1 = options.xLog ? x0 * 1.01 : x0 + 1;
     if (!(y1 >= y0)) [y0, y1] = options.yLog ? [0.1, 1] : [0, 1];
-    if (y1 === y0) {
+    if (same(y0, y1)) {
       const pad = Math.abs(y0) * 0.1 || 1;
       if (options.yLog) {
         y0 /= 1.1;
@@ -304,6 +306,7 @@ function chart(options) {
   });
   drawing.addEventListener("pointerdown", (event) => {
     if (event.button === 0) {
+      if (scale) moveTo(scale.back(place(event)));
       selection = { from: place(event), to: place(event) };
       drawing.setPointerCapture(event.pointerId);
     }
@@ -316,8 +319,9 @@ function chart(options) {
     }
     selection = null;
   });
-  drawing.addEventListener("pointerleave", () => {
-    if (!selection) {
+  drawing.addEventListener("pointerleave", (event) => {
+    // A finger that is lifted leaves the value that it pointed at.
+    if (!selection && event.pointerType !== "touch") {
       state.cursor = null;
       drawCursor();
     }

@@ -1,4 +1,5 @@
-// The numbers of the attention page: from the packed rows to maps over the image. See pages/quantize.py and families.py.
+// The numbers of the attention page: from the packed rows to maps over the image.
+// See pages/quantize.py and pages/families.py.
 
 function lookData(data, arrays) {
   // Rows of weights are roots of shares of the row's largest value; rows with signs are plain shares of it.
@@ -8,8 +9,9 @@ function lookData(data, arrays) {
   // One row [S]: of image b, head n and query q, of `about` = { array, largest, signed, images }.
   function row(about, heads, queries, S, b, n, q) {
     const index = ((about.images === 1 ? 0 : b) * heads + n) * queries + q;
-    const entries = arrays[about.array],
-      scale = scaleOf(arrays[about.largest][index]);
+    const entries = arrays[about.array];
+    const largest = arrays[about.largest][index];
+    const scale = about.signed ? largest : scaleOf(largest);
     const values = new Float32Array(S);
     for (let s = 0, at = index * S; s < S; s++, at++)
       values[s] = about.signed ? (entries[at] / 127) * scale : squares[entries[at]] * scale;
