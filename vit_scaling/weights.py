@@ -7,10 +7,12 @@
 
 PATH is a weight file or folder (safetensors, .npz, .pth; timm, Hugging Face, official Swin, vision_transformer and
 big_vision names), or a run or checkpoint of this project. `import` writes this project's own folder, from which
-configs/finetune.py starts; `export` writes one that transformers or timm load. Both write a model card, and adapt the
-weights to --image_size, --num_classes or --classes on the way. What is written is complete or absent.
+configs/finetune.py starts; `export` writes one that transformers or timm load, or (--layout=stablehlo, --layout=onnx) a
+program that classifies pixels without this package. Both write a model card, and adapt the weights to --image_size,
+--num_classes or --classes on the way. What is written is complete or absent.
 """
 
+import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
@@ -21,13 +23,15 @@ from absl import flags
 from vit_scaling import UserError, cli, paths
 
 COMMANDS = ("import", "export", "show")
-LAYOUTS = ("huggingface", "timm", "vit_scaling")
+LAYOUTS = ("huggingface", "timm", "vit_scaling", "stablehlo", "onnx")
+INPUT_TYPES = ("uint8", "float32")
 
 _INPUT = flags.DEFINE(
     cli.PathParser(bucket=True), "input", None, "Weight file or folder, run or checkpoint.", required=True
 )
 _OUTPUT = flags.DEFINE(cli.PathParser(), "output", None, "New folder to write (import, export).")
-_LAYOUT = flags.DEFINE_enum("layout", "huggingface", LAYOUTS, "Whose names an export has.")
+_LAYOUT = flags.DEFINE_enum("layout", "huggingface", LAYOUTS, "Whose names an export has, or which program.")
+_INPUT_TYPE = flags.DEFINE_enum("input_type", "uint8", INPUT_TYPES, "Of a program: type of its pixels, from 0 to 255.")
 _IMAGE_SIZE = flags.DEFINE_string("image_size", None, "Adapt to this size, HEIGHTxWIDTH or one number.")
 _NUM_CLASSES = flags.DEFINE_integer("num_classes", None, "Adapt to so many classes: a fresh classifier.", 1)
 _CLASSES = flags.DEFINE(
@@ -50,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     # Heavy imports wait until the flags are known to be good, so that a typo is answered at once.
     from vit_scaling import config as config_lib
     from vit_scaling import interop
-    from vit_scaling.interop import card, normalisation
+    from vit_scaling.interop import card, normalisation, serving
     from vit_scaling.training import initial, workdir
 
     weights = initial.read(
@@ -70,6 +74,8 @@ def main(argv: Sequence[str]) -> None:
     if command == "show":
         print(_table(weights))
         return
+    if _NUM_CLASSES.value is None and _CLASSES.value is None:
+        weights = dataclasses.replace(weights, class_names=initial.class_names(_INPUT.value, weights))
     layout = "vit_scaling" if command == "import" else _LAYOUT.value
     found = initial.find_checkpoint(paths.place(_INPUT.value))
     text = card.card(
@@ -81,8 +87,10 @@ def main(argv: Sequence[str]) -> None:
         metrics=None if found is None else workdir.metrics_of(found),
     )
     output = Path(str(_OUTPUT.value))
-    interop.write(weights, output, layout=layout, texts={card.CARD: text})
+    interop.write(weights, output, layout=layout, texts={card.CARD: text}, input_type=_INPUT_TYPE.value)
     print(f"wrote {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
+    if layout in serving.LAYOUTS:
+        print(serving.summary(output))
     if command == "import":
         config = f"configs/finetune.py:{output},DATA"
         print(f"fine-tune it: ./run.sh train --config={config} --workdir=DIR")

@@ -39,9 +39,11 @@ Channels = tuple[float, float, float]
 
 
 def to_float(
-    images_BHWC: UInt8[Array, "B H W C"], mean: Channels = (0.5, 0.5, 0.5), std: Channels = (0.5, 0.5, 0.5)
+    images_BHWC: UInt8[Array, "B H W C"] | Float[Array, "B H W C"],
+    mean: Channels = (0.5, 0.5, 0.5),
+    std: Channels = (0.5, 0.5, 0.5),
 ) -> Float[Array, "B H W C"]:
-    """Maps uint8 images to what a model sees: float32 (image / 255 - mean) / std, channel by channel.
+    """Maps images to what a model sees: float32 (image / 255 - mean) / std, channel by channel.
 
     Args:
         images_BHWC: values from 0 to 255.

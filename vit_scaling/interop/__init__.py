@@ -59,13 +59,14 @@ def describe(path: str | Path) -> tuple[ModelConfig, tuple[int, int], int | None
 
 
 def save(model: nnx.Module, path: str | Path, *, layout: str) -> None:
-    """Writes a model as a folder with model.safetensors and config.json, whole or not at all.
+    """Writes a model as a folder, whole or not at all.
 
     Args:
-        model: a ViT or Swin of this project (layout "vit_scaling": any model).
+        model: a ViT or Swin of this project (layouts "vit_scaling", "stablehlo" and "onnx": any model).
         path: the folder, which must not exist or be empty.
         layout: "huggingface" (transformers' AutoModelForImageClassification loads it), "timm"
-            (`timm.create_model("local-dir:FOLDER")`) or "vit_scaling".
+            (`timm.create_model("local-dir:FOLDER")`) or "vit_scaling"; or a program with the normalisation inside that
+            runs without this package: "stablehlo" (needs JAX) or "onnx" (needs an ONNX runtime).
 
     Raises:
         UserError: the layout cannot express the model, or something is in the way; nothing is written.

@@ -21,6 +21,17 @@ USE = {
     "vit_scaling": (
         'from vit_scaling import interop\n\nmodel = interop.load("FOLDER")  # normalised pixels [B, H, W, 3]'
     ),
+    "stablehlo": (
+        "import jax\nimport numpy as np\nfrom jax import export\n\n"
+        'program = export.deserialize(bytearray(open("FOLDER/model.stablehlo", "rb").read()))\n'
+        'weights = dict(np.load("FOLDER/weights.npz"))\n'
+        "logits = jax.jit(program.call)(weights, images)  # RGB pixels from 0 to 255 [B, H, W, 3]; see serving.json"
+    ),
+    "onnx": (
+        "import onnxruntime\n\n"
+        'session = onnxruntime.InferenceSession("FOLDER/model.onnx")\n'
+        '(logits,) = session.run(None, {"images": images})  # RGB pixels from 0 to 255 [B, H, W, 3]; see serving.json'
+    ),
 }
 
 

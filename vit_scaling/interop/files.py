@@ -4,6 +4,7 @@ Nothing of a file is executed, and a tensor is read only when its name and shape
 open file is a table of names, shapes and types, whose sizes must add up to no more than the file can hold.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +272,17 @@ def _open_torch(path: Path, ema: bool) -> dict[str, Stored]:
 def write_folder(
     path: str | Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], texts: Mapping[str, str]
 ) -> None:
-    """Writes a folder with model.safetensors, config.json and text files, whole or not at all.
+    """Writes a folder with model.safetensors, config.json and text files, as `new_folder` does."""
+    with new_folder(path) as folder:
+        whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        safetensors.numpy.save_file(whole, folder / WEIGHTS, metadata={"format": "pt"})
+        for name, text in {CONFIG: json.dumps(config, indent=2) + "\n", **texts}.items():
+            (folder / name).write_text(text)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary folder that takes the name `path` at the end, whole or not at all.
 
     Raises:
         UserError: something is there already.
@@ -282,11 +293,7 @@ def write_folder(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-        safetensors.numpy.save_file(whole, temporary / WEIGHTS, metadata={"format": "pt"})
-        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        for name, text in texts.items():
-            (temporary / name).write_text(text)
+        yield temporary
         temporary.chmod(0o755)
         if path.exists():
             path.rmdir()

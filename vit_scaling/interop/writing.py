@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vit_scaling import UserError
-from vit_scaling.interop import convert, files, huggingface, native, normalisation, timm
+from vit_scaling.interop import convert, files, huggingface, native, normalisation, serving, timm
 from vit_scaling.interop.normalisation import Normalisation
 from vit_scaling.interop.weights import Weights
 from vit_scaling.models import layers, vit
@@ -16,14 +16,27 @@ from vit_scaling.models import layers, vit
 LAYOUTS = ("huggingface", "timm", "vit_scaling")
 
 
-def write(weights: Weights, path: str | Path, *, layout: str, texts: Mapping[str, str] | None = None) -> None:
+def write(
+    weights: Weights,
+    path: str | Path,
+    *,
+    layout: str,
+    texts: Mapping[str, str] | None = None,
+    input_type: str = serving.INPUT_TYPES[0],
+) -> None:
     """Writes weights as `interop.save` does, with further text files beside them.
+
+    Args:
+        input_type: of the pixels that a "stablehlo" or "onnx" program takes; other layouts hold no program.
 
     Raises:
         UserError: as `interop.save`.
     """
+    if layout in serving.LAYOUTS:
+        serving.write(weights, path, layout=layout, input_type=input_type, texts=texts or {})
+        return
     if layout not in LAYOUTS:
-        raise UserError(f"layout is {layout!r}; choose one of {', '.join(LAYOUTS)}")
+        raise UserError(f"layout is {layout!r}; choose one of {', '.join((*LAYOUTS, *serving.LAYOUTS))}")
     found = weights.known_normalisation()
     if layout == "vit_scaling":
         config, tensors = native.write_config(weights), native.named(weights.leaves, weights.running)
