@@ -138,7 +138,8 @@ def _write_onnx(function: Any, arrays: Any, shape: tuple[int, ...], input_type: 
             f"--layout=onnx needs the package {error.name}, which is not installed: pip install 'vit_scaling[onnx]'"
         ) from None
     title = f"vit_scaling {vit_scaling.__version__}"
-    model = onnx_writing.model(lambda images: function(arrays, images), shape, input_type, title)
+    held = jax.tree.map(jnp.asarray, arrays)
+    model = onnx_writing.model(lambda images: function(held, images), shape, input_type, title)
     path = folder / "model.onnx"
     large = sum(array.nbytes for array in arrays.values()) > LARGE
     onnx.save_model(model, path, save_as_external_data=large, location="model.onnx.data" if large else None)
