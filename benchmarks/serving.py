@@ -1,6 +1,6 @@
 """Programs for serving on 20 real photographs, against the model: size, and the largest difference of the logits.
 
-    pip install -e ".[onnx,benchmark]"
+    pip install -e ".[serving,benchmark]"
     python benchmarks/serving.py
 
 Each family has a network of its usual size with random weights away from their initial values. The program is written,

@@ -80,6 +80,7 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("vit_scaling"
 
 
 def test_a_stablehlo_program_runs_with_jax_alone(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("flatbuffers")
     weights = filled("vit")
     serving.write(weights, tmp_path / "x", layout="stablehlo", input_type="float32", texts={})
     told = json.loads((tmp_path / "x" / "serving.json").read_text())
@@ -92,16 +93,18 @@ def test_a_stablehlo_program_runs_with_jax_alone(tmp_path: pathlib.Path) -> None
     np.testing.assert_allclose(np.load(tmp_path / "images.npy"), expected(weights, images), atol=1e-6, rtol=0)
 
 
-def test_a_missing_package_is_named(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(UserError, match=r"pip install 'vit_scaling\[onnx\]'"):
-        serving.write(filled("vit"), tmp_path / "x", layout="onnx", input_type="uint8", texts={})
+@pytest.mark.parametrize(("layout", "package"), [("stablehlo", "flatbuffers"), ("onnx", "onnx")])
+def test_a_missing_package_is_named(
+    layout: str, package: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"package {package}, .* pip install 'vit_scaling\[serving\]'"):
+        serving.write(filled("vit"), tmp_path / "x", layout=layout, input_type="uint8", texts={})
     assert not list(tmp_path.iterdir())
 
 
 def test_a_program_of_other_logits_is_not_written(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = serving.LAYOUTS["stablehlo"]
-    wrong = lambda *args: lambda images: write(*args)(images) + 0.01  # noqa: E731
+    wrong = lambda function, arrays, *_: lambda images: np.asarray(jax.jit(function)(arrays, images)) + 0.01  # noqa: E731
     monkeypatch.setitem(serving.LAYOUTS, "stablehlo", wrong)
     with pytest.raises(RuntimeError, match="differ from the model's"):
         serving.write(filled("vit"), tmp_path / "x", layout="stablehlo", input_type="uint8", texts={})

@@ -2,7 +2,7 @@
 
 The function is traced once, with a symbolic batch size. What does not depend on the images (parameters, positions,
 bias tables) is computed while the graph is written and becomes an initializer; loops over layers are unrolled. A
-primitive without an entry in `onnx_rules.RULES` is an error that names it. Needs the package `onnx` (extra "onnx").
+primitive without an entry in `onnx_rules.RULES` is an error that names it. Needs the package `onnx` (extra "serving").
 """
 
 from collections.abc import Callable, Sequence

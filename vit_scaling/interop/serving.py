@@ -5,6 +5,7 @@ serving.json beside them says shapes, class names, and how far the written progr
 """
 
 import dataclasses
+import importlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -114,7 +115,20 @@ def _difference(run: Logits, function: Any, arrays: Any, shape: tuple[int, ...],
     return difference
 
 
+def _require(*packages: str, layout: str) -> None:
+    """Raises UserError if a package that a layout needs is not installed."""
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            raise UserError(
+                f"--layout={layout} needs the package {package}, which is not installed: pip install "
+                f"'vit_scaling[serving]'"
+            ) from None
+
+
 def _write_stablehlo(function: Any, arrays: Any, shape: tuple[int, ...], input_type: str, folder: Path) -> Logits:
+    _require("flatbuffers", layout="stablehlo")
     from jax import export
 
     (batch,) = export.symbolic_shape("batch")
@@ -130,13 +144,10 @@ def _write_stablehlo(function: Any, arrays: Any, shape: tuple[int, ...], input_t
 
 
 def _write_onnx(function: Any, arrays: Any, shape: tuple[int, ...], input_type: str, folder: Path) -> Logits:
-    try:
-        import onnx
-        import onnxruntime
-    except ImportError as error:
-        raise UserError(
-            f"--layout=onnx needs the package {error.name}, which is not installed: pip install 'vit_scaling[onnx]'"
-        ) from None
+    _require("onnx", "onnxruntime", layout="onnx")
+    import onnx
+    import onnxruntime
+
     title = f"vit_scaling {vit_scaling.__version__}"
     held = jax.tree.map(jnp.asarray, arrays)
     model = onnx_writing.model(lambda images: function(held, images), shape, input_type, title)
