@@ -86,6 +86,8 @@ class LogConfig:
     profile_from: int | None = None  # first step of a profile written to workdir/profile
     profile_steps: int = 5
     peak_flops: float | None = None  # FLOP/s of one device, for MFU; None: from the table of known chips
+    writers: tuple[str, ...] = ("jsonl", "tensorboard")  # also "wandb" and "trackio", which are extras
+    project: str = "vit_scaling"  # under which wandb and trackio file a run
     watchdog: float = 1200.0  # seconds without a step, or a batch of an evaluation, that end the process; 0: never
 
 

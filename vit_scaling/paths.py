@@ -80,8 +80,12 @@ def place(text: str | os.PathLike[str]) -> Path:
         return Path(path)
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{path} is in a bucket, which needs the extra gcs: pip install 'vit_scaling[gcs]'")
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it asks for permissions that few have
+    import fsspec
     from etils import epath
 
+    # Another process may have written since this one last looked.
+    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     found: Any = epath.Path(path)
     return found
 
@@ -126,6 +130,47 @@ def write(path: Path, data: str | bytes) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_bytes(data)
     temporary.replace(path)
+
+
+def append(path: Path, text: str) -> None:
+    """Appends to a file, which in a bucket is written again."""
+    if in_bucket(path):
+        path.write_text((path.read_text() if path.exists() else "") + text)
+        return
+    with path.open("a") as file:
+        file.write(text)
+
+
+def absolute(path: Path) -> Path:
+    """Returns the same path from the root of its file system. (An epath.Path would take itself for a local one.)"""
+    return path if in_bucket(path) else path.absolute()
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder; a bucket needs none, but it has to exist.
+
+    Raises:
+        UserError: there is no such bucket.
+    """
+    if not in_bucket(path):
+        path.mkdir(parents=True, exist_ok=True)
+        return
+    bucket = place(BUCKET + str(path).removeprefix(BUCKET).split("/")[0])
+    if not bucket.exists():
+        raise UserError(f"there is no bucket {bucket}, or these credentials do not show it; create it first")
+
+
+def move_folder(path: Path, target: Path) -> None:
+    """Renames a folder in place of what the target was. In a bucket, object by object."""
+    remove_folder(target)
+    path.replace(target)
+
+
+def upload(folder: Path, target: Path) -> None:
+    """Writes the files of a local folder, as they are now, below a target in a bucket."""
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            (target / str(file.relative_to(folder))).write_bytes(file.read_bytes())
 
 
 def remove_folder(path: Path) -> None:

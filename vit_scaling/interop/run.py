@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from vit_scaling import UserError
+from vit_scaling import UserError, paths
 
 STATE, RECORD = "state", "record"
 MARKER = "commit_success.txt"
@@ -135,13 +135,13 @@ def _read_arrays(checkpoint: Path, names: tuple[str, ...]) -> dict[str, Any]:
     with reading(checkpoint):
         handler = ocp.CompositeCheckpointHandler(**(handlers() | {STATE: ocp.PyTreeCheckpointHandler()}))
         with ocp.Checkpointer(handler) as checkpointer:
-            metadata = checkpointer.metadata(checkpoint.absolute())
+            metadata = checkpointer.metadata(paths.absolute(checkpoint))
             tree = getattr(metadata, "item_metadata", metadata)[STATE].tree
             part = {name: tree[name] for name in names if tree.get(name)}
             kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), part)
             args = ocp.args.PyTreeRestore(item=part, restore_args=kinds, partial_restore=True)
             read = ocp.args.Composite(**{STATE: args, RECORD: ocp.args.JsonRestore()})
-            item = checkpointer.restore(checkpoint.absolute(), args=read)
+            item = checkpointer.restore(paths.absolute(checkpoint), args=read)
     verify(checkpoint, item[RECORD], {path: numpy_digest(leaf) for path, leaf in leaves(item[STATE]).items()})
     return {name: item[STATE].get(name, {}) for name in names}
 

@@ -19,6 +19,8 @@ from typing import Any
 import cv2
 import numpy as np
 
+from vit_scaling import paths
+
 _COMMON = ("core.js", "chart.js", "maps.js")
 _DTYPES = {"uint8", "int8", "uint16", "int16", "int32", "float32"}
 
@@ -51,10 +53,8 @@ def page(title: str, scripts: Sequence[str], data: Mapping[str, Any], arrays: Ma
 
 def write(path: Path, text: str) -> None:
     """Writes a page, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    paths.make_folder(path.parent)
+    paths.write(path, text)
 
 
 def pack(data: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:

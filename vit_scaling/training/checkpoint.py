@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from vit_scaling import UserError
+from vit_scaling import UserError, paths
 from vit_scaling.interop import run
 from vit_scaling.interop.run import RECORD, STATE, complete, leaves, steps
 from vit_scaling.parallel import processes
@@ -40,7 +39,7 @@ def restore(checkpoint: Path, state_shape: Any) -> tuple[Any, dict[str, Any]]:
         DamagedError: it cannot be read, or is not what was written.
     """
     run.require(checkpoint)
-    path = epath.Path(checkpoint.absolute())
+    path = epath.Path(paths.absolute(checkpoint))
     with run.reading(checkpoint):
         # The handler itself, without Checkpointer: that one waits for processes whose part may have failed.
         handler = ocp.CompositeCheckpointHandler(**run.handlers())
@@ -104,10 +103,7 @@ def restore_newest(
 
 
 def _set_aside(folder: Path, why: str) -> None:
-    target = folder.with_name(f"{folder.name}.{why}")
-    if target.is_dir():
-        shutil.rmtree(target)
-    folder.replace(target)
+    paths.move_folder(folder, folder.with_name(f"{folder.name}.{why}"))
 
 
 def _refuse_other_model(checkpoint: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -131,7 +127,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, *, keep: int, permanent: int):
-        self.directory = directory.absolute()
+        self.directory = paths.absolute(directory)
         processes.first(self._set_unfinished_aside)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -149,7 +145,7 @@ class Checkpoints:
         if unfinished:
             for entry in entries:
                 if entry.name.endswith(".unfinished") and entry.is_dir():
-                    shutil.rmtree(entry)
+                    paths.remove_folder(entry)
             for entry in unfinished:
                 processes.say(f"{entry} was never finished; it is kept as {entry.name}.unfinished")
                 _set_aside(entry, "unfinished")
@@ -204,15 +200,14 @@ class Best:
         if self._metric is None or not self._sign * values[self._metric] > self._sign * self.value:
             return
         if self.step is None:  # what is there was chosen by another metric or on another set
-            processes.first(lambda: shutil.rmtree(self._directory, ignore_errors=True))
+            processes.first(lambda: paths.remove_folder(self._directory))
         self.value, self.step = values[self._metric], step
         with contextlib.closing(Checkpoints(self._directory, keep=1, permanent=0)) as checkpoints:
             checkpoints.save(step, state, {self._metric: self.value})
         if processes.is_first():
             record = {"metric": self._metric, "value": self.value, "step": step, "measured_on": self._set}
-            temporary = self._record.with_suffix(".tmp")
-            temporary.write_text(json.dumps(record | {"checkpoint": str(self._directory / str(step))}) + "\n")
-            temporary.replace(self._record)
+            record["checkpoint"] = str(self._directory / str(step))
+            paths.write(self._record, json.dumps(record) + "\n")
 
 
 def lower_is_better(metric: str) -> bool:

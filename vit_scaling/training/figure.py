@@ -1,11 +1,14 @@
 """The picture of a run: what the loss did, how accurate it became, the learning rate, and a few predictions."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+
+from vit_scaling import paths
 
 RIGHT, WRONG = "#2a6f4e", "#b3352b"
 PREDICTIONS = 12
@@ -78,7 +81,9 @@ def run_figure(
                 fontsize="small",
                 color=RIGHT if correct else WRONG,
             )
-    figure.savefig(path, dpi=110)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=110, format="png")
+    paths.write(path, drawn.getvalue())
 
 
 def _series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:

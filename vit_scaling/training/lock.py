@@ -1,4 +1,9 @@
-"""One run for each workdir: a lock that the owner's death releases, and a check that all processes see one folder."""
+"""One run for each workdir: a lock that the owner's death releases, and a check that all processes see one folder.
+
+The owner counts heartbeats in the file `lock`. On a local disk the kernel holds a lock on that file too. A bucket has
+no such locks: there heartbeats alone decide, so a start that finds the lock of a run that was killed waits for two of
+them, and an owner that finds another's name in its lock writes no more heartbeats.
+"""
 
 import contextlib
 import fcntl
@@ -11,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vit_scaling import UserError
+from vit_scaling import UserError, paths
 from vit_scaling.parallel import processes
 
 HEARTBEAT_SECONDS = 5.0
@@ -26,12 +31,13 @@ def locked(workdir: Path) -> Iterator[None]:
         UserError: another run holds it, named by host and process id; or a process sees another folder.
     """
     with contextlib.ExitStack() as exits:
-        token = processes.first(lambda: exits.enter_context(_hold(workdir / "lock")))
+        hold = _hold_object if paths.in_bucket(workdir) else _hold
+        token = processes.first(lambda: exits.enter_context(hold(workdir / "lock")))
         with processes.together():
             if not processes.is_first() and not _sees(workdir / "lock", token):
                 raise UserError(
-                    f"{workdir.absolute()} on {socket.gethostname()} is not the folder that process 0 sees under this "
-                    f"name; all processes of a run need one shared workdir"
+                    f"{paths.absolute(workdir)} on {socket.gethostname()} is not the folder that process 0 sees under "
+                    f"this name; all processes of a run need one shared workdir"
                 )
         yield
 
@@ -44,6 +50,7 @@ def _hold(path: Path, host: str | None = None, sleep: Callable[[float], None] = 
     owner also counts heartbeats in the file, and a count that grows is a run on another host that is alive.
     """
     host = socket.gethostname() if host is None else host
+    owner = None
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
@@ -54,31 +61,72 @@ def _hold(path: Path, host: str | None = None, sleep: Callable[[float], None] = 
             pass  # a file system without locks: heartbeats alone decide
         before = _read(path)
         if before and before.get("host") != host:
-            sleep(2 * HEARTBEAT_SECONDS)
-            if _read(path).get("beats") != before.get("beats"):
-                raise _refusal(path, before)
-        token = os.urandom(8).hex()
-        owner = {"host": host, "pid": os.getpid(), "token": token}
+            _refuse_if_alive(path, before, sleep)
+        owner = _owner(host)
         _write(file, owner | {"beats": 0})
-        stop = threading.Event()
-        thread = threading.Thread(target=_beat, args=(file, owner, stop), name="workdir lock", daemon=True)
-        thread.start()
-        try:
-            yield token
-        finally:
-            stop.set()
-            thread.join()
-            os.ftruncate(file, 0)
+        with _beating(lambda beats: _write(file, owner | {"beats": beats})):
+            yield owner["token"]
     finally:
+        if owner is not None:
+            os.ftruncate(file, 0)
         os.close(file)
 
 
-def _beat(file: int, owner: dict[str, Any], stop: threading.Event) -> None:
-    beats = 0
-    while not stop.wait(HEARTBEAT_SECONDS):
-        beats += 1
-        with contextlib.suppress(OSError):  # a full disk is reported by what needs to be written
-            _write(file, owner | {"beats": beats})
+@contextlib.contextmanager
+def _hold_object(path: Path, host: str | None = None, sleep: Callable[[float], None] = time.sleep) -> Iterator[str]:
+    """Holds the lock of a workdir in a bucket and yields its token.
+
+    Of two that start at once the later one wins: each writes its name, waits, and reads who is there.
+    """
+    owner = _owner(socket.gethostname() if host is None else host)
+    if before := _read(path):
+        _refuse_if_alive(path, before, sleep)
+    path.write_text(json.dumps(owner | {"beats": 0}))
+    sleep(2.0)
+    if (now := _read(path)).get("token") != owner["token"]:
+        raise _refusal(path, now)
+
+    def beat(beats: int) -> None:
+        if _read(path).get("token") == owner["token"]:
+            path.write_text(json.dumps(owner | {"beats": beats}))
+
+    try:
+        with _beating(beat):
+            yield owner["token"]
+    finally:
+        with contextlib.suppress(Exception):  # the next start waits two heartbeats instead
+            path.write_text("{}")
+
+
+def _owner(host: str) -> dict[str, Any]:
+    return {"host": host, "pid": os.getpid(), "token": os.urandom(8).hex()}
+
+
+def _refuse_if_alive(path: Path, before: dict[str, Any], sleep: Callable[[float], None]) -> None:
+    sleep(2 * HEARTBEAT_SECONDS)
+    if _read(path).get("beats") != before.get("beats"):
+        raise _refusal(path, before)
+
+
+@contextlib.contextmanager
+def _beating(beat: Callable[[int], None]) -> Iterator[None]:
+    """Calls `beat` with 1, 2, ... every HEARTBEAT_SECONDS, in a thread."""
+    stop = threading.Event()
+
+    def loop() -> None:
+        beats = 0
+        while not stop.wait(HEARTBEAT_SECONDS):
+            beats += 1
+            with contextlib.suppress(Exception):  # a full disk or a bucket that fails is reported by what has to write
+                beat(beats)
+
+    thread = threading.Thread(target=loop, name="workdir lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def _write(file: int, owner: dict[str, Any]) -> None:

