@@ -48,3 +48,12 @@ def test_a_model_without_a_formula_is_refused(monkeypatch: pytest.MonkeyPatch) -
         UserError, match=r"ViTConfig has no formula for its FLOPs; add one to FORWARD in flops/cost\.py"
     ):
         count()
+
+
+def test_training_without_some_patches_costs_less() -> None:
+    """Half of the 4 tokens in the blocks of a training step; every patch is embedded; evaluation sees them all."""
+    layer = 2 * 4 * 64 + 2 * 2 * 8 * 16 + 2 * 4 * 8
+    found = count(patch_dropout=0.5)
+    assert found.forward_flops == count().forward_flops
+    assert found.train_flops == 3 * 2 * (2 * layer + 4 * (2 * 2 * 3) * 8 + 8 * 3)
+    assert found.activation_bytes < count().activation_bytes / 1.9

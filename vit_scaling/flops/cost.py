@@ -68,9 +68,12 @@ def count(model_config: models.ModelConfig, *, image_size: tuple[int, int], num_
         )
     shapes = parameters(model_config, image_size=image_size, num_classes=num_classes)
     forward_flops, activation_bytes = FORWARD[type(model_config)](model_config, image_size, num_classes)
+    trained_flops = forward_flops
+    if isinstance(model_config, ViTConfig) and model_config.patch_dropout:
+        trained_flops, activation_bytes = vit_forward(model_config, image_size, num_classes, training=True)
     return Cost(
         params=sum(leaf.size for leaf in shapes.values()),
         forward_flops=forward_flops,
-        train_flops=3 * forward_flops,
+        train_flops=3 * trained_flops,
         activation_bytes=activation_bytes,
     )

@@ -1,23 +1,26 @@
 """What a ViT costs: multiply-adds of its matrix products, and what its backward pass keeps."""
 
 from vit_scaling.models import layers
-from vit_scaling.models.vit import ViTConfig, feature_width, prefix_tokens
+from vit_scaling.models.vit import ViTConfig, feature_width, kept_patches, prefix_tokens
 
 
-def vit_forward(config: ViTConfig, image_size: tuple[int, int], num_classes: int) -> tuple[float, float]:
-    """Returns (FLOPs, bytes of activations) of the forward pass of one image.
+def vit_forward(
+    config: ViTConfig, image_size: tuple[int, int], num_classes: int, *, training: bool = False
+) -> tuple[float, float]:
+    """Returns (FLOPs, bytes of activations) of the forward pass of one image, in training without dropped patches.
 
     Multiply-adds per token and layer: projections 4D², MLP 2DM (SwiGLU 3DM), attention 2LD.
     """
     rows, columns = layers.grid_size(image_size, config.patch)
-    patches = rows * columns
+    embedded = rows * columns
+    patches = kept_patches(config, embedded) if training else embedded
     prefix = prefix_tokens(config)
     tokens, hidden = patches + prefix, 2 if config.mlp_kind == "swiglu" else 1
     width, mlp = config.width, config.mlp
     block = tokens * (4 * width**2 + (1 + hidden) * width * mlp) + 2 * tokens**2 * width
     macs = (
         config.depth * block
-        + patches * config.patch[0] * config.patch[1] * 3 * width
+        + embedded * config.patch[0] * config.patch[1] * 3 * width
         + feature_width(config) * num_classes
     )
     if config.pool == "map":

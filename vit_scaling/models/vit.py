@@ -81,6 +81,7 @@ class ViTConfig:
     position: str = "learned"  # learned | sincos2d | rope (DINOv3's) | learned+rope | none
     registers: int = 0  # extra learned tokens (Darcet et al. 2024)
     drop_path: float = 0.0  # rate of the last block; grows linearly from 0 at the first
+    patch_dropout: float = 0.0  # share of each image's patches that a training step leaves out (arXiv 2208.07220)
     layerscale: float | None = None  # initial scale of each residual branch (Touvron et al. 2021)
     layerscale_mlp: float | None = None  # of the MLP's branch, where it differs from the attention's
     mlp_kind: str = "gelu"  # gelu | swiglu (DINOv2's g/14); the MLP of the map pool is always the first
@@ -127,7 +128,10 @@ def variant(name: str, **fields: object) -> ViTConfig:
 def check(config: ViTConfig) -> None:
     """Raises UserError, in one sentence, for the first field that cannot work."""
     layers.check(
-        config, choices=CHOICES, positive=("width", "depth", "mlp", "heads", "patch"), rates=("drop_path", "norm_eps")
+        config,
+        choices=CHOICES,
+        positive=("width", "depth", "mlp", "heads", "patch"),
+        rates=("drop_path", "patch_dropout", "norm_eps"),
     )
     if config.registers < 0:
         raise UserError(f"model.registers is {config.registers}; it must be at least 0")
@@ -137,6 +141,11 @@ def check(config: ViTConfig) -> None:
         raise UserError(
             f"model.position {config.position!r} needs heads of a multiple of 4 dims; model.width {config.width} / "
             f"model.heads {config.heads} is {config.width // config.heads}"
+        )
+    if rotary_positions(config) and config.patch_dropout:
+        raise UserError(
+            f"model.patch_dropout is {config.patch_dropout} and model.position {config.position!r}; rotary positions "
+            "need all patches: set patch_dropout to 0"
         )
     if config.pool_norm and config.pool in ("map", *TOKEN_POOLS):
         raise UserError(f"model.pool_norm needs model.pool gap, max or avgmax, not {config.pool!r}")
@@ -151,6 +160,11 @@ def check(config: ViTConfig) -> None:
 def prefix_tokens(config: ViTConfig) -> int:
     """Returns how many tokens precede the patches: the class token, where there is one, and the registers."""
     return int(config.class_token or config.pool in TOKEN_POOLS) + config.registers
+
+
+def kept_patches(config: ViTConfig, patches: int) -> int:
+    """Returns how many of an image's patches a training step sees, at least one."""
+    return max(1, round(patches * (1 - config.patch_dropout)))
 
 
 def feature_width(config: ViTConfig) -> int:
@@ -305,15 +319,26 @@ class ViT(nnx.Module):
         angles_LA = rotary.axial_angles(*grid, self.config.width // self.config.heads)
         return jnp.pad(angles_LA, ((prefix_tokens(self.config), 0), (0, 0)))
 
+    def _without_some_patches(self, x_BLD: Array, key: PRNGKeyArray) -> Array:
+        """Returns the class token and registers and a random choice of each image's patches, in their order."""
+        prefix, count = prefix_tokens(self.config), x_BLD.shape[1] - prefix_tokens(self.config)
+        order_BP = jnp.argsort(jax.random.uniform(key, (x_BLD.shape[0], count)), axis=1)
+        kept_BK = jnp.sort(order_BP[:, : kept_patches(self.config, count)], axis=1) + prefix
+        patches_BKD = jnp.take_along_axis(x_BLD, kept_BK[:, :, None], axis=1)
+        return jnp.concatenate([x_BLD[:, :prefix], patches_BKD], axis=1)
+
     def _drop_path_rates(self) -> Float[Array, "Z"]:
         return jnp.linspace(0.0, self.config.drop_path, self.config.depth)
 
     def encode(self, images_BHWC: Float[Array, "B H W 3"], key: PRNGKeyArray | None = None) -> Float[Array, "B L D"]:
         """Returns the tokens [class token, registers, patches], each where there is one.
 
-        They come after the final norm, or with `pool_norm` before it.
+        They come after the final norm, or with `pool_norm` before it. With a key, which means training, and
+        `patch_dropout` some patches are missing.
         """
         x_BLD, angles_LA = self._tokens(images_BHWC), self._angles(*images_BHWC.shape[1:3])
+        if key is not None and self.config.patch_dropout:
+            x_BLD = self._without_some_patches(x_BLD, jax.random.fold_in(key, self.config.depth))
         keys = None if key is None else jax.random.split(key, self.config.depth)
 
         def step(x_BLD: Array, layer: tuple[Block, Array, PRNGKeyArray | None]) -> tuple[Array, None]:
@@ -350,7 +375,7 @@ class ViT(nnx.Module):
         return self.norm(pooled_BD) if self.config.pool_norm else pooled_BD
 
     def __call__(self, images_BHWC: Float[Array, "B H W 3"], key: PRNGKeyArray | None = None) -> Float[Array, "B M"]:
-        """Returns logits over the M classes, in float32. A key means training: it turns drop path on."""
+        """Returns logits over the M classes, in float32. A key means training: drop path, patch dropout."""
         return self.head(self.features(images_BHWC, key))
 
     def attention_maps(self, images_BHWC: Float[Array, "B H W 3"]) -> Float[Array, "Z B N L L"]:

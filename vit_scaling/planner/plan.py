@@ -261,7 +261,7 @@ def _plan(
     cost = flops.count(config.model, image_size=config.data.transform.size, num_classes=num_classes)
     batch, steps = config.data.batch_size, int(config.duration.amount)
     model_flops = cost.train_flops * batch
-    again = cost.forward_flops * batch if remat(config.model) == "full" else 0.0
+    again = cost.train_flops / 3 * batch if remat(config.model) == "full" else 0.0
     bounds = None
     if traffic is not None:
         chip = machine.chip
