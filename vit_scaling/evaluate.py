@@ -7,6 +7,16 @@
 Weights are a run, a checkpoint, or a weight file or folder of any layout. Without --data the run's own test set is
 measured. The command writes evaluation.json and evaluation.png (a confusion matrix and a reliability diagram) and
 prints a table. With several labels for an image, a prediction is correct if it is one of them (ReaL).
+
+Classes of the weights and of the set are matched by name. A set with a class that the weights lack is refused unless
+--class_map says what to do; its images of other classes are then left out and counted:
+
+    --class_map=common            the classes that both have
+    --class_map=kitty=cat,a=b     NAME IN THE SET=NAME OF THE WEIGHTS, ...
+    --class_map=map.csv           the same in a table of two columns
+    --class_map=number            class i of the set is class i of the weights
+
+The weights choose among all of their classes, whatever the set has.
 """
 
 import dataclasses
@@ -33,6 +43,7 @@ _RESIZE_TO = flags.DEFINE_integer("resize_to", None, "Shorter side before the cr
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 100, "Images at a time.", 1)
 _WORKERS = flags.DEFINE_integer("workers", 0, "Worker processes that read; 0: threads.", 0)
 _ON_CORRUPT = flags.DEFINE_enum("on_corrupt", "error", ["error", "skip"], "What a corrupt image does.")
+_CLASS_MAP = flags.DEFINE_string("class_map", "", "common, number, NAME=NAME,... or a .csv file; see above.")
 _FEWSHOT = flags.DEFINE_string("fewshot", None, "Set to draw shots from, KIND:NAME:SPLIT; measured on --data.")
 _SHOTS = flags.DEFINE_list("shots", ["1", "5", "10", "25"], "Examples of each class.")
 _THROUGHPUT = flags.DEFINE_float("throughput", 0.0, "Measure speed for so many seconds.", 0.0)
@@ -44,13 +55,14 @@ def main(argv: Sequence[str]) -> None:
     # Heavy imports wait until the flags are known to be good, so that a typo is answered at once.
     from vit_scaling import config as config_lib
     from vit_scaling.data.loader import DataConfig
-    from vit_scaling.data.sources import open_source
+    from vit_scaling.data.sources import classes, listing, open_source
     from vit_scaling.evaluation import figure, predict
     from vit_scaling.evaluation import model as measure
     from vit_scaling.interop import Target
     from vit_scaling.parallel.mesh import MeshConfig
     from vit_scaling.training import initial, workdir
 
+    class_map = classes.parse_class_map(_CLASS_MAP.value)
     size = None if _IMAGE_SIZE.value is None else config_lib.image_size("--image_size", _IMAGE_SIZE.value)
     weights = initial.read(_WEIGHTS.value, Target(image_size=size), ema=_EMA.value)
     found = initial.find_checkpoint(paths.place(_WEIGHTS.value))
@@ -59,10 +71,11 @@ def main(argv: Sequence[str]) -> None:
     transform = predict.eval_transform(weights, run, crop=_CROP.value, resize_to=_RESIZE_TO.value)
     data = DataConfig(workers=_WORKERS.value, on_corrupt=_ON_CORRUPT.value)
     loss = "softmax" if run is None else run["loss"]["kind"]
-    opened = open_source(source)
+    names = initial.class_names(_WEIGHTS.value, weights)
+    matched = classes.match(open_source(source), names, weights.num_classes, class_map)
     model = measure.freeze(weights, MeshConfig())
 
-    report = measure.on_set(model, source, transform, data, _BATCH_SIZE.value, loss)
+    report = measure.on_set(model, matched, transform, data, _BATCH_SIZE.value, loss)
     numbers = dict(report.numbers)
     if _FEWSHOT.value is not None:
         shots = tuple(int(shot) for shot in _SHOTS.value)
@@ -71,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
     if _THROUGHPUT.value:
         numbers |= measure.throughput(model, weights, _BATCH_SIZE.value, _THROUGHPUT.value)
 
-    names = opened.class_names or tuple(str(label) for label in range(weights.num_classes))
+    names = names or matched.class_names or tuple(str(label) for label in range(weights.num_classes))
     output = Path(_OUTPUT.value)
     output.mkdir(parents=True, exist_ok=True)
     title = f"{_WEIGHTS.value} on {source.name} {source.split}: {100 * numbers['top1']:.2f}%"
@@ -91,6 +104,9 @@ def main(argv: Sequence[str]) -> None:
         "confusion": report.confusion.tolist(),
         "calibration": report.bins,
     }
+    if isinstance(matched, classes.MatchedSource) and matched.left_out:
+        record["left_out_classes"] = matched.left_out
+        print(f"the weights lack the classes {listing.summary(matched.left_out)}; their images are left out")
     workdir.write_json(output / "evaluation.json", record)
     for name, value in numbers.items():
         print(f"{name:24s} {value:.4f}")

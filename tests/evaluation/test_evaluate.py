@@ -107,7 +107,7 @@ def test_a_pass_over_a_set_is_the_models_own_logits(exported: Path) -> None:
     weights = initial.read(exported)
     mean, std = weights.config.mean, weights.config.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     frozen = model.freeze(weights, MeshConfig(replica=1, data=8, model=1))
-    found = model.on_set(frozen, source, transform, DataConfig(threads=1), 16, "softmax")
+    found = model.on_set(frozen, open_source(source), transform, DataConfig(threads=1), 16, "softmax")
     opened = open_source(source)
     images = np.stack([np.repeat(opened[i]["image"][..., None], 3, axis=2) for i in range(37)])
     description, *arrays = models.split(weights.module())

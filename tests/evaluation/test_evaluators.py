@@ -6,12 +6,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests import tiny
+from vit_scaling import UserError
 from vit_scaling import config as c
 from vit_scaling.data.images.transforms import TransformConfig
-from vit_scaling.data.sources import open_source
-from vit_scaling.evaluation import classification, fewshot
+from vit_scaling.data.sources import SourceConfig, open_source
+from vit_scaling.data.sources.classes import MatchedSource, match
+from vit_scaling.evaluation import classification, fewshot, model
 from vit_scaling.evaluation.suite import Suite
 from vit_scaling.parallel import mesh as mesh_lib
 from vit_scaling.training.step import Program, build
@@ -60,6 +63,69 @@ def test_classification_is_exact_over_a_ragged_last_batch(program: Program, para
         assert found.accuracy == accuracy
         assert found.loss == pytest.approx(loss, rel=1e-6)
         np.testing.assert_array_equal(found.predictions, predictions)
+
+
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory: pytest.TempPathFactory) -> SourceConfig:
+    """40 digits in nine folders whose names sort otherwise than the digits: eight is class 0."""
+    folder, digits = tmp_path_factory.mktemp("named"), open_source(tiny.digits("validation[:40]"))
+    for index in range(40):
+        file = folder / NAMES[int(digits[index]["label"])] / f"{index:02d}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.asarray(digits[index]["image"])).save(file)
+    return SourceConfig("folder", str(folder), "all")
+
+
+def trained(names: tuple[str, ...]) -> MatchedSource:
+    """A training set of these classes."""
+    return MatchedSource(open_source(tiny.digits("train[:100]")), np.arange(10), names, 10)
+
+
+def test_a_validation_set_in_another_order_of_classes_is_matched_by_name(
+    program: Program, params: Any, named: SourceConfig
+) -> None:
+    assert open_source(named).class_names == tuple(sorted(NAMES[1:]))  # there is no zero among the 40
+    config = tiny.config()
+    config.evaluation = dataclasses.replace(config.evaluation, validation=named)
+    expected, loss, _ = by_hand(program, params, open_source(tiny.digits("validation[:40]")))
+    suite = Suite(config, program)
+    before = suite.sets()
+    assert suite.measure({"": params}, {}, final=False)["validation/accuracy"] != expected
+    suite.match_classes(trained(NAMES))
+    assert suite.sets() == before  # the set is the same one
+    found = suite.measure({"": params}, {}, final=False)
+    assert found["validation/accuracy"] == expected
+    assert found["validation/loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_validation_set_of_a_class_that_was_not_trained_is_refused(program: Program, named: SourceConfig) -> None:
+    config = tiny.config()
+    config.evaluation = dataclasses.replace(config.evaluation, validation=named)
+    sentence = r"data.train lacks 1 \(one\) of the 9 classes of evaluation.validation; give both the same classes"
+    with pytest.raises(UserError, match=sentence):
+        Suite(config, program).match_classes(trained(("zero", "first", *NAMES[2:])))
+
+
+def test_classes_that_a_model_lacks_are_left_out_and_counted(
+    program: Program, params: Any, named: SourceConfig
+) -> None:
+    """The model calls its nines something else; among the common classes the accuracy is that of the digits."""
+    digits = open_source(tiny.digits("validation[:40]"))
+    labels = np.array([digits[index]["label"] for index in range(40)])
+    predictions = by_hand(program, params, digits)[2]
+    matched = match(open_source(named), (*NAMES[:9], "ninth"), 10, "common")
+    frozen = model.Frozen(params, {}, program.network)
+    numbers = model.on_set(frozen, matched, PLAIN, DATA, 8, "softmax").numbers
+    nines = int((labels == 9).sum())
+    assert nines
+    assert (numbers["examples"], numbers["left_out"], numbers["unmatched"]) == (40 - nines, nines, nines)
+    assert numbers["top1"] == pytest.approx((predictions == labels)[labels != 9].mean())
+    suite_result = classification.evaluate(program, params, {}, matched, DATA, batch_size=8)
+    assert len(suite_result.predictions) == 40
+    assert ((suite_result.predictions == -1) == ([matched[i]["label"] < 0 for i in range(40)])).all()
 
 
 def test_a_batch_that_cannot_be_divided(program: Program, params: Any) -> None:

@@ -174,7 +174,7 @@ class _Read:
         self._status = status
 
     def __call__(self, index: int, rng: np.random.Generator | None, out: np.ndarray | None) -> Example | None:
-        """Returns the example of a record, or None if it is unlabelled (-1), or corrupt and skipped.
+        """Returns the example of a record, or None if it is left out: unlabelled, unmatched, or corrupt.
 
         For `out` see `Transform`.
         """
@@ -183,7 +183,7 @@ class _Read:
             codec.take_notes()
             record = self.source[index]
             if not self.source.multi_label and record["label"] < 0:
-                self._status.count("unlabelled")
+                self._status.count("unlabelled" if record["label"] == -1 else "unmatched")
                 return None
             example = self.transform(record, rng, out)
             for note in codec.take_notes():

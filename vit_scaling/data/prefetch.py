@@ -32,12 +32,13 @@ Batch = dict[str, np.ndarray]
 
 _START_SECONDS = 120.0  # worker processes may take this long to start on a busy host
 
-PID, RECORD, SINCE, SKIPPED, ALPHA, WARNING, UNLABELLED, COLUMNS = range(8)
+PID, RECORD, SINCE, SKIPPED, ALPHA, WARNING, UNLABELLED, UNMATCHED, COLUMNS = range(9)
 COUNTED = {
     "skipped": SKIPPED,
     "alpha": ALPHA,
     "warning": WARNING,
     "unlabelled": UNLABELLED,
+    "unmatched": UNMATCHED,
 }  # what happened to images, beyond being read
 _worker = 0  # the number of this worker process, 0 in the training process
 
@@ -139,7 +140,7 @@ class Batches:
 
     @property
     def counts(self) -> dict[str, int]:
-        """{"skipped", "alpha", "warning"}: reads of such images so far, those of batches read ahead included."""
+        """{"skipped", "alpha", ...}: reads of such images so far, those of batches read ahead included."""
         return self._status.counts
 
     def __iter__(self) -> "Batches":
@@ -177,7 +178,7 @@ class Batches:
     def summary(self) -> str:
         """What `counts` says in words; "" where nothing happened."""
         words = {"skipped": "corrupt and skipped", "alpha": "transparent", "warning": "decoded with a warning"}
-        words["unlabelled"] = "unlabelled and left out"
+        words |= {"unlabelled": "unlabelled and left out", "unmatched": "of other classes and left out"}
         return ", ".join(f"{count} {words[event]}" for event, count in self.counts.items() if count)
 
     def close(self) -> None:

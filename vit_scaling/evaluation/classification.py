@@ -15,7 +15,7 @@ from vit_scaling.evaluation.passes import one_pass
 class Result(NamedTuple):
     accuracy: float  # share of the examples whose most likely class is (one of) their label(s)
     loss: float  # mean over the examples, without label smoothing
-    predictions: np.ndarray  # [examples] int32, in the order of the source
+    predictions: np.ndarray  # [examples of the source] int32, in order; -1 where an example was left out
 
 
 def evaluate(
@@ -43,9 +43,9 @@ def evaluate(
         real = row["mask"]
         correct.append(row["correct"][real])
         losses.append(row["loss"][real])
-        predictions.append(row["prediction"][real])
+        predictions.append(np.where(real, row["prediction"], -1))
     return Result(
         accuracy=float(np.concatenate(correct).mean()),
         loss=float(np.concatenate(losses).mean(dtype=np.float64)),
-        predictions=np.concatenate(predictions),
+        predictions=np.concatenate(predictions)[: len(source)],
     )

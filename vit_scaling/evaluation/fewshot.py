@@ -15,9 +15,9 @@ from vit_scaling.config import FewShotConfig
 from vit_scaling.data.config import DataConfig
 from vit_scaling.data.images.transforms import transform
 from vit_scaling.data.sources import Source, open_source
+from vit_scaling.data.sources.classes import match
 from vit_scaling.evaluation.network import Network
 from vit_scaling.evaluation.passes import one_pass
-from vit_scaling.evaluation.sets import check_classes
 
 # Appended to every feature vector: so large that the bias it makes is hardly regularised.
 BIAS_FEATURE = 100.0
@@ -115,7 +115,8 @@ class FewShot:
         config: sources, transform, shots, seeds, penalty.
 
     Raises:
-        UserError: labels are multi-hot, the two sets have other classes, or there are fewer examples than shots.
+        UserError: labels are multi-hot, the test set has a class that the training set lacks, or a class has fewer
+            examples than shots.
     """
 
     def __init__(self, config: FewShotConfig):
@@ -123,7 +124,8 @@ class FewShot:
         transform(config.transform, train=False)
         if train.multi_label or test.multi_label:
             raise UserError("few-shot evaluation needs one label for each image; its sources have several")
-        check_classes("evaluation.fewshot.test", test, "evaluation.fewshot.train", train)
+        owners = "evaluation.fewshot.train", "evaluation.fewshot.test"
+        test = match(test, train.class_names, train.num_classes, owners=owners)
         self._config, self._num_classes, self._most = config, train.num_classes, max(config.shots)
         if len(train) < self._num_classes * self._most:
             raise UserError(

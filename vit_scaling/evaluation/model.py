@@ -12,7 +12,7 @@ from vit_scaling import flops, models
 from vit_scaling.config import FewShotConfig
 from vit_scaling.data.config import DataConfig
 from vit_scaling.data.images.transforms import TransformConfig
-from vit_scaling.data.sources import SourceConfig, open_source
+from vit_scaling.data.sources import Source, SourceConfig
 from vit_scaling.evaluation.fewshot import FewShot
 from vit_scaling.evaluation.network import Network, network
 from vit_scaling.evaluation.passes import one_pass
@@ -57,20 +57,30 @@ def freeze(weights: Weights, mesh_config: mesh_lib.MeshConfig) -> Frozen:
 
 
 def on_set(
-    model: Frozen, source: SourceConfig, transform: TransformConfig, data: DataConfig, batch_size: int, loss: str
+    model: Frozen, source: Source, transform: TransformConfig, data: DataConfig, batch_size: int, loss: str
 ) -> Report:
     """Returns the report of one pass over a set, every example once.
 
+    Its numbers tell how many images were left out, and of those how many were corrupt ("skipped"), "unlabelled", or of
+    classes that the model lacks ("unmatched").
+
+    Args:
+        source: under the model's class numbers (`classes.match`).
+
     Raises:
-        UserError: the set's classes are not the model's, or the batch cannot be divided over the devices.
+        UserError: no image is left, or the batch cannot be divided over the devices.
     """
     logits, labels = [], []
-    for batch in one_pass(open_source(source), transform, data, model.network.mesh, batch_size):
+    counts: dict[str, int] = {}
+    for batch in one_pass(source, transform, data, model.network.mesh, batch_size, counts=counts):
         rows = model.logits(batch["image"])
         real = np.asarray(jax.device_get(batch["mask"]))
         logits.append(np.asarray(jax.device_get(rows))[real])
         labels.append(np.asarray(jax.device_get(batch["label"]))[real])
-    return report(np.concatenate(logits), np.concatenate(labels), loss=loss)
+    found = report(np.concatenate(logits), np.concatenate(labels), loss=loss)
+    found.numbers["left_out"] = len(source) - found.numbers["examples"]
+    found.numbers.update({name: float(counts[name]) for name in ("skipped", "unlabelled", "unmatched") if counts[name]})
+    return found
 
 
 def few_shot(

@@ -19,11 +19,13 @@ def one_pass(
     mesh: jax.sharding.Mesh,
     batch_size: int,
     before_batch: Callable[[], None] | None = None,
+    counts: dict[str, int] | None = None,
 ) -> Iterator[dict[str, jax.Array]]:
     """Yields global batches on the devices: over all processes every example once, in order; padding has mask False.
 
     Args:
         before_batch: called before each batch; what it raises ends the pass.
+        counts: receives at the end what this process counted: "skipped", "unlabelled", "unmatched", ...
 
     Raises:
         UserError: the batch cannot be divided over the devices.
@@ -39,3 +41,5 @@ def one_pass(
             if before_batch is not None:
                 before_batch()
             yield batch
+        if counts is not None:
+            counts.update(batches.counts)

@@ -7,6 +7,7 @@ from typing import Any
 
 from vit_scaling import UserError
 from vit_scaling.data.sources import Source
+from vit_scaling.data.sources.classes import MatchedSource
 from vit_scaling.optim.losses import LossConfig
 
 _SAMPLES = 64
@@ -17,6 +18,7 @@ def identity(source: Source) -> dict[str, Any]:
 
     Cheap on any set: the names of evenly spaced examples stand for all of them.
     """
+    source = source.unmatched if isinstance(source, MatchedSource) else source
     count = len(source)
     indices = sorted({index * max(count - 1, 0) // (_SAMPLES - 1) for index in range(_SAMPLES)}) if count else []
     return {
@@ -43,17 +45,6 @@ def check_trainable(source: Source, loss: LossConfig) -> None:
             f"data.train has {source.num_classes} class, of which softmax is always sure; give at least two classes, "
             f"or set loss.kind to sigmoid"
         )
-
-
-def check_classes(name: str, source: Source, of: str, reference: Source) -> None:
-    """Raises UserError unless the classes of a set, `name`, are those of the set that it belongs to, `of`."""
-    if source.num_classes != reference.num_classes:
-        raise UserError(
-            f"{name} has {source.num_classes} classes and {of} has {reference.num_classes}; give both the same classes"
-        )
-    for index, (here, there) in enumerate(zip(source.class_names or (), reference.class_names or (), strict=False)):
-        if here != there:
-            raise UserError(f"class {index} is {here!r} in {name} and {there!r} in {of}; give both the same classes")
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:

@@ -9,6 +9,7 @@ from vit_scaling import UserError
 from vit_scaling.config import Config
 from vit_scaling.data.images.transforms import transform
 from vit_scaling.data.sources import Source, open_source
+from vit_scaling.data.sources.classes import match
 from vit_scaling.evaluation import classification, sets
 from vit_scaling.evaluation.fewshot import FewShot
 from vit_scaling.evaluation.network import Network
@@ -56,10 +57,15 @@ class Suite:
             named |= {f"evaluation.fewshot.{name}": source for name, source in self._fewshot.sources.items()}
         return {name: sets.identity(source) for name, source in named.items()}
 
-    def check_classes(self, train: Source) -> None:
-        """Raises UserError unless validation and test set have the classes of the training set."""
+    def match_classes(self, train: Source) -> None:
+        """Numbers the classes of validation and test set as the training set's, by name.
+
+        Raises:
+            UserError: a set has a class that the training set lacks.
+        """
         for name, source in self._sources.items():
-            sets.check_classes(f"evaluation.{name}", source, "data.train", train)
+            owners = "data.train", f"evaluation.{name}"
+            self._sources[name] = match(source, train.class_names, train.num_classes, owners=owners)
 
     def measure(
         self,
@@ -93,7 +99,7 @@ class Suite:
 
     @property
     def classified(self) -> tuple[Source, np.ndarray] | None:
-        """The set that was classified last, and the class predicted for each of its examples, in order."""
+        """The set that was classified last, and the class predicted for each example in order; -1: left out."""
         return self._pictured
 
     def examples(self, count: int) -> tuple[list[np.ndarray], list[str], list[str]]:
@@ -105,7 +111,8 @@ class Suite:
             return [], [], []
         source, predictions = self._pictured
         prepare = transform(self._data.eval_transform, train=False)
-        records = [prepare(source[index], None) for index in range(min(count, len(source)))]
+        shown = np.flatnonzero(predictions >= 0)[:count]
+        records = [prepare(source[int(index)], None) for index in shown]
         names = source.class_names or tuple(str(label) for label in range(source.num_classes))
         labels = [names[int(record["label"])] for record in records]
-        return [record["image"] for record in records], labels, [names[label] for label in predictions[: len(records)]]
+        return [record["image"] for record in records], labels, [names[label] for label in predictions[shown]]

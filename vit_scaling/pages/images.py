@@ -83,7 +83,7 @@ def _source(choice: str | None, run: dict[str, Any] | None) -> SourceConfig:
     if choice is None and run is not None:
         own = run["evaluation"]["test"] or run["evaluation"]["validation"]
         if own is not None:
-            return SourceConfig(**own)
+            return SourceConfig.from_json(own)
     if choice in (None, "builtin"):
         return SourceConfig("builtin", "mnist", "test")
     found = re.fullmatch(r"([^:]+):(.+?):((?:[^:\[\]]|\[[^\]]*\])+)", str(choice))
@@ -96,6 +96,6 @@ def _source(choice: str | None, run: dict[str, Any] | None) -> SourceConfig:
 def _class_names(run: dict[str, Any] | None) -> tuple[str, ...] | None:
     """Returns the names of a run's classes, where its training set is at hand."""
     try:
-        return None if run is None else open_source(SourceConfig(**run["data"]["train"])).class_names
+        return None if run is None else open_source(SourceConfig.from_json(run["data"]["train"])).class_names
     except (UserError, ImportError, OSError, TypeError):
         return None

@@ -102,16 +102,20 @@ class Reporter:
         about = {"step": step, "set": "test" if final and config.evaluation.test is not None else "validation"}
         if source.multi_label:
             return about | {"left_out": "images with several labels have no table of classes"}
-        count = min(len(source), len(predictions), MOST_LABELS)
+        used = np.flatnonzero(predictions >= 0)
+        shown = used[:MOST_LABELS]
         if self._labels is None or self._labels[0] is not source:
-            self._labels = source, np.array([int(source[index]["label"]) for index in range(count)])
+            self._labels = source, np.array([int(source[int(index)]["label"]) for index in shown])
         prepare = transform(config.data.eval_transform, train=False)
         class_names = source.class_names or tuple(str(label) for label in range(source.num_classes))
         told = classes(
-            self._labels[1], np.asarray(predictions[:count]), class_names, lambda i: prepare(source[i], None)["image"]
+            self._labels[1],
+            predictions[shown],
+            class_names,
+            lambda i: prepare(source[int(shown[i])], None)["image"],
         )
-        left = len(predictions) - count
-        return about | told | {"left_out": f"the first {count:,} of {len(predictions):,} images" if left else None}
+        left_out = f"the first {len(shown):,} of {len(used):,} images" if len(used) > len(shown) else None
+        return about | told | {"left_out": left_out}
 
 
 class Warnings(std_logging.Handler):

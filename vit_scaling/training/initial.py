@@ -30,7 +30,7 @@ def class_names(path: str | Path, weights: Weights) -> tuple[str, ...] | None:
     """Returns the names of the classes of weights: as the run noted them, else its training set's; None if unknown."""
     found = find_checkpoint(paths.place(path))
     if found is None:
-        return getattr(weights, "class_names", None)
+        return weights.class_names
     record = record_of(found)
     names = record.get("classes")
     if names is None:

@@ -94,7 +94,7 @@ def _set_up(config: Config, workdir: Path) -> _Setup:
         program = build(config, num_classes=source.num_classes, total_steps=int(config.duration.amount), mesh=mesh)
         workdirs.check_space(workdir, program)
         suite = Suite(config, program)
-        suite.check_classes(source)
+        suite.match_classes(source)
         setup = _Setup(
             config=config,
             source=source,
