@@ -17,6 +17,7 @@ or cannot be read is named on stderr and passed over; the exit code is then 1.
     --features=FILE  .npz with "files" [N] and "features" float32 [N, width]
 """
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -53,16 +54,16 @@ def main(argv: Sequence[str]) -> None:
     if not _TOP.value and not _FEATURES.value:
         raise UserError("--top=0 without --features leaves nothing to do")
     # Heavy imports wait until the flags are known to be good, so that a typo is answered at once.
-    import numpy as np
     from tqdm import tqdm
 
     from vit_scaling import config as config_lib
     from vit_scaling.evaluation import model, predict
+    from vit_scaling.evaluation.features import FeatureWriter
     from vit_scaling.interop import Target
     from vit_scaling.parallel.mesh import MeshConfig
     from vit_scaling.training import initial
 
-    found = predict.find(arguments)
+    found = predict.Found(arguments)
     size = None if _IMAGE_SIZE.value is None else config_lib.image_size("--image_size", _IMAGE_SIZE.value)
     headless = initial.has_no_classifier(_WEIGHTS.value)
     if headless and _TOP.value:
@@ -72,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
     show = predict.eval_transform(weights, run, crop=_CROP.value, resize_to=_RESIZE_TO.value)
     predictions = predict.predict(
         model.freeze(weights, MeshConfig()),
-        found.files,
+        found,
         show,
         initial.class_names(_WEIGHTS.value, weights),
         top=min(_TOP.value, weights.num_classes),
@@ -82,31 +83,30 @@ def main(argv: Sequence[str]) -> None:
     )
 
     sheet = predict.Sheet()
-    files, features, failed = [], [], 0
-    output = open(_OUTPUT.value, "w", encoding="utf-8", newline="") if _OUTPUT.value else sys.stdout  # noqa: SIM115
-    write = _Writer(output, _FORMAT.value)
-    with tqdm(predictions, total=len(found.files), unit="image", disable=not sys.stderr.isatty()) as bar:
-        for prediction in bar:
+    count = failed = 0
+    with contextlib.ExitStack() as stack:
+        output = sys.stdout
+        if _OUTPUT.value:
+            output = stack.enter_context(open(_OUTPUT.value, "w", encoding="utf-8", newline=""))
+        features = stack.enter_context(FeatureWriter(_FEATURES.value)) if _FEATURES.value else None
+        write = _Writer(output, _FORMAT.value)
+        for prediction in tqdm(predictions, unit="image", disable=not sys.stderr.isatty()):
+            count += 1
             if prediction.error is not None:
                 failed += 1  # the loader has logged its name and the reason
                 continue
             if _TOP.value:
                 write(prediction)
-            if prediction.features is not None:
-                files.append(prediction.file)
-                features.append(prediction.features)
+            if features is not None and prediction.features is not None:
+                features.add(prediction.file, prediction.features)
             if _SHEET.value:
                 sheet.add(prediction)
-    if _OUTPUT.value:
-        output.close()
-    if _FEATURES.value:
-        np.savez(_FEATURES.value, files=np.array(files), features=np.array(features, np.float32))
     if _SHEET.value:
         sheet.write(Path(_SHEET.value))
     if found.left_out:
         print(f"{found.left_out} files of the folders are no images and were left out", file=sys.stderr)
     if failed:
-        print(f"{failed} of {len(found.files)} files could not be used", file=sys.stderr)
+        print(f"{failed} of {count} files could not be used", file=sys.stderr)
         sys.exit(1)
 
 

@@ -117,7 +117,7 @@ def test_classes_that_a_model_lacks_are_left_out_and_counted(
     labels = np.array([digits[index]["label"] for index in range(40)])
     predictions = by_hand(program, params, digits)[2]
     matched = match(open_source(named), (*NAMES[:9], "ninth"), 10, "common")
-    frozen = model.Frozen(params, {}, program.network)
+    frozen = model.Frozen(params, {}, program)
     numbers = model.on_set(frozen, matched, PLAIN, DATA, 8, "softmax").numbers
     nines = int((labels == 9).sum())
     assert nines

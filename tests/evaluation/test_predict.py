@@ -1,6 +1,7 @@
 """Prediction: the model's own probabilities for every file, in order, and nothing dropped in silence."""
 
 import csv
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,6 +19,8 @@ from vit_scaling.data import mixing
 from vit_scaling.data.images import codec
 from vit_scaling.data.images.transforms import TransformConfig
 from vit_scaling.evaluation import model, predict
+from vit_scaling.evaluation.features import FeatureWriter
+from vit_scaling.interop.normalisation import Normalisation
 from vit_scaling.parallel.mesh import MeshConfig
 from vit_scaling.training import initial
 
@@ -54,31 +57,34 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_files_folders_and_patterns_are_found(images: Path) -> None:
-    found = predict.find([str(images)])
-    names = [os.path.relpath(file, images) for file in found.files]
+    found = predict.Found([str(images)])
+    names = [os.path.relpath(file, images) for file in found]
     top = [f"{n:02d}.png" for n in range(0, COUNT, 2)]
     assert names == [*top, "named_wrongly.doc", *(f"b/{n:02d}.png" for n in range(1, COUNT, 2))]
     assert found.left_out == 1
-    assert predict.find([str(images / "**" / "1?.png")]).files == sorted(
+    assert list(predict.Found([str(images / "**" / "1?.png")])) == sorted(
         str(images / ("b" if n % 2 else "") / f"{n}.png") for n in range(10, COUNT)
     )
-    assert predict.find([str(images / "notes.txt")]).files == [str(images / "notes.txt")]  # asked for by name
+    assert list(predict.Found([str(images / "notes.txt")])) == [str(images / "notes.txt")]  # asked for by name
     with pytest.raises(UserError, match="there is no file, folder or match for 'nowhere'"):
-        predict.find(["nowhere"])
+        predict.Found(["nowhere"])
     (images / "__MACOSX" / "a.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"no images are in .*MACOSX \(1 other files\)"):
-        predict.find([str(images / "__MACOSX")])
+        predict.Found([str(images / "__MACOSX")])
 
 
-def test_predictions_are_the_models_probabilities_in_order(weights: Path, images: Path) -> None:
-    """On all eight devices; the last batch is not full."""
+def test_predictions_are_the_models_probabilities_in_order(
+    weights: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On all eight devices; the last batch is not full, and the files are taken 16 at a time."""
+    monkeypatch.setattr(predict, "_CHUNK", 16)
     read = initial.read(weights)
     show = predict.eval_transform(read, crop="resize")
     files = [str(images / ("b" if n % 2 else "") / f"{n:02d}.png") for n in range(COUNT)]
     files.insert(4, str(images / "gone.png"))
     frozen = model.freeze(read, MeshConfig(replica=1, data=8, model=1))
     names = [f"class {n}" for n in range(10)]
-    found = list(predict.predict(frozen, files, show, names, top=3, batch_size=8, features=True))
+    found = list(predict.predict(frozen, iter(files), show, names, top=3, batch_size=8, features=True))
     assert [prediction.file for prediction in found] == files
     assert [p.file for p in found if p.error] == [files[3], files[4]]
     assert "cut off" in str(found[3].error)
@@ -118,6 +124,40 @@ def test_the_transform_is_the_runs_own_at_the_size_of_the_weights(weights: Path)
         (28, 28), crop="square_central", resize="antialias", resize_to=32, alpha="black"
     )
     assert predict.eval_transform(read, run, crop="resize", resize_to=None).crop == "resize"
+    own |= {"size": [28, 28], "crop": "none"}
+    assert predict.eval_transform(read, run).crop == "resize"  # photographs of any size
+
+
+@pytest.mark.parametrize(
+    ("published", "crop", "resize", "resize_to"),
+    [
+        ({"interpolation": "bicubic", "crop_ratio": 0.9, "crop_mode": "center"}, "central", "bicubic", 31),
+        ({"interpolation": "bilinear", "crop_ratio": 1.0, "crop_mode": "squash"}, "resize", "antialias", 32),
+        ({"interpolation": "lanczos", "crop_ratio": 0.5}, "central", "lanczos", 56),
+        ({}, "central", "area", 32),
+    ],
+)
+def test_published_weights_are_shown_images_as_their_files_say(
+    weights: Path, published: dict, crop: str, resize: str, resize_to: int
+) -> None:
+    half = (0.5, 0.5, 0.5)
+    read = dataclasses.replace(initial.read(weights), normalisation=Normalisation(half, half, **published))
+    found = predict.eval_transform(read)
+    assert (found.size, found.crop, found.resize, found.resize_to) == ((28, 28), crop, resize, resize_to)
+
+
+def test_features_are_written_without_holding_them(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    names = ["a.png", "late\nline.png", "b\udcff.png", "", "\u00e9.png"]
+    with FeatureWriter(tmp_path / "new" / "f.npz") as writer:
+        for name, row in zip(names, rows, strict=True):
+            writer.add(name, row)
+    with np.load(tmp_path / "new" / "f.npz") as saved:
+        assert saved["files"].tolist() == names
+        np.testing.assert_array_equal(saved["features"], rows)
+    with pytest.raises(OSError, match="disk"), FeatureWriter(tmp_path / "g.npz") as writer:
+        raise OSError("disk")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new"]  # complete or absent
 
 
 def test_the_command_writes_json_features_and_a_sheet(weights: Path, images: Path, tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ for prediction in predict.predict(model.freeze(weights, MeshConfig()), files, sh
 import contextlib
 import dataclasses
 import glob
+import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,9 +27,11 @@ from vit_scaling.data.images.transforms import Transform, TransformConfig, trans
 from vit_scaling.data.sources.listing import Place
 from vit_scaling.evaluation.model import Frozen
 from vit_scaling.interop import Weights
+from vit_scaling.interop.normalisation import Normalisation
 from vit_scaling.parallel import sharding
 
 _FIRST_BYTES = 32
+_CHUNK = 4096  # files whose names are held at a time
 _PRIVATE = ("__MACOSX", "@eaDir")
 
 
@@ -58,40 +61,45 @@ class Prediction:
     error: str | None = None
 
 
-class Found(NamedTuple):
-    """The files to classify, and how many files of the folders were left out because they are no images."""
-
-    files: list[str]
-    left_out: int
-
-
-def find(arguments: Sequence[str]) -> Found:
-    """Returns the image files that arguments name: files, folders with all that is in them, or patterns.
+class Found:
+    """The image files that arguments name: files, folders with all that is in them, or patterns.
 
     In a folder the content decides what an image is; hidden files and folders, and those of macOS archives and of
-    Synology, are passed over. Files of a folder come in the order of their paths.
+    Synology, are passed over. Files of a folder come in the order of their paths. Each iteration walks through the
+    folders again and keeps no list, however many files they hold.
+
+    Attributes:
+        left_out: files of the folders that the last iteration left out because they are no images.
 
     Raises:
-        UserError: nothing has that name or matches that pattern, or there is no image at all.
+        UserError: nothing has that name or matches that pattern, there is no image at all, or, in an iteration, a
+            folder cannot be read.
     """
-    files: list[str] = []
-    left_out = 0
-    for argument in arguments:
-        matches = [argument] if os.path.exists(argument) else sorted(glob.glob(paths.expand(argument), recursive=True))
-        if not matches:
-            raise UserError(f"there is no file, folder or match for {argument!r}")
-        for match in matches:
+
+    def __init__(self, arguments: Sequence[str]):
+        self.left_out = 0
+        self._matches: list[str] = []
+        for argument in arguments:
+            matches = (
+                [argument] if os.path.exists(argument) else sorted(glob.glob(paths.expand(argument), recursive=True))
+            )
+            if not matches:
+                raise UserError(f"there is no file, folder or match for {argument!r}")
+            self._matches += matches
+        if next(iter(self), None) is None:
+            raise UserError(f"no images are in {', '.join(arguments)} ({self.left_out} other files)")
+
+    def __iter__(self) -> Iterator[str]:
+        self.left_out = 0
+        for match in self._matches:
             if not os.path.isdir(match):
-                files.append(match)
+                yield match
                 continue
             for path in _walk(match):
                 if _is_image(path):
-                    files.append(path)
+                    yield path
                 else:
-                    left_out += 1
-    if not files:
-        raise UserError(f"no images are in {', '.join(arguments)} ({left_out} other files)")
-    return Found(files, left_out)
+                    self.left_out += 1
 
 
 def _walk(folder: str) -> Iterator[str]:
@@ -122,24 +130,42 @@ def eval_transform(weights: Weights, run: Mapping[str, Any] | None = None, **ove
     Args:
         weights: as read, for the image size.
         run: the "config" of a run's config.json, whose evaluation transform is taken, at the weights' image size; None
-            for other weights: resize the shorter side to 256/224 of the size, then the central crop.
+            for other weights, whose files may say how they are evaluated; where they do not, the shorter side is
+            resized to 256/224 of the size before the central crop.
         override: fields of `TransformConfig`, such as crop and resize_to; those that are None are ignored.
     """
     size = weights.image_size
-    fields: dict[str, Any] = {"crop": "central", "resize": "area", "resize_to": max(size) * 256 // 224}
-    if run is not None:
-        own = run["data"]["eval_transform"]
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
-        if tuple(fields["size"]) != tuple(size):
-            fields |= {"resize_to": max(size) * fields["resize_to"] // max(fields["size"])}
-            fields["crop"] = "resize" if fields["crop"] == "none" else fields["crop"]
+    fields = _published(weights.normalisation, size) if run is None else _of_run(run, size)
     given = {name: value for name, value in override.items() if value is not None}
     return TransformConfig(**fields | {"size": tuple(size)} | given)
 
 
+def _of_run(run: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    own = run["data"]["eval_transform"]
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
+    if tuple(fields["size"]) != tuple(size):
+        fields["resize_to"] = max(size) * fields["resize_to"] // max(fields["size"])
+    # An image that already has the size stays as it is.
+    return fields | {"crop": "resize" if fields["crop"] == "none" else fields["crop"]}
+
+
+def _published(found: Normalisation | None, size: tuple[int, int]) -> dict[str, Any]:
+    """Returns how the authors of a published file evaluate it, as far as the file says."""
+    filters = {"bilinear": "antialias", "bicubic": "bicubic", "lanczos": "lanczos"}
+    fields: dict[str, Any] = {"crop": "central", "resize": "area", "resize_to": max(size) * 256 // 224}
+    if found is None:
+        return fields
+    fields["resize"] = filters.get(found.interpolation or "", "area")
+    if found.crop_mode == "squash":
+        return fields | {"crop": "resize"}
+    if found.crop_ratio:
+        fields["resize_to"] = max(int(max(size) / found.crop_ratio), max(size))
+    return fields
+
+
 def predict(
     model: Frozen,
-    files: Sequence[str],
+    files: Iterable[str],
     transform_config: TransformConfig,
     names: Sequence[str] | None,
     *,
@@ -152,7 +178,7 @@ def predict(
 
     Args:
         model: as `model.freeze` puts it on the devices.
-        files: paths.
+        files: paths; they are taken some thousand at a time.
         transform_config: as `eval_transform` gives it.
         names: of the classes; None: their numbers.
         top: how many classes each prediction has; 0 runs no classifier.
@@ -161,15 +187,16 @@ def predict(
         features: also give what the classifier sees.
     """
     devices = model.network.mesh.size
-    batch_size = -(-min(batch_size, len(files)) // devices) * devices
     on = sharding.batch_sharding(model.network.mesh)
-    reader = _Reader(files, transform(transform_config, train=False))
-    data = DataConfig(on_corrupt="skip")
-    batches = loader.eval_batches(
-        reader, reader, data, batch_size=batch_size, shard=loader.Shard(*sharding.batch_parts(on))
-    )
-    with contextlib.closing(batches):
-        yield from _predictions(model, loader.to_device(batches, on, ahead=1), reader, names, top, loss, features)
+    shard = loader.Shard(*sharding.batch_parts(on))
+    show, data = transform(transform_config, train=False), DataConfig(on_corrupt="skip")
+    remaining = iter(files)
+    while chunk := list(itertools.islice(remaining, _CHUNK)):
+        batch_size = -(-min(batch_size, len(chunk)) // devices) * devices
+        reader = _Reader(chunk, show)
+        batches = loader.eval_batches(reader, reader, data, batch_size=batch_size, shard=shard)
+        with contextlib.closing(batches):
+            yield from _predictions(model, loader.to_device(batches, on, ahead=1), reader, names, top, loss, features)
 
 
 def _predictions(

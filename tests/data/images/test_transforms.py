@@ -42,9 +42,12 @@ def test_linear_resize_is_bilinear_without_antialiasing(photograph, size):
 
 
 @pytest.mark.parametrize("size", [(64, 100), (500, 600)])
-def test_antialias_resize_is_pillows(photograph, size):
-    reference = Image.fromarray(photograph).resize(size[::-1], Image.Resampling.BILINEAR)
-    assert distance(transforms.resize(photograph, size, "antialias"), reference) == (0, 0.0)
+@pytest.mark.parametrize(
+    ("method", "pillows"), [("antialias", "BILINEAR"), ("bicubic", "BICUBIC"), ("lanczos", "LANCZOS")]
+)
+def test_antialiased_resizes_are_pillows(photograph, size, method, pillows):
+    reference = Image.fromarray(photograph).resize(size[::-1], Image.Resampling[pillows])
+    assert distance(transforms.resize(photograph, size, method), reference) == (0, 0.0)
 
 
 def test_area_resize_averages(photograph):

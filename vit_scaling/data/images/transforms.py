@@ -20,7 +20,7 @@ Crops:
 
 The first four are random. Resizing: "linear" is OpenCV's bilinear without antialiasing, as TensorFlow's and
 big_vision's training crops; "area" averages when it shrinks (big_vision's resize_small); "antialias" is Pillow's
-bilinear, whose filter widens when it shrinks, as torchvision's.
+bilinear, whose filter widens when it shrinks, as torchvision's; "bicubic" and "lanczos" are Pillow's too.
 """
 
 import dataclasses
@@ -38,7 +38,12 @@ from vit_scaling.data.images.codec import Box
 
 RANDOM_CROPS = ("inception", "inception_torchvision", "random", "pad")
 CROPS = (*RANDOM_CROPS, "central", "square_central", "resize", "none")
-RESIZES = ("linear", "area", "antialias")
+_PILLOW = {
+    "antialias": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+RESIZES = ("linear", "area", "antialias", "bicubic", "lanczos")
 
 
 @dataclasses.dataclass
@@ -251,8 +256,8 @@ def resize(image: np.ndarray, size: tuple[int, int], method: str, out: np.ndarra
     """
     if image.shape[:2] == size:
         return image
-    if method == "antialias":
-        return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+    if method in _PILLOW:
+        return np.asarray(Image.fromarray(image).resize(size[::-1], _PILLOW[method]))
     return cv2.resize(image, size[::-1], out, interpolation=cv2.INTER_AREA if method == "area" else cv2.INTER_LINEAR)
 
 
