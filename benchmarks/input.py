@@ -3,6 +3,7 @@
     pip install tensorflow-cpu torch scikit-image
     python benchmarks/input.py              throughput: decode, inception crop to 224, flip, batch
     python benchmarks/input.py --memory     memory of the loader over 20,000 steps
+    python benchmarks/input.py --before=../old    also the pipeline of another checkout of this project, and the ratio
 
 The files are JPEGs of 500 x 375 (4:2:0), cut from photographs that scikit-learn and scikit-image carry. Each has eight
 names, so that there are as many records to shuffle and look up as in a small pretraining set.
@@ -40,6 +41,7 @@ from vit_scaling.data import loader, sources
 from vit_scaling.data.config import DataConfig
 from vit_scaling.data.images import transforms
 
+ROOT = Path(__file__).resolve().parent.parent
 BATCH = 50
 PHOTOGRAPHS, NAMES = 2400, 8
 Pipeline = Callable[[], object]  # makes one batch
@@ -207,9 +209,12 @@ def take_turns(name: str, folder: Path) -> None:
 class Turns:
     """One pipeline's process, seen from outside."""
 
-    def __init__(self, name: str, folder: Path):
-        command = [sys.executable, __file__, "--pipeline", name, "--folder", str(folder)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, name: str, folder: Path, root: Path):
+        command = [sys.executable, str(root / "benchmarks" / "input.py"), "--pipeline", name, "--folder", str(folder)]
+        there = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=there, cwd=root
+        )
         self._seconds = 0.0
         self.turn(3)
 
@@ -229,7 +234,7 @@ class Turns:
         self._process.wait()
 
 
-def measure_throughput(rounds: int, images: int, quality: int) -> None:
+def measure_throughput(rounds: int, images: int, quality: int, before: Path | None) -> None:
     names = [
         "bare",
         "vit_scaling",
@@ -247,7 +252,10 @@ def measure_throughput(rounds: int, images: int, quality: int) -> None:
             f"{PHOTOGRAPHS} JPEGs of 500 x 375, {size / 1000:.0f} kB each, under {NAMES} names each; one core; "
             f"{rounds} turns of {images} images"
         )
-        turns = {name: Turns(name, Path(temporary)) for name in names}
+        turns = {name: Turns(name, Path(temporary), ROOT) for name in names}
+        if before is not None:
+            names.append("before")
+            turns["before"] = Turns("vit_scaling", Path(temporary), before.resolve())
         seconds = np.array([[turns[name].turn(images // BATCH) / images for name in names] for _ in range(rounds)])
         for turn in turns.values():
             turn.close()
@@ -257,7 +265,7 @@ def measure_throughput(rounds: int, images: int, quality: int) -> None:
         print(f"{name:34s} {rates[name]:6.0f} images/s per core (turns, 10 to 90%: {low:.0f} to {high:.0f})")
     rand = 1e6 * (1 / rates["vit_scaling + RandAugment(2,10)"] - 1 / rates["vit_scaling"])
     print(f"RandAugment(2,10): {rand:.0f} us per image")
-    for peer in ("bare", "tf.data", "tf.data, uint8", "torch + Pillow"):
+    for peer in ("bare", "tf.data", "tf.data, uint8", "torch + Pillow", "before"):
         if peer in rates:
             print(f"vit_scaling against {peer}: {rates['vit_scaling'] / rates[peer]:.2f}")
 
@@ -289,6 +297,7 @@ def measure_memory(steps: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", action="store_true", help="measure memory, not throughput")
+    parser.add_argument("--before", type=Path, help="another checkout of this project, to compare with")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--images", type=int, default=100, help="images in a turn")
     parser.add_argument("--quality", type=int, default=92, help="of the JPEG files")
@@ -301,4 +310,4 @@ if __name__ == "__main__":
     elif arguments.memory:
         measure_memory(arguments.steps)
     else:
-        measure_throughput(arguments.rounds, arguments.images, arguments.quality)
+        measure_throughput(arguments.rounds, arguments.images, arguments.quality, arguments.before)

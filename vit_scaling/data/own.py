@@ -59,11 +59,7 @@ def find(text: str) -> OwnSet:
     opened, held_out = sources.open_source(train), sources.open_source(validation)
     _say(
         f"{text}: {len(opened):,} training images of {opened.num_classes} classes, {len(held_out):,} for validation "
-        + (
-            f"(held out by class, seed {holdout.SEED}, near-duplicates kept together)"
-            if made
-            else f"({found['validation']})"
-        )
+        + (f"({holdout.describe(len(opened) + len(held_out))})" if made else f"({found['validation']})")
         + (", no test split" if test is None else f", test split {found['test']}")
     )
     return OwnSet(train, validation, test, len(opened), opened.num_classes)

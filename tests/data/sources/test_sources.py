@@ -229,20 +229,31 @@ def test_records_round_trip():
         records.pack("x", 0, raw.astype(float))
 
 
+TFDS = ("single", "several", "real", "v2")
+
+
 @pytest.fixture(scope="module")
 def tfds_dir(tmp_path_factory):
-    """A real TFDS data set, written with TFDS's own builder class as ArrayRecord."""
+    """TFDS data sets, written with TFDS's own builder class as ArrayRecord.
+
+    The configurations have the features of most sets, of multi-label sets, of imagenet2012_real and of imagenet_v2.
+    """
     import tensorflow_datasets as tfds
 
     class Tiny(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
         url_infos = {}  # noqa: RUF012 (nothing to download; looking for a list of it needs a package TFDS does not name)
-        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="single"), tfds.core.BuilderConfig(name="several")]  # noqa: RUF012
+        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in TFDS]  # noqa: RUF012
 
         def _info(self):
-            label = tfds.features.ClassLabel(names=["cat", "dog", "emu"])
-            label = tfds.features.Sequence(label) if self.builder_config.name == "several" else label
-            features = {"image": tfds.features.Image(), "label": label, "extra": tfds.features.Text()}
+            one = tfds.features.ClassLabel(names=["cat", "dog", "emu"])
+            several, text = tfds.features.Sequence(one), tfds.features.Text()
+            features = {"image": tfds.features.Image()} | {
+                "single": {"label": one, "extra": text},
+                "several": {"label": several, "extra": text},
+                "real": {"original_label": one, "real_label": several, "file_name": text},
+                "v2": {"label": one, "file_name": text},
+            }[self.builder_config.name]
             return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
         def _split_generators(self, dl_manager):
@@ -250,11 +261,20 @@ def tfds_dir(tmp_path_factory):
 
         def _generate_examples(self, start, stop):
             for n in range(start, stop):
-                label = [n % 3, (n + 1) % 3] if self.builder_config.name == "several" else n % 3
-                yield n, {"image": jpeg(8 * n), "label": label, "extra": "ignored"}
+                one, several = n % 3, [n % 3, (n + 1) % 3]
+                yield (
+                    n,
+                    {"image": jpeg(8 * n)}
+                    | {
+                        "single": {"label": one, "extra": "ignored"},
+                        "several": {"label": several, "extra": "ignored"},
+                        "real": {"original_label": one, "real_label": several if n % 5 else [], "file_name": "ignored"},
+                        "v2": {"label": one, "file_name": "ignored"},
+                    }[self.builder_config.name],
+                )
 
     root = tmp_path_factory.mktemp("tfds")
-    for name in ("single", "several"):
+    for name in TFDS:
         Tiny(data_dir=str(root), config=name, file_format="array_record").download_and_prepare()
     return root
 
@@ -273,6 +293,20 @@ def test_tfds_gives_encoded_images_labels_and_splits(tfds_dir):
     for i in range(10):
         n = number(several[i])
         assert several[i]["label"].tolist() == [float(c in (n % 3, (n + 1) % 3)) for c in range(3)]
+
+
+def test_imagenet_real_and_v2_are_read_as_they_are(tfds_dir):
+    """ReaL has several labels an image, or none; the label of the original set is there on request."""
+    real = open_source(SourceConfig("tfds", "tiny/real", "test", str(tfds_dir)))
+    assert (len(real), real.multi_label, real.num_classes) == (10, True, 3)
+    for i in range(10):
+        n = number(real[i])
+        assert real[i]["label"].tolist() == [float(n % 5 > 0 and c in (n % 3, (n + 1) % 3)) for c in range(3)]
+    original = open_source(SourceConfig("tfds", "tiny/real", "test", str(tfds_dir), label="original_label"))
+    v2 = open_source(SourceConfig("tfds", "tiny/v2", "test", str(tfds_dir)))
+    for source in (original, v2):
+        assert not source.multi_label
+        assert all(int(source[i]["label"]) == number(source[i]) % 3 for i in range(10))
 
 
 def test_tfds_is_read_without_tensorflow(tfds_dir):

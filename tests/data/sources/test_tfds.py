@@ -19,20 +19,25 @@ REAL = {  # imagenet2012_real's
 
 def label_of(found: dict, asked: str = "") -> str:
     fitting = [name for name in found if tfds._classes(found[name]) is not None]
-    return tfds._choose("label", ("label", "labels"), fitting, found, SourceConfig("tfds", "x"), asked)
+    return tfds._choose("label", tfds.LABELS, fitting, found, SourceConfig("tfds", "x"), asked)
 
 
 def test_the_label_is_the_usual_one_the_only_one_or_the_one_that_is_asked_for():
     assert label_of({"image": features.Image(), "label": CLASSES, "coarse": CLASSES}) == "label"
     assert label_of({"image": features.Image(), "labels": features.Sequence(CLASSES)}) == "labels"
     assert label_of({"image": features.Image(), "species": CLASSES, "id": features.Scalar(np.int64)}) == "species"
-    assert label_of(REAL, "real_label") == "real_label"
+    assert label_of(REAL) == "real_label"
+    assert label_of(REAL, "original_label") == "original_label"
 
 
 @pytest.mark.parametrize(
     ("found", "asked", "message"),
     [
-        (REAL, "", "has no feature 'label', only file_name, .*; choose one of original_label, real_label with"),
+        (
+            {"fine": CLASSES, "coarse": CLASSES},
+            "",
+            "has no feature 'label', only fine, .*; choose one of fine, coarse with",
+        ),
         (REAL, "file_name", "has no label feature 'file_name'"),
         ({"image": features.Image()}, "", "has no feature 'label', only image$"),
         ({"label": features.Text()}, "", "the feature 'label' of the TFDS data set 'x' is Text"),

@@ -44,6 +44,13 @@ class HoldoutSource:
         return list(PARTS)
 
 
+def describe(images: int) -> str:
+    """Says how a set of so many images is divided."""
+    if images > HASHED:
+        return f"held out at random, seed {SEED}: above {HASHED:,} images near-duplicates are not looked for"
+    return f"held out by class, seed {SEED}, near-duplicates kept together"
+
+
 _DIVIDED: dict[tuple[str, float, int], tuple[np.ndarray, np.ndarray]] = {}  # training and validation open the same set
 
 

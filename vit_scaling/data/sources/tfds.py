@@ -6,12 +6,15 @@ from vit_scaling import UserError, paths
 from vit_scaling.data.sources import SourceConfig, make_label, open_source, split_ranges
 from vit_scaling.data.sources.array_record import describe_place
 
+LABELS = ("label", "labels", "real_label")
+
 
 class TfdsSource:
     """A TFDS builder, prepared as ArrayRecord. Images stay encoded; features other than image and label are dropped.
 
     The image is the feature called image, or the only image there is. The label is the feature that the config names,
-    or else the one called label or labels, or the only feature of classes; a sequence of classes is multi-label.
+    or else the one called label, labels or real_label (of imagenet2012_real), or the only feature of classes; a
+    sequence of classes is multi-label.
     """
 
     def __init__(self, config: SourceConfig):
@@ -22,7 +25,7 @@ class TfdsSource:
         images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
         self._image = _choose("image", ("image",), images, features, config)
         classes = {name: feature for name in features if (feature := _classes(features[name])) is not None}
-        self._label = _choose("label", ("label", "labels"), list(classes), features, config, config.label)
+        self._label = _choose("label", LABELS, list(classes), features, config, config.label)
         self.multi_label = features[self._label] is not classes[self._label]
         split_ranges(config.split, {name: split.num_examples for name, split in splits.items()})  # better errors
         self.config = config
