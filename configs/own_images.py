@@ -25,7 +25,7 @@ The first word is the set: a folder, a set that `prepare` wrote, or KIND:NAME su
 
 Recipe:   that of vit_imagenet.py ("Better plain ViT baselines", arXiv 2205.01580) in float32 without few-shot
           evaluation; batch at most 1024, learning rate 1e-3 at that batch, less in proportion to its root.
-Run by us: see docs/data.md.
+Run by us: Debian's openclipart-png, in small and unfinished, see docs/data.md.
 """
 
 from vit_scaling import UserError
