@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     from vit_scaling import config as config_lib
     from vit_scaling.data.loader import DataConfig
     from vit_scaling.data.sources import classes, listing, open_source
-    from vit_scaling.evaluation import figure, predict
+    from vit_scaling.evaluation import figure, predict, scores
     from vit_scaling.evaluation import model as measure
     from vit_scaling.interop import Target
     from vit_scaling.parallel.mesh import MeshConfig
@@ -108,8 +108,9 @@ def main(argv: Sequence[str]) -> None:
         record["left_out_classes"] = matched.left_out
         print(f"the weights lack the classes {listing.summary(matched.left_out)}; their images are left out")
     workdir.write_json(output / "evaluation.json", record)
-    for name, value in numbers.items():
-        print(f"{name:24s} {value:.4f}")
+    print("\n".join(scores.parts(numbers, int(numbers["examples"]))))
+    rows = [(name, row["accuracy"], row["examples"]) for name, row in per_class.items() if row["examples"]]
+    print("lowest accuracies:", *(f"  {line}" for line in scores.worst_classes(rows)), sep="\n")
     print(f"report:  {output / 'evaluation.json'}\npicture: {picture}")
 
 

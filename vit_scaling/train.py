@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> None:
     if not _WORKDIR.value:
         raise UserError("--workdir must be given; --help says what it is")
     # Heavy imports wait until the flags are known to be good, so that a typo is answered at once.
+    from vit_scaling.evaluation import scores
     from vit_scaling.pages import report
     from vit_scaling.parallel import processes
     from vit_scaling.training import loop
@@ -50,8 +51,8 @@ def main(argv: Sequence[str]) -> None:
         result = loop.train(_CONFIG.value, workdir, reporter)
     if "accuracy" not in result or not processes.is_first():
         return
-    for name, value in sorted(result["metrics"].items()):
-        print(f"{name:24s} {value:.4f}")
+    for line in scores.lines(result["metrics"]):
+        print(line)
     if result["accuracy"] is not None:
         print(f"accuracy: {100 * result['accuracy']:.2f}%")
     print(f"result:     {workdir / 'result.json'}")

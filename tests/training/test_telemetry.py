@@ -135,3 +135,10 @@ def test_the_figure_shows_a_run_with_and_without_images(tmp_path: Path) -> None:
         figure.run_figure(tmp_path / name, rows, title="run", images=images, labels=labels, predictions=labels)
     with_size, without_size = ((tmp_path / name).stat().st_size for name in ("with.png", "without.png"))
     assert with_size > without_size > 10_000
+
+
+def test_a_log_has_a_line_for_a_state_only_where_one_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = telemetry.Progress(step=0, total=2)
+    progress.doing("evaluating")
+    progress.doing("compiling", line=True)
+    assert capsys.readouterr().err == "compiling\n"

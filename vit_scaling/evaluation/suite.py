@@ -57,6 +57,11 @@ class Suite:
             named |= {f"evaluation.fewshot.{name}": source for name, source in self._fewshot.sources.items()}
         return {name: sets.identity(source) for name, source in named.items()}
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """The number of examples of each set that is classified, by its name."""
+        return {name: len(source) for name, source in self._sources.items()}
+
     def match_classes(self, train: Source) -> None:
         """Numbers the classes of validation and test set as the training set's, by name.
 

@@ -18,7 +18,7 @@ from vit_scaling.config import Config, resolve
 from vit_scaling.data import loader
 from vit_scaling.data.images.transforms import Transform, transform
 from vit_scaling.data.sources import Source, open_source
-from vit_scaling.evaluation import sets
+from vit_scaling.evaluation import scores, sets
 from vit_scaling.evaluation.suite import Suite
 from vit_scaling.interop import Weights, run
 from vit_scaling.parallel import mesh as mesh_lib
@@ -141,6 +141,7 @@ def _train(
     progress = telemetry.Progress(step, total_steps)
     if origin is not None:
         progress.say(f"continuing from {origin}")
+    progress.doing("compiling", line=True)
     with clock.book("compile"):
         shapes = batch_shape(config, source.num_classes, source.multi_label, program.mesh)
         train_step = program.train_step.lower(program.state_shape, shapes).compile()
@@ -160,6 +161,7 @@ def _train(
     def evaluate(step: int, state: TrainState) -> bool:
         """Returns False if the run was asked to stop meanwhile."""
         nonlocal values
+        progress.doing("evaluating")
         try:
             with clock.book("evaluation"):
                 measured_now = setup.suite.measure(
@@ -171,7 +173,8 @@ def _train(
         read = {f"data/{event}": float(count) for event, count in batches.counts.items() if count}
         writer.write_scalars(step, values | read)
         writer.flush()
-        progress.show(step, {name: value for name, value in values.items() if not name.endswith(("loss", "std"))})
+        for line in scores.lines(values, setup.suite.counts):
+            progress.say(f"step {step:,}: {line}")
         if step > 0:
             best.offer(step, state, values)
         return True
@@ -190,6 +193,7 @@ def _train(
         due = (setup.measures_at(step) and step not in past["measured"]) if resumed else step == 0
         if due and evaluate(step, state):  # the first, or one that was interrupted
             report(step)
+        progress.doing("training")
         clock.book_rest("start")
         workdirs.note_clock(workdir, step, clock)
         while step < total_steps and not stop.granted:
@@ -207,10 +211,12 @@ def _train(
             if setup.saves_at(step) or stop.granted:
                 writer.flush()
                 workdirs.note_clock(workdir, step, clock)
+                progress.doing("stopping, saving" if stop.granted else "saving", line=stop.granted)
                 with clock.book("checkpoint"):
                     checkpoints.save(step, state, {"seconds": clock.seconds, "run": identity})
             if evaluated_here:
                 report(step)
+            progress.doing("training")
     if batches.summary:
         processes.say(f"images read for training: {batches.summary}")
     clock.book_rest("checkpoint")  # the wait until it is written

@@ -51,7 +51,7 @@ class StepLog:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._progress.advance()
         in_row = int(values.pop("skipped_in_row"))
-        if in_row:
+        if in_row & (in_row - 1) == 0 and in_row:  # the 1st, 2nd, 4th, 8th, ...: a warning with a count, not a flood
             self._progress.say(
                 f"step {step}: the update is left out, something in it is not finite or its loss spiked "
                 f"({in_row} in a row)"

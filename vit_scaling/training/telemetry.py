@@ -236,6 +236,13 @@ class Progress:
         if self._bar is not None:
             self._bar.update()
 
+    def doing(self, what: str, *, line: bool = False) -> None:
+        """Says beside the bar what the run does now; in a log that is a line only where `line`."""
+        if self._bar is not None:
+            self._bar.set_description_str(what)
+        elif line:
+            self.say(what)
+
     def say(self, text: str) -> None:
         """Prints a line without breaking the bar."""
         if jax.process_index() != 0:
