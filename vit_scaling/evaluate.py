@@ -109,7 +109,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"the weights lack the classes {listing.summary(matched.left_out)}; their images are left out")
     workdir.write_json(output / "evaluation.json", record)
     print("\n".join(scores.parts(numbers, int(numbers["examples"]))))
-    rows = [(name, row["accuracy"], row["examples"]) for name, row in per_class.items() if row["examples"]]
+    rows = [(name, float(report.confusion[i, i] / total[i]), int(total[i])) for i, name in enumerate(names) if total[i]]
     print("lowest accuracies:", *(f"  {line}" for line in scores.worst_classes(rows)), sep="\n")
     print(f"report:  {output / 'evaluation.json'}\npicture: {picture}")
 
