@@ -21,6 +21,9 @@ from vit_scaling.data.images.transforms import TransformConfig
 from vit_scaling.data.sources import SourceConfig
 from vit_scaling.models import vit
 
+# As in docs/plans.md: the papers'. All smaller models used 4,096.
+BATCH_SIZES = {"g": 16_384, "G": 32_768, "22B": 65_536}
+
 
 def get_config(arg: str | None = None) -> c.Config:
     """Takes a size and patch such as g/14 (the default) or G/14, and `smoke`."""
@@ -33,8 +36,7 @@ def get_config(arg: str | None = None) -> c.Config:
             train=SourceConfig(kind="array_record", name="jft"),
             transform=TransformConfig(size=(224, 224), crop="inception", flip=0.5),
             eval_transform=TransformConfig(size=(224, 224), crop="central", resize_to=256, resize="area"),
-            # g and G used larger batches, up to 32,768, than the 4,096 of all smaller models.
-            batch_size=16_384,
+            batch_size=BATCH_SIZES.get(arguments.variant.split("/")[0], 4096),
             workers=16,
         ),
         duration=c.Duration(1_000_000),

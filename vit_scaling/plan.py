@@ -30,6 +30,9 @@ _BATCH_SIZES = flags.DEFINE_list("batch_sizes", [], "Batch sizes that --search t
 _NUM_CLASSES = flags.DEFINE_integer("num_classes", None, "Length of the logits, where the data set is not here.")
 _EXAMPLES = flags.DEFINE_integer("examples", None, "Training examples, where the data set is not here.")
 _MULTI_LABEL = flags.DEFINE_bool("multi_label", False, "Labels are multi-hot rows, where the data set is not here.")
+_PRICE = flags.DEFINE_float(
+    "price_per_chip_hour", None, "Price of one chip for an hour, in any currency; the plan gives the run's.", 0.0
+)
 _OUTPUT = flags.DEFINE(cli.PathParser(), "output", None, "A file for the plan, or for all plans of a search, as JSON.")
 
 
@@ -49,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
         config.mesh.replica = machine.slices
     if not _SEARCH.value:
         plan = plan_lib.make(config, machine, num_classes=num_classes, multi_label=multi_label)
-        print(report.text(plan))
+        print(report.text(plan, _PRICE.value))
         _write(plan_lib.to_dict(plan))
         return
 
@@ -70,7 +73,9 @@ def main(argv: Sequence[str]) -> None:
         found=found,
     )
     _write([plan_lib.to_dict(plan) for plan in plans])
-    print(f"\n{'the best' if plans[0].fits else 'none fits; the first tried'}:\n\n{report.text(plans[0])}")
+    print(
+        f"\n{'the best' if plans[0].fits else 'none fits; the first tried'}:\n\n{report.text(plans[0], _PRICE.value)}"
+    )
 
 
 def _data(config: Any) -> Any:

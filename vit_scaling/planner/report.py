@@ -5,8 +5,8 @@ from vit_scaling.parallel.chips import GIB
 from vit_scaling.planner.plan import Plan
 
 
-def text(plan: Plan) -> str:
-    """Returns the whole plan, as lines."""
+def text(plan: Plan, price: float | None = None) -> str:
+    """Returns the whole plan, as lines; with the price of the run where that of one chip for an hour is given."""
     lines = [
         f"{plan.machine}: {plan.chips} chips, {plan.devices} devices; mesh {_mesh(plan)}",
         f"batch {plan.batch_size}{_accumulate(plan)}, remat {plan.remat}, {plan.params:,} parameters, "
@@ -48,6 +48,11 @@ def text(plan: Plan) -> str:
             f"whole run: {plan.steps:,} steps, {plan.images:,} images, at least {plan.chip_days:,.1f} chip-days "
             f"({plan.chip_days / plan.chips:.2f} days)",
         ]
+        if price is not None:
+            lines.append(
+                f"price of the whole run: at least {24 * plan.chip_days * price:,.2f}, at {price:g} per chip-hour; "
+                f"at half that MFU {48 * plan.chip_days * price:,.2f}"
+            )
     return "\n".join(lines)
 
 
