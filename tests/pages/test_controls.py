@@ -17,10 +17,10 @@ import pytest
 from tests import conftest
 from tests.pages import browser as browsers
 from tests.pages.browser import Browser
-from tests.pages.dense import looked
+from tests.pages.dense import looked, pictures
 from tests.pages.test_attention import HOSTILE, chosen, numbers, page_of
 from tests.pages.test_report import figure_of
-from vit_scaling.pages import page, report, runs, study
+from vit_scaling.pages import attention, page, report, runs, study
 from vit_scaling.studies.table import SWEEP, Run
 
 ROOT = Path(__file__).parents[2]
@@ -85,6 +85,16 @@ def test_predictions_are_the_most_probable_classes_by_name(browser: Browser, tmp
         "ant", "bee", "cow", "dog"
     ]  # fmt: skip
     assert browser.run("[...document.querySelectorAll('.probabilities span')].map((e) => e.textContent)") == expected
+
+
+def test_weights_without_a_classifier_have_a_page_without_predictions(browser: Browser, tmp_path: Path) -> None:
+    found = looked("vit")[2]
+    data, arrays, _ = attention.contents(found, pictures(1), np.zeros((1, 0), np.float32), 1, 255, "softmax")
+    about = {"title": "t", "model": "m", "image_size": [28, 28], "parameters": 1, "left_out": 0, "steps": []}
+    page.write(tmp_path / "page.html", page.page("t", attention.SCRIPTS, about | data, arrays))
+    browser.open(tmp_path / "page.html")
+    assert "Prediction" not in browser.run("document.querySelector('main').innerText")
+    assert browser.problems == []
 
 
 def test_the_filters_are_drawn_pixel_by_pixel(browser: Browser, tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from vit_scaling.training import figure, telemetry
 
@@ -121,6 +123,33 @@ def test_a_line_tells_step_values_and_time_left(capsys: pytest.CaptureFixture[st
     line = capsys.readouterr().err
     assert line.startswith("step 15/20, loss 0.5, ")
     assert line.rstrip().endswith("left")
+
+
+def test_the_figure_labels_logarithmic_axes_with_plain_numbers_that_do_not_overlap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over a wide range and over a narrow one; long class names are cut, and "$" is no formula."""
+    kept: list[Any] = []
+    save = figure.Figure.savefig
+    monkeypatch.setattr(
+        figure.Figure, "savefig", lambda self, *args, **kw: (kept.append(self), save(self, *args, **kw))
+    )
+    for low in (0.006, 6.0):
+        rows = [{"step": step, "loss": value, "gradient_norm": 1.0} for step, value in ((1, low), (2, 6.6))]
+        names, image = ["an exceptionally long name", "$x"], np.zeros((8, 8, 3), np.uint8)
+        told = {"images": [image] * 2, "labels": names, "predictions": names[::-1]}
+        figure.run_figure(tmp_path / "run.png", rows, title="run", **told)
+        renderer = FigureCanvasAgg(kept[-1]).get_renderer()
+        loss = next(axes for axes in kept[-1].axes if axes.get_title() == "loss")
+        texts = [text for text in loss.yaxis.get_ticklabels(which="both") if text.get_text()]
+        bottom, top = loss.get_ylim()
+        shown = [text for text in texts if bottom <= float(text.get_text()) <= top]  # all are plain numbers
+        assert 3 <= len(shown) <= 10
+        titles = [axes.title for axes in kept[-1].axes if axes.get_title().startswith(("an exc", "$x"))]
+        assert [title.get_text() for title in titles] == ["$x\nnot an exception…", "an exception…\nnot $x"]
+        for group in (shown, titles):
+            boxes = [text.get_window_extent(renderer) for text in group]
+            assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
 def test_the_figure_shows_a_run_with_and_without_images(tmp_path: Path) -> None:

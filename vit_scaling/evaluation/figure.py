@@ -58,7 +58,7 @@ def evaluation_figure(
 
     right.plot([0, 1], [0, 1], color="#9db4c0", linewidth=0.8)
     sizes = [10 + 400 * row["share"] for row in bins]
-    right.scatter([row["confidence"] for row in bins], [row["accuracy"] for row in bins], s=sizes, color="#2a6f4e")
+    right.scatter([row["confidence"] for row in bins], [row["accuracy"] for row in bins], s=sizes, color="#0072b2")
     right.set(
         title="is confidence right? area: share of the images",
         xlabel="confidence in the prediction",

@@ -135,7 +135,8 @@ def contents(
         arrays["filters"] = found.filters
     if found.centers is not None and found.covariances is not None:
         arrays |= {"centers": found.centers.astype(np.float32), "covariances": found.covariances.astype(np.float32)}
-    probabilities = softmax(logits, axis=1) if loss == "softmax" else expit(logits)
+    # Weights without a classifier predict nothing.
+    probabilities = softmax(logits, axis=1) if loss == "softmax" and logits.shape[1] else expit(logits)
     class_names = families.names_of(logits.shape[1], chosen.class_names)
     if len(class_names) < logits.shape[1]:
         class_names += [str(number) for number in range(len(class_names), logits.shape[1])]

@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from vit_scaling import paths
 
-RIGHT, WRONG = "#2a6f4e", "#b3352b"
+# Blue and orange of Okabe and Ito (2008) are told apart in every common colour blindness.
+RIGHT, WRONG = "#0072b2", "#c65300"
+COLOURS = ("#0072b2", "#c65300", "#00805f", "#a9507f", "#8a7400", "#39424a")
 PREDICTIONS = 12
+LONGEST = 13  # characters of a class name above its image
 
 
 def run_figure(
@@ -46,26 +50,30 @@ def run_figure(
         steps, values = _series(rows, name)
         if steps:
             loss.plot(steps, values, label=label, **style)
-    loss.set(title="loss", xlabel="step", yscale="log")
-    loss.legend(frameon=False)
+    loss.set(title="loss", xlabel="step")
+    _logarithmic(loss)
+    if loss.has_data():
+        loss.legend(frameon=False)
 
     accuracy = middle.subplots()
     names = sorted(
         {name for row in rows for name in row if name.endswith(("/accuracy", "shot")) and not name.startswith("test")},
         key=lambda name: (name.endswith("shot"), _leading_number(name)),
     )
-    for name in names:
+    for number, name in enumerate(names):
         steps, values = _series(rows, name)
-        accuracy.plot(steps, [100 * value for value in values], marker="o", markersize=3, label=name)
+        look = {"color": COLOURS[number % len(COLOURS)], "linestyle": ("-", "--", ":")[number // len(COLOURS) % 3]}
+        accuracy.plot(steps, [100 * value for value in values], marker="o", markersize=3, label=name, **look)
     accuracy.set(title="accuracy, %", xlabel="step", ylim=(0, 101))
     if names:
         accuracy.legend(frameon=False, fontsize="small")
 
     rate, norm = right.subplots(2, 1, sharex=True)
-    for panel, name, scale in ((rate, "learning_rate", "linear"), (norm, "gradient_norm", "log")):
+    for panel, name in ((rate, "learning_rate"), (norm, "gradient_norm")):
         steps, values = _series(rows, name)
         panel.plot(steps, values, color="#5c6b73", linewidth=0.8)
-        panel.set(title=name.replace("_", " "), yscale=scale)
+        panel.set(title=name.replace("_", " "))
+    _logarithmic(norm)
     norm.set(xlabel="step")
 
     if len(images):
@@ -76,10 +84,12 @@ def run_figure(
                 continue
             panel.imshow(images[index])
             correct = labels[index] == predictions[index]
+            told = _short(predictions[index])
             panel.set_title(
-                predictions[index] if correct else f"{predictions[index]}, not {labels[index]}",
-                fontsize="small",
+                told if correct else f"{told}\nnot {_short(labels[index])}",
+                fontsize="x-small" if max(map(len, predictions)) > 4 else "small",
                 color=RIGHT if correct else WRONG,
+                parse_math=False,
             )
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=110, format="png")
@@ -90,6 +100,21 @@ def _series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], li
     """Returns (steps, values) of a metric; rows without it, or where it was not finite, are left out."""
     points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     return [step for step, _ in points], [value for _, value in points]
+
+
+def _logarithmic(panel: Any) -> None:
+    """Makes the vertical axis logarithmic, with a few plain numbers as its only labels."""
+    panel.set_yscale("log")
+    low, high = panel.get_ylim()
+    wide = high > 8 * low  # else 1, 2 and 5 times powers of ten are too few
+    panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=8) if wide else ticker.MaxNLocator(6))
+    panel.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.yaxis.set_minor_locator(ticker.NullLocator())
+
+
+def _short(name: str) -> str:
+    """Returns a class name cut to what fits above its image."""
+    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
 
 
 def _leading_number(name: str) -> int:

@@ -351,7 +351,7 @@ start((main, data, arrays) => {
             }),
           ),
         ),
-        el("h3", {}, "Prediction"),
+        data.images[0].predictions.length ? el("h3", {}, "Prediction") : "",
         probabilities,
         numbersFigure,
       ),
