@@ -79,10 +79,9 @@ def main(argv: Sequence[str]) -> None:
         ema=_EMA.value,
         all_steps=_CHECKPOINTS.value == "all",
     )
-    if written.images < _COUNT.value:
-        print(
-            f"shown: {written.images} images; more would make the page larger than {attention.MOST_BYTES / 1e6:.1f} MB"
-        )
+    if written.images < written.of:
+        most = f"{attention.MOST_BYTES / 1e6:.1f} MB"
+        print(f"shown: {written.images} of {written.of} images; more would make the page larger than {most}")
     print(f"drawn in {written.levels} steps: each weight to within {100 * written.error:.2g}% of its row's largest")
     print(f"page: {output} ({written.bytes / 1e6:.1f} MB)")
 

@@ -98,7 +98,7 @@ def test_a_convolution_network_has_no_attention_page(monkeypatch: Any) -> None:
 def test_the_page_grows_coarser_and_then_smaller_until_it_fits(monkeypatch: Any, tmp_path: Path) -> None:
     weights, chosen = dense.weights("vit"), dense.pictures(3)
     whole = attention.write(weights, chosen, tmp_path / "whole.html", title="t")
-    assert (whole.images, whole.levels) == (3, 255)
+    assert (whole.images, whole.of, whole.levels) == (3, 3, 255)
     monkeypatch.setattr(attention, "MOST_BYTES", whole.bytes - 1)
     coarser = attention.write(weights, chosen, tmp_path / "coarser.html", title="t")
     assert coarser.levels < 255

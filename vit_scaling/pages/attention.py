@@ -23,11 +23,12 @@ TOP = 5  # classes whose probability is shown
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What was written: the page, how many images it shows, and in how many steps its weights are drawn."""
+    """What was written: the page, how many of the images it shows, and in how many steps its weights are drawn."""
 
     path: Path
     bytes: int
     images: int
+    of: int
     levels: int
     error: float
 
@@ -78,7 +79,7 @@ def write(
             text = page.page(title, SCRIPTS, about | data, arrays)
             if len(text) <= MOST_BYTES:
                 page.write(path, text)
-                return Written(path, len(text), count, levels, error)
+                return Written(path, len(text), count, len(chosen.pixels), levels, error)
         if count == 1:
             raise UserError(
                 f"the page of one image would be {len(text) / 1e6:.0f} MB, and {MOST_BYTES / 1e6:.1f} MB are the "
