@@ -6,7 +6,8 @@
 
 Weights are a run, a checkpoint, or a weight file or folder of any layout. Without --data the run's own test set is
 measured. The command writes evaluation.json and evaluation.png (a confusion matrix and a reliability diagram) and
-prints a table. With several labels for an image, a prediction is correct if it is one of them (ReaL).
+prints a table. Of a backbone without a classifier, --fewshot measures the features alone. With several labels for an
+image, a prediction is correct if it is one of them (ReaL).
 
 Classes of the weights and of the set are matched by name. A set with a class that the weights lack is refused unless
 --class_map says what to do; its images of other classes are then left out and counted:
@@ -67,16 +68,20 @@ def main(argv: Sequence[str]) -> None:
     weights = initial.read(_WEIGHTS.value, Target(image_size=size), ema=_EMA.value)
     found = initial.find_checkpoint(paths.place(_WEIGHTS.value))
     run = None if found is None else initial.record_of(found)["config"]
+    if not weights.num_classes and _FEWSHOT.value is None:
+        raise UserError(
+            f"{_WEIGHTS.value} has no classifier; measure its features with --fewshot=KIND:NAME:SPLIT, or fine-tune it"
+        )
     source = _source(run)
     transform = predict.eval_transform(weights, run, crop=_CROP.value, resize_to=_RESIZE_TO.value)
     data = DataConfig(workers=_WORKERS.value, on_corrupt=_ON_CORRUPT.value)
     loss = "softmax" if run is None else run["loss"]["kind"]
     names = initial.class_names(_WEIGHTS.value, weights)
-    matched = classes.match(open_source(source), names, weights.num_classes, class_map)
+    matched = classes.match(open_source(source), names, weights.num_classes, class_map) if weights.num_classes else None
     model = measure.freeze(weights, MeshConfig())
 
-    report = measure.on_set(model, matched, transform, data, _BATCH_SIZE.value, loss)
-    numbers = dict(report.numbers)
+    report = measure.on_set(model, matched, transform, data, _BATCH_SIZE.value, loss) if matched is not None else None
+    numbers = {} if report is None else dict(report.numbers)
     if _FEWSHOT.value is not None:
         shots = tuple(int(shot) for shot in _SHOTS.value)
         train = _parse("--fewshot", _FEWSHOT.value)
@@ -84,34 +89,45 @@ def main(argv: Sequence[str]) -> None:
     if _THROUGHPUT.value:
         numbers |= measure.throughput(model, weights, _BATCH_SIZE.value, _THROUGHPUT.value)
 
-    names = names or matched.class_names or tuple(str(label) for label in range(weights.num_classes))
     output = Path(_OUTPUT.value)
     output.mkdir(parents=True, exist_ok=True)
-    title = f"{_WEIGHTS.value} on {source.name} {source.split}: {100 * numbers['top1']:.2f}%"
-    picture = output / "evaluation.png"
-    figure.evaluation_figure(picture, title=title, confusion=report.confusion, names=names, bins=report.bins)
-    total = report.confusion.sum(axis=1)
-    per_class = {
-        name: {"accuracy": float(report.confusion[i, i] / total[i]) if total[i] else None, "examples": int(total[i])}
-        for i, name in enumerate(names)
-    }
     record: dict[str, Any] = {
         "weights": _WEIGHTS.value,
         "data": dataclasses.asdict(source),
         "transform": dataclasses.asdict(transform),
         "numbers": numbers,
-        "classes": per_class,
-        "confusion": report.confusion.tolist(),
-        "calibration": report.bins,
     }
     if isinstance(matched, classes.MatchedSource) and matched.left_out:
         record["left_out_classes"] = matched.left_out
         print(f"the weights lack the classes {listing.summary(matched.left_out)}; their images are left out")
+    if report is not None and matched is not None:
+        names = names or matched.class_names or tuple(str(label) for label in range(weights.num_classes))
+        title = f"{_WEIGHTS.value} on {source.name} {source.split}: {100 * numbers['top1']:.2f}%"
+        picture = output / "evaluation.png"
+        figure.evaluation_figure(picture, title=title, confusion=report.confusion, names=names, bins=report.bins)
+        total = report.confusion.sum(axis=1)
+        record["classes"] = {
+            name: {
+                "accuracy": float(report.confusion[i, i] / total[i]) if total[i] else None,
+                "examples": int(total[i]),
+            }
+            for i, name in enumerate(names)
+        }
+        record |= {"confusion": report.confusion.tolist(), "calibration": report.bins}
     workdir.write_json(output / "evaluation.json", record)
-    print("\n".join(scores.parts(numbers, int(numbers["examples"]))))
+    if report is None or names is None:
+        print("
+".join(f"{name:24s} {value:.4f}" for name, value in numbers.items()))
+        print(f"report:  {output / 'evaluation.json'}")
+        return
+    total = report.confusion.sum(axis=1)
+    print("
+".join(scores.parts(numbers, int(numbers["examples"]))))
     rows = [(name, float(report.confusion[i, i] / total[i]), int(total[i])) for i, name in enumerate(names) if total[i]]
-    print("lowest accuracies:", *(f"  {line}" for line in scores.worst_classes(rows)), sep="\n")
-    print(f"report:  {output / 'evaluation.json'}\npicture: {picture}")
+    print("lowest accuracies:", *(f"  {line}" for line in scores.worst_classes(rows)), sep="
+")
+    print(f"report:  {output / 'evaluation.json'}
+picture: {output / 'evaluation.png'}")
 
 
 def _parse(flag: str, text: str):

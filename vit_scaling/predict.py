@@ -65,10 +65,9 @@ def main(argv: Sequence[str]) -> None:
 
     found = predict.Found(arguments)
     size = None if _IMAGE_SIZE.value is None else config_lib.image_size("--image_size", _IMAGE_SIZE.value)
-    headless = initial.has_no_classifier(_WEIGHTS.value)
-    if headless and _TOP.value:
+    weights = initial.read(_WEIGHTS.value, Target(image_size=size), ema=_EMA.value)
+    if not weights.num_classes and _TOP.value:
         raise UserError(f"{_WEIGHTS.value} has no classifier; write its features with --top=0 --features=FILE.npz")
-    weights = initial.read(_WEIGHTS.value, Target(image_size=size, num_classes=1 if headless else None), ema=_EMA.value)
     run = initial.run_of(_WEIGHTS.value)
     show = predict.eval_transform(weights, run, crop=_CROP.value, resize_to=_RESIZE_TO.value)
     predictions = predict.predict(

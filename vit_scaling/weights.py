@@ -44,6 +44,9 @@ _NORMALISATION = flags.DEFINE_string(
     "normalisation", None, "half, imagenet, clip, none, or three means and three stds."
 )
 _IGNORE = flags.DEFINE_multi_string("ignore", [], "Pattern of tensors that may be left over; may be repeated.")
+_ACCEPT_NORM_EPS = flags.DEFINE_bool(
+    "accept_norm_eps", False, "Whether timm's epsilon of the norms may replace one that it cannot express."
+)
 _EMA = flags.DEFINE_bool("ema", False, "Of a run: its average of the parameters.")
 
 
@@ -54,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     # Heavy imports wait until the flags are known to be good, so that a typo is answered at once.
     from vit_scaling import config as config_lib
     from vit_scaling import interop
-    from vit_scaling.interop import card, normalisation, serving
+    from vit_scaling.interop import card, normalisation, picture, serving
     from vit_scaling.training import initial, workdir
 
     weights = initial.read(
@@ -72,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
         ema=_EMA.value,
     )
     if command == "show":
-        print(_table(weights))
+        print(f"{picture.table(weights)}\n\n{picture.picture(weights, _asked())}")
         return
     if _NUM_CLASSES.value is None and _CLASSES.value is None:
         weights = dataclasses.replace(weights, class_names=initial.class_names(_INPUT.value, weights))
@@ -87,13 +90,27 @@ def main(argv: Sequence[str]) -> None:
         metrics=None if found is None else workdir.metrics_of(found),
     )
     output = Path(str(_OUTPUT.value))
-    interop.write(weights, output, layout=layout, texts={card.CARD: text}, input_type=_INPUT_TYPE.value)
+    interop.write(
+        weights,
+        output,
+        layout=layout,
+        texts={card.CARD: text},
+        input_type=_INPUT_TYPE.value,
+        accept_norm_eps=_ACCEPT_NORM_EPS.value,
+    )
+    for note in weights.notes:
+        print(f"note: {note}")
     print(f"wrote {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
     if layout in serving.LAYOUTS:
         print(serving.summary(output))
     if command == "import":
         config = f"configs/finetune.py:{output},DATA"
         print(f"fine-tune it: ./run.sh train --config={config} --workdir=DIR")
+
+
+def _asked() -> str:
+    asked = (_IMAGE_SIZE, _NUM_CLASSES, _CLASSES, _TRAINED_SIZE, _NORMALISATION, _IGNORE)
+    return ", ".join(f"--{flag.name}={flag.value}" for flag in asked if flag.value)
 
 
 def _class_map(path: str | None) -> list[int] | None:
@@ -109,35 +126,6 @@ def _class_map(path: str | None) -> list[int] | None:
     if not lines:
         raise UserError(f"--classes={path} is empty; it must hold the old number of each new class, one per line")
     return [int(line) for line in lines]
-
-
-def _table(weights) -> str:
-    """Returns every parameter with its shape, spread and share, and what the network is."""
-    import numpy as np
-
-    leaves = weights.leaves
-    width = max(len(path) for path in leaves)
-    lines = [
-        f"{path:{width}s}  {leaf.shape!s:22s}  mean {np.mean(leaf):+.3f}  deviation {np.std(leaf):.3f}"
-        for path, leaf in leaves.items()
-    ]
-    total = sum(leaf.size for leaf in leaves.values())
-    height, image_width = weights.image_size
-    fresh = ", from zero" if weights.fresh_head else ""
-    names = weights.class_names
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"layout:     {weights.layout}",
-            f"model:      {weights.config!r}",
-            f"images:     {height} x {image_width}",
-            f"classes:    {weights.num_classes}{fresh}" + (f", {', '.join(names[:3])}, ..." if names else ""),
-            f"pixels:     {weights.normalisation or 'not said: give --normalisation'}",
-            f"assumed:    {', '.join(weights.assumed) or 'nothing'}",
-            f"parameters: {total:,}",
-        ]
-    )
 
 
 if __name__ == "__main__":

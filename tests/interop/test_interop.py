@@ -20,7 +20,8 @@ import safetensors.numpy
 
 from tests.golden import fill
 from vit_scaling import interop, models, names
-from vit_scaling.interop import files, normalisation
+from vit_scaling.interop import files, huggingface, normalisation, timm
+from vit_scaling.interop.weights import of_module
 from vit_scaling.models import adapt, resnet, swin, vit
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -257,8 +258,13 @@ def test_fixed_positions_are_exported_as_a_table(tmp_path: pathlib.Path) -> None
     [
         ({"pool": "map"}, "huggingface", "model.pool is 'map', and there it is 'gap'"),
         ({"pool": "gap"}, "huggingface", "has square images; these are 16x24: export in timm's layout"),
-        ({"qk_norm": True}, "timm", "model.qk_norm is True, and there it is False"),
-        ({"norm_eps": 1e-12}, "timm", "model.norm_eps is 1e-12, and there it is 1e-06"),
+        ({"pre_norm": True}, "huggingface", "CLIPVisionModel has no classifier; export the backbone without one"),
+        ({"position": "rope", "pool": "gap"}, "timm", "model.position is 'rope'"),
+        (
+            {"norm_eps": 1e-3},
+            "timm",
+            r"model.norm_eps 0.001; with its 1e-06 the logits of two images of noise change by up to \d\.\de-\d\d",
+        ),
         ({}, "flax", "layout is 'flax'; choose one of huggingface, timm, vit_scaling"),
     ],
 )
@@ -266,6 +272,87 @@ def test_what_a_layout_cannot_express(fields: Any, layout: str, sentence: str, t
     with pytest.raises(ValueError, match=sentence):
         interop.save(make(dataclasses.replace(VIT, **fields)), tmp_path / "export", layout=layout)
     assert list(tmp_path.iterdir()) == []
+
+
+# For every field of a ViT another value, and the layouts that can express it.
+FIELDS: dict[str, tuple[Any, str]] = {
+    "width": (32, "huggingface timm"),
+    "depth": (3, "huggingface timm"),
+    "mlp": (32, "huggingface timm"),
+    "heads": (4, "huggingface timm"),
+    "patch": ((8, 4), "timm"),
+    "pool": ("max", "timm"),
+    "class_token": (True, "timm"),
+    "pool_prefix": (True, "timm"),
+    "pool_norm": (True, "timm"),
+    "position": ("sincos2d", "huggingface timm"),
+    "registers": (2, "timm"),
+    "layerscale": (0.5, "timm"),
+    "layerscale_mlp": (0.25, ""),
+    "mlp_kind": ("swiglu", ""),
+    "norm": ("rmsnorm", ""),
+    "pre_norm": (True, "timm"),
+    "qk_norm": (True, ""),
+    "qk_norm_bias": (True, ""),
+    "parallel": (True, ""),
+    "qkv_bias": (False, "timm"),
+    "key_bias": (False, ""),
+    "proj_bias": (False, "timm"),
+    "mlp_bias": (False, ""),
+    "norm_bias": (False, ""),
+    "pre_logits": (True, ""),
+    "gelu": ("quick", "huggingface timm"),
+    "norm_eps": (1e-12, "huggingface"),
+}
+
+
+@pytest.mark.parametrize("layout", ["huggingface", "timm"])
+def test_every_field_is_carried_or_refused_by_name(layout: str) -> None:
+    """A field that is added to ViTConfig must be added here, too."""
+    base = dataclasses.replace(VIT, pool="gap", gelu="exact")
+    others = {field.name for field in dataclasses.fields(base)} - set(vit.NOT_OF_THE_WEIGHTS)
+    assert others == FIELDS.keys()
+    library = {"huggingface": huggingface, "timm": timm}[layout]
+    known = normalisation.named("half")
+    for field, (value, layouts) in FIELDS.items():
+        config = dataclasses.replace(base, **{field: value})
+        if layout in layouts:
+            library.neighbour(config, (16, 16), 5, known, None)
+            continue
+        with pytest.raises(
+            ValueError, match=rf"model\.({field}|layerscale|qk_norm_bias|pool)\b|no classifier"
+        ) as error:
+            library.neighbour(config, (16, 16), 5, known, None)
+        assert field in str(error.value) or field in ("layerscale_mlp", "qk_norm", "layerscale", "pre_norm")
+
+
+def test_another_epsilon_can_be_accepted(tmp_path: pathlib.Path) -> None:
+    weights = of_module(make(dataclasses.replace(VIT, norm_eps=1e-12)))
+    interop.write(weights, tmp_path / "export", layout="timm", accept_norm_eps=True)
+    assert interop.read(tmp_path / "export").config.norm_eps == 1e-6
+
+
+def test_a_swin_that_timm_computes_otherwise_is_said(tmp_path: pathlib.Path) -> None:
+    """On 8 x 8 patches timm shifts windows of 3 and then pads; this project pads first, as transformers does."""
+    odd = dataclasses.replace(SWIN, window=3)
+    with pytest.raises(ValueError, match=r"timm shifts the windows of 3 on a grid of 8x8 in another way"):
+        interop.save(make(odd, (32, 32)), tmp_path / "export", layout="timm")
+    four = dataclasses.replace(SWIN, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8), window=7)
+    assert "grid of 7x14" in str(timm.swin_note(four, (224, 448)))
+    assert timm.swin_note(dataclasses.replace(SWIN, window=4), (32, 64)) is None
+
+
+def test_positions_are_resampled_as_their_library_does(tmp_path: pathlib.Path) -> None:
+    """timm antialiases; an import remembers that."""
+    weights = interop.read(reference_file("timm ViT", tmp_path / "file"))
+    assert weights.antialias
+    found = dataclasses.replace(weights, normalisation=normalisation.named("half"))
+    interop.write(found, tmp_path / "own", layout="vit_scaling")
+    small = interop.read(tmp_path / "own", interop.Target(image_size=(32, 32))).leaves["position_embedding"]
+    table = weights.leaves["position_embedding"]
+    np.testing.assert_array_equal(small, adapt.resize_positions(table, (3, 3), (2, 2), antialias=True))
+    assert np.abs(small - adapt.resize_positions(table, (3, 3), (2, 2))).max() > 0.01
+    assert not interop.read(reference_file("hf ViT", tmp_path / "hf")).antialias
 
 
 def test_nothing_is_half_written(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

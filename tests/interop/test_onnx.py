@@ -18,8 +18,9 @@ SIZE = (24, 32)
 def test_a_backbone_with_resampled_positions() -> None:
     """The legacy exporter of torch lost the names of every kernel and cut the position table in two."""
     path = GOLDEN / "onnx" / "dinov2.onnx"
-    weights = interop.read(path, interop.Target(num_classes=1))
+    weights = interop.read(path)
     config = weights.config
+    assert (weights.num_classes, weights.family) == (0, "DINOv2")
     assert (config.heads, config.gelu, config.norm_eps, config.layerscale) == (4, "exact", 1e-6, 1.0)
     assert weights.image_size == SIZE
     assert weights.normalisation is not None

@@ -65,7 +65,7 @@ def card(
         "|---|---|",
         f"| images | {height} x {width} pixels, RGB, (pixels / 255 - mean) / std |",
         f"| normalisation | {weights.normalisation or 'not known'} |",
-        f"| classes | {weights.num_classes}{' (a fresh classifier: train it first)' if weights.fresh_head else ''} |",
+        f"| classes | {_classes(weights)} |",
         f"| parameters | {cost.params:,} |",
         f"| forward pass | {cost.forward_flops / 1e9:.2f} GFLOP an image (a multiply-add is two) |",
         "",
@@ -91,6 +91,12 @@ def card(
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _classes(weights: Weights) -> str:
+    if not weights.num_classes:
+        return "none: a backbone, whose features feed a classifier of your own"
+    return f"{weights.num_classes}{' (a fresh classifier: train it first)' if weights.fresh_head else ''}"
 
 
 def _data(run: Mapping[str, Any] | None) -> list[str]:

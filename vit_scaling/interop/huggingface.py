@@ -7,7 +7,7 @@ token: ForImageClassification pools by the mean, the bare vision model by attent
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from vit_scaling import UserError
 from vit_scaling.interop import normalisation, timm
@@ -15,7 +15,7 @@ from vit_scaling.interop.families import FAMILIES, Family
 from vit_scaling.interop.layout import Json, Layout, Tensors, Told, size_pair
 from vit_scaling.interop.normalisation import Normalisation
 from vit_scaling.interop.stored import Stored
-from vit_scaling.interop.timm import refuse
+from vit_scaling.interop.timm import refuse, refuse_others
 from vit_scaling.models import ModelConfig, swin, vit
 
 ACTIVATIONS = {
@@ -165,18 +165,67 @@ def _class_names(told: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 # ---- export
 
-# Names in a file of ForImageClassification: the model's own prefix on everything but the classifier.
-PREFIXES = {"vit": "vit.", "siglip": "vision_model.", "swin": "swin.", "swinv2": "swinv2."}
+
+class Kind(NamedTuple):
+    """A network of transformers that exports may be.
+
+    model_type: as config.json has it. name: of its classes. prefix: of tensors' names where there is a classifier.
+    expressed: fields of ViTConfig that config.json and the tensors carry, beside `_COMMON`.
+    fixed: fields that have this value; any other field has ViTConfig's default.
+    classified: the pool that its classifier reads; None: it has no classifier.
+    """
+
+    model_type: str
+    name: str
+    prefix: str
+    expressed: tuple[str, ...]
+    fixed: dict[str, Any]
+    classified: str | None
 
 
-def file_name(model_type: str, name: str) -> str:
-    return name if name.startswith("classifier.") else PREFIXES[model_type] + name
+_COMMON = ("width", "depth", "mlp", "heads", "patch", "gelu", "norm_eps")
+_SCALED = ("layerscale", "mlp_kind", "registers", "qkv_bias")
+KINDS = (
+    Kind("clip_vision_model", "CLIPVisionModel", "", (), {"pool": "token", "pre_norm": True}, None),
+    Kind(
+        *("dinov3_vit", "DINOv3ViTModel", "", (*_SCALED, "key_bias", "proj_bias", "mlp_bias")),
+        *({"pool": "token", "position": "rope"}, None),
+    ),
+    Kind("dinov2_with_registers", "Dinov2WithRegisters", "dinov2_with_registers.", _SCALED, {}, "token+gap"),
+    Kind("dinov2", "Dinov2", "dinov2.", _SCALED, {}, "token+gap"),
+    Kind("vit", "ViT", "vit.", ("qkv_bias",), {}, "token"),
+    Kind("siglip", "Siglip", "vision_model.", (), {}, "gap"),
+)
+_SWIN = {"swin": "swin.", "swinv2": "swinv2."}
+
+
+def _kind(config: vit.ViTConfig) -> Kind:
+    """Returns the kind of network that is nearest to a ViT."""
+    if config.pre_norm:
+        name = "clip_vision_model"
+    elif vit.rotary_positions(config):
+        name = "dinov3_vit"
+    elif config.layerscale is not None:
+        name = "dinov2_with_registers" if config.registers else "dinov2"
+    else:
+        name = "vit" if config.pool in vit.TOKEN_POOLS else "siglip"
+    return next(kind for kind in KINDS if kind.model_type == name)
 
 
 def family_of(config: ModelConfig, told: Json) -> Family:
     """Returns the family whose names an export has."""
     del config
     return FAMILIES[MODEL_TYPES[told["model_type"]][0]]
+
+
+def file_name(config: Json, name: str) -> str:
+    """Returns a tensor's name in a file; a network without a classifier has no prefix."""
+    name = re.sub(r"in_proj\.", "in_proj_", name)
+    name = re.sub(r"mlp\.fc1\.", "mlp.weights_in.", name) if config.get("use_swiglu_ffn") else name
+    name = re.sub(r"mlp\.fc2\.", "mlp.weights_out.", name) if config.get("use_swiglu_ffn") else name
+    bare = not config["architectures"][0].endswith("ForImageClassification")
+    prefixes = _SWIN | {kind.model_type: kind.prefix for kind in KINDS}
+    return name if bare or name.startswith("classifier.") else prefixes[config["model_type"]] + name
 
 
 def neighbour(
@@ -186,48 +235,24 @@ def neighbour(
     found: Normalisation,
     class_names: tuple[str, ...] | None,
 ) -> dict[str, Any]:
-    """Returns the config.json from which transformers' AutoModelForImageClassification makes the same network.
+    """Returns the config.json from which transformers' AutoModelForImageClassification, or AutoModel of a backbone
+    without a classifier, makes the same network.
 
     Raises:
         UserError: transformers has no such network; the sentence names the field.
     """
     del found  # it stands in preprocessor_config.json
-    labels = {str(index): name for index, name in enumerate(class_names or _numbered(num_classes))}
     common = {"num_channels": 3, "dtype": "float32"}
-    classes = {"id2label": labels, "label2id": {label: int(index) for index, label in labels.items()}}
-    if isinstance(config, vit.ViTConfig) and config.pool == "token":
-        return {
-            "architectures": ["ViTForImageClassification"],
-            "model_type": "vit",
-            **_vit_fields(config, "transformers' ViT"),
-            "qkv_bias": config.qkv_bias,
-            "image_size": _square(image_size),
-            **common,
-            **classes,
-        }
+    if num_classes:
+        labels = {str(index): name for index, name in enumerate(class_names or _numbered(num_classes))}
+        common |= {"id2label": labels, "label2id": {label: int(index) for index, label in labels.items()}}
     if isinstance(config, vit.ViTConfig):
-        refuse("transformers", config, pool="gap", qkv_bias=True)
-        if not isinstance(_square(image_size), int):
-            raise UserError(
-                f"transformers' Siglip, its ViT without class token, has square images; these are "
-                f"{image_size[0]}x{image_size[1]}: export in timm's layout"
-            )
-        vision = {
-            "model_type": "siglip_vision_model",
-            **_vit_fields(config, "transformers' Siglip"),
-            "image_size": image_size[0],
-            "vision_use_head": False,
-            **common,
-        }
-        # transformers makes the config of a text tower too, which the classifier does not have.
-        return {
-            "architectures": ["SiglipForImageClassification"],
-            "model_type": "siglip",
-            "vision_config": vision,
-            **classes,
-        }
+        return _vit_fields(config, image_size, num_classes, common)
     if isinstance(config, swin.SwinConfig):
-        return _swin_fields(config, image_size) | common | classes
+        fields = _swin_fields(config, image_size) | common
+        return (
+            fields if num_classes else fields | {"architectures": [f"Swin{'v2' if config.version == 2 else ''}Model"]}
+        )
     raise UserError(f"Hugging Face's layout is written for ViT and Swin, not for a {type(config).__name__}")
 
 
@@ -243,22 +268,24 @@ def _activation(gelu: str) -> str:
     return {"exact": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}[gelu]
 
 
-def _vit_fields(config: vit.ViTConfig, layout: str) -> dict[str, Any]:
-    refuse(
-        layout,
-        config,
-        parallel=False,
-        qk_norm=False,
-        norm_bias=True,
-        layerscale=None,
-        registers=0,
-        pre_logits=False,
-        patch=(config.patch[0], config.patch[0]),
-        class_token=False,
-        pool_norm=False,
-        **timm.PLAIN,
-    )
-    return {
+def _vit_fields(
+    config: vit.ViTConfig, image_size: tuple[int, int], num_classes: int, common: dict[str, Any]
+) -> dict[str, Any]:
+    kind = _kind(config)
+    library = f"transformers' {kind.name}"
+    if num_classes and kind.classified is None:
+        raise UserError(f"{library} has no classifier; export the backbone without one, or in timm's layout")
+    siglip = kind.model_type == "siglip"
+    pool = "map" if siglip and config.pool == "map" else "gap" if siglip else "token"
+    fixed = {"position": "learned", "pool": kind.classified if num_classes else pool, **kind.fixed}
+    expressed = (*_COMMON, *kind.expressed, *(() if "position" in kind.fixed else ("position",)))
+    refuse_others(library, config, expressed, {**fixed, "patch": (config.patch[0],) * 2})
+    refuse(library, config, patch=(config.patch[0],) * 2)
+    if kind.model_type != "vit" and not isinstance(_square(image_size), int) and kind.model_type != "dinov3_vit":
+        raise UserError(
+            f"{library} has square images; these are {image_size[0]}x{image_size[1]}: export in timm's layout"
+        )
+    fields: dict[str, Any] = {
         "hidden_size": config.width,
         "num_hidden_layers": config.depth,
         "num_attention_heads": config.heads,
@@ -269,6 +296,40 @@ def _vit_fields(config: vit.ViTConfig, layout: str) -> dict[str, Any]:
         "attention_probs_dropout_prob": 0.0,
         "hidden_dropout_prob": 0.0,
     }
+    if "qkv_bias" in kind.expressed:
+        fields["qkv_bias"] = config.qkv_bias
+    fields["image_size"] = _square(image_size)
+    if kind.model_type.startswith("dinov2"):
+        fields |= {"mlp_ratio": _ratio(library, config), "use_swiglu_ffn": config.mlp_kind == "swiglu"}
+        fields["num_register_tokens"] = config.registers
+    if kind.model_type == "dinov3_vit":
+        fields |= {
+            "query_bias": config.qkv_bias,
+            "value_bias": config.qkv_bias,
+            "num_register_tokens": config.registers,
+        }
+        fields |= {"key_bias": config.key_bias, "proj_bias": config.proj_bias, "mlp_bias": config.mlp_bias}
+        gated = config.mlp_kind == "swiglu"
+        fields |= {"use_gated_mlp": gated, "hidden_act": "silu" if gated else fields["hidden_act"]}
+    architecture = f"{kind.name}ForImageClassification" if num_classes else f"{kind.name.removesuffix('Model')}Model"
+    if siglip:
+        labels = {key: value for key, value in common.items() if "label" in key}
+        rest = {key: value for key, value in common.items() if key not in labels}
+        vision = {"model_type": "siglip_vision_model", **fields, "vision_use_head": config.pool == "map", **rest}
+        if not num_classes:
+            return {"architectures": ["SiglipVisionModel"], **vision}
+        # transformers makes the config of a text tower too, which the classifier does not have.
+        return {"architectures": [architecture], "model_type": "siglip", "vision_config": vision, **labels}
+    return {"architectures": [architecture], "model_type": kind.model_type, **fields, **common}
+
+
+def _ratio(library: str, config: vit.ViTConfig) -> int:
+    """Returns the mlp_ratio of DINOv2 that gives the hidden units."""
+    for ratio in range(1, 17):
+        hidden = config.width * ratio
+        if (hidden if config.mlp_kind == "gelu" else (int(hidden * 2 / 3) + 7) // 8 * 8) == config.mlp:
+            return ratio
+    raise UserError(f"{library} has a whole mlp_ratio; model.mlp {config.mlp} is none of model.width {config.width}")
 
 
 def _swin_fields(config: swin.SwinConfig, image_size: tuple[int, int]) -> dict[str, Any]:

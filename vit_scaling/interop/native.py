@@ -51,6 +51,7 @@ class Header(NamedTuple):
     num_classes: int
     normalisation: Normalisation
     class_names: tuple[str, ...] | None
+    antialias: bool
 
 
 def read_config(neighbour: Json) -> Header:
@@ -68,7 +69,14 @@ def read_config(neighbour: Json) -> Header:
         found = Normalisation(config.mean, config.std, **fields)
         names = neighbour.get("class_names")
         names = tuple(map(str, names)) if names else None
-        return Header(config, (int(height), int(width)), int(neighbour["num_classes"]), found, names)
+        return Header(
+            config,
+            (int(height), int(width)),
+            int(neighbour["num_classes"]),
+            found,
+            names,
+            bool(neighbour.get("antialias")),
+        )
     except (KeyError, TypeError) as error:
         raise UserError(f"config.json is no config of this project's weights: {error!r}") from None
 
@@ -82,6 +90,7 @@ def write_config(weights: Weights) -> dict[str, Any]:
         "image_size": list(weights.image_size),
         "num_classes": weights.num_classes,
         "normalisation": {key: value for key, value in fields.items() if key not in ("mean", "std")},
+        **({"antialias": True} if weights.antialias else {}),
         **({"class_names": list(weights.class_names)} if weights.class_names else {}),
     }
 

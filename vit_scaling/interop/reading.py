@@ -17,7 +17,7 @@ from vit_scaling.interop.layout import Described, Layout, Told
 from vit_scaling.interop.normalisation import Normalisation
 from vit_scaling.interop.stored import Stored
 from vit_scaling.interop.weights import Leaves, Target, Weights, abstract
-from vit_scaling.models import ModelConfig
+from vit_scaling.models import ModelConfig, swin
 
 LAYOUTS: dict[str, Layout] = {
     "timm": timm.LAYOUT,
@@ -96,7 +96,7 @@ def _normalisation(described: Described, processor: Mapping[str, Any] | None) ->
 
 
 def _read_native(tensors: Mapping[str, Stored], header: native.Header) -> Weights:
-    config, image_size, num_classes, found, class_names = header
+    config, image_size, num_classes, found, class_names, antialias = header
     _, parameters, statistics = models.split(abstract(config, image_size, num_classes))
     own, running = names.flatten(parameters), names.flatten(statistics)
     shapes = native.named(own, running)
@@ -106,7 +106,18 @@ def _read_native(tensors: Mapping[str, Stored], header: native.Header) -> Weight
         return {path: np.asarray(_finite(prefix + path, tensors), np.float32) for path in paths}
 
     leaves, statistics = arrays(own, ""), arrays(running, native.STATISTICS)
-    return Weights(config, image_size, num_classes, leaves, statistics, "vit_scaling", False, found, class_names)
+    return Weights(
+        config,
+        image_size,
+        num_classes,
+        leaves,
+        statistics,
+        "vit_scaling",
+        False,
+        found,
+        class_names,
+        antialias=antialias,
+    )
 
 
 def _read_foreign(
@@ -149,8 +160,17 @@ def _read_foreign(
         found,
         names_,
         assumed,
-        described.notes,
+        family.name,
+        _notes(family, config, described),
+        family.layout == "timm" or ("registers" in shapes and family.name == "DINOv2"),
     )
+
+
+def _notes(family: Family, config: ModelConfig, described: Described) -> tuple[str, ...]:
+    note = None
+    if family.layout == "timm" and isinstance(config, swin.SwinConfig):
+        note = timm.swin_note(config, described.image_size)
+    return described.notes + (() if note is None else (note,))
 
 
 def _settled(described: Described, hint: ModelConfig | None) -> ModelConfig:
@@ -185,7 +205,7 @@ def _unwrapped(tensors: Mapping[str, Stored]) -> tuple[dict[str, Stored], list[s
     words = [f"{word}." for word in prefix.split(".")[:-1]]
     inner = {name: functools.reduce(str.removeprefix, words, name) for name in others}
     kept = [name for name in others if not tower or re.fullmatch(_HEADS, inner[name])]
-    notes = [f"of the names {prefix} was left out"]
+    notes = [f"the prefix {prefix} was removed from the names"]
     if left := sorted(set(others) - set(kept)):
         notes.append(f"{len(left)} tensors beside {prefix}* were left out: {', '.join(left[:3])}, ...")
     return named | {inner[name]: tensors[name] for name in kept}, notes
@@ -202,7 +222,7 @@ def _recognise(tensors: Mapping[str, Stored]) -> tuple[Family, dict[str, Stored]
                     family = timm.variant(family, "fc_norm.weight" in named and "norm.weight" not in named)
                 idle = [name for name in named if any(re.fullmatch(each, name) for each in family.ignored)]
                 if idle and not all(re.fullmatch(families.BUFFERS, name) for name in idle):
-                    notes.append(f"{len(idle)} tensors of no part of the network were left out: {idle[0]}, ...")
+                    notes.append(f"{len(idle)} tensors that are no part of the network were left out: {idle[0]}, ...")
                 return family, named, tuple(notes)
     shown = ", ".join(sorted(tensors)[:3]) or "none"
     known = ", ".join(FAMILIES)

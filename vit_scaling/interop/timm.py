@@ -5,7 +5,9 @@ call the merge after stage s `layers.s.downsample`, timm `layers.<s+1>.downsampl
 head.fc). Index and mask buffers of old files are rebuilt from sizes and never read.
 """
 
+import dataclasses
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,18 +22,6 @@ from vit_scaling.interop.timm_models import Known
 from vit_scaling.models import ModelConfig, swin, vit
 
 VIT_EPS, SWIN_EPS = 1e-6, 1e-5
-# Fields of ViTConfig that exports leave as they are in the plain network.
-PLAIN = {
-    "mlp_kind": "gelu",
-    "norm": "layernorm",
-    "pre_norm": False,
-    "key_bias": True,
-    "proj_bias": True,
-    "mlp_bias": True,
-    "pool_prefix": False,
-    "qk_norm_bias": False,
-    "layerscale_mlp": None,
-}
 POOLS = {"token": "token", "map": "map", "avg": "gap", "max": "max", "avgmax": "avgmax"}
 # Names of official files: a distilled DeiT, DINOv2 (g/14 has a gated MLP) with registers.
 _RENAME: tuple[tuple[str, Any], ...] = (
@@ -183,8 +173,10 @@ def neighbour(
         UserError: timm has no such network; the sentence names the field.
     """
     if isinstance(config, vit.ViTConfig):
-        architecture, arguments = "vit_base_patch16_224", _vit_arguments(config)
+        architecture, arguments = _vit_arguments(config)
     elif isinstance(config, swin.SwinConfig):
+        if note := swin_note(config, image_size):
+            raise UserError(note)
         architecture, arguments = _swin_arguments(config)
     else:
         raise UserError(f"timm's layout is written for ViT and Swin, not for a {type(config).__name__}")
@@ -211,11 +203,48 @@ def refuse(layout: str, config: ModelConfig, **wanted: Any) -> None:
             )
 
 
-def _vit_arguments(config: vit.ViTConfig) -> dict[str, Any]:
-    refuse("timm", config, parallel=False, qk_norm=False, norm_bias=True, norm_eps=VIT_EPS, pre_logits=False)
-    refuse("timm", config, **(PLAIN | {"gelu": "tanh" if config.gelu == "tanh" else "exact"}))
+def refuse_others(layout: str, config: vit.ViTConfig, expressed: Sequence[str], fixed: Mapping[str, Any]) -> None:
+    """Raises UserError for the first field that changes the network and is not expressed.
+
+    Args:
+        layout: for the message.
+        config: of the network.
+        expressed: fields that the layout can express.
+        fixed: what a layout's networks have, where it is not ViTConfig's default.
+    """
+    default = vit.ViTConfig()
+    others = [
+        field.name
+        for field in dataclasses.fields(config)
+        if field.name not in expressed and field.name not in vit.NOT_OF_THE_WEIGHTS
+    ]
+    refuse(layout, config, **{field: fixed.get(field, getattr(default, field)) for field in others})
+
+
+_EXPRESSED = (
+    *("width", "depth", "mlp", "heads", "patch", "pool", "class_token", "pool_prefix", "pool_norm", "position"),
+    *("registers", "layerscale", "pre_norm", "qk_norm", "qkv_bias", "proj_bias", "gelu", "norm_eps"),
+)
+# No argument sets epsilon: it belongs to the architecture's name.
+_EPSILONS = {1e-6: "vit_base_patch16_224", 1e-5: "vit_base_patch16_clip_224"}
+
+
+def nearest_epsilon(config: vit.ViTConfig | swin.SwinConfig) -> float:
+    """Returns the epsilon of timm's norms that is the config's, or the usual one of its networks."""
+    if isinstance(config, swin.SwinConfig):
+        return SWIN_EPS
+    return config.norm_eps if config.norm_eps in _EPSILONS else VIT_EPS
+
+
+def _vit_arguments(config: vit.ViTConfig) -> tuple[str, dict[str, Any]]:
+    refuse_others("timm", config, _EXPRESSED, {"qk_norm_bias": config.qk_norm})
+    if config.norm_eps not in _EPSILONS:
+        refuse("timm", config, norm_eps=VIT_EPS)
+    pools = {ours: theirs for theirs, ours in POOLS.items()}
+    if config.pool not in pools:
+        raise UserError(f"timm has no such network: model.pool is {config.pool!r}, and there is {', '.join(POOLS)}")
     ratio = config.mlp / config.width
-    return {
+    return _EPSILONS[config.norm_eps], {
         "patch_size": list(config.patch) if config.patch[0] != config.patch[1] else config.patch[0],
         "embed_dim": config.width,
         "depth": config.depth,
@@ -227,10 +256,29 @@ def _vit_arguments(config: vit.ViTConfig) -> dict[str, Any]:
         "reg_tokens": config.registers,
         "no_embed_class": bool(config.registers),
         "init_values": config.layerscale,
-        "global_pool": {"gap": "avg"}.get(config.pool, config.pool),
+        "global_pool": pools[config.pool],
         "fc_norm": config.pool_norm,
-        "act_layer": "gelu_tanh" if config.gelu == "tanh" else "gelu",
+        "act_layer": {"tanh": "gelu_tanh", "exact": "gelu", "quick": "quick_gelu"}[config.gelu],
+        **({"pre_norm": config.pre_norm} if config.pre_norm or config.norm_eps == 1e-5 else {}),
+        **({"qk_norm": True} if config.qk_norm else {}),
+        **({"proj_bias": False} if not config.proj_bias else {}),
+        **({"pool_include_prefix": True} if config.pool_prefix else {}),
     }
+
+
+def swin_note(config: swin.SwinConfig, image_size: tuple[int, int]) -> str | None:
+    """Returns where timm computes a Swin in another way than this project and transformers; None if nowhere.
+
+    timm shifts and then pads a grid that is no multiple of the window, and shifts along a side that is longer than
+    the window even if the other is not; transformers and the official code pad first and shift both or none.
+    """
+    for grid, window in zip(swin.stage_grids(config, image_size), swin.stage_windows(config, image_size), strict=True):
+        if any(side % window for side in grid) or min(grid) <= window < max(grid):
+            return (
+                f"timm shifts the windows of {window} on a grid of {grid[0]}x{grid[1]} in another way than this "
+                f"project, which changes logits a little; take an image size whose grids are multiples of the windows"
+            )
+    return None
 
 
 def _swin_arguments(config: swin.SwinConfig) -> tuple[str, dict[str, Any]]:

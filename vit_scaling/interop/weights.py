@@ -58,7 +58,9 @@ class Weights:
         normalisation: of the input; None if nobody says. `config.mean` and `config.std` are then [-1, 1]'s.
         class_names: of the classifier; None if nobody says.
         assumed: fields of the model that the file leaves open, taken as its family has them.
+        family: whose names and defaults the file has.
         notes: what was left out on the way, in plain words.
+        antialias: whether the library that the weights come from resamples positions with antialiasing.
     """
 
     config: ModelConfig
@@ -71,7 +73,9 @@ class Weights:
     normalisation: Normalisation | None = None
     class_names: tuple[str, ...] | None = None
     assumed: tuple[str, ...] = ()
+    family: str = ""
     notes: tuple[str, ...] = ()
+    antialias: bool = False
 
     def known_normalisation(self) -> Normalisation:
         """Returns the normalisation.
@@ -120,7 +124,14 @@ class Weights:
         if found is not None:
             config = dataclasses.replace(config, mean=found.mean, std=found.std)
         image_size = target.image_size or self.image_size
-        leaves = adapt.adapt(self.leaves, self.config, self.image_size, target=config, target_image_size=image_size)
+        leaves = adapt.adapt(
+            self.leaves,
+            self.config,
+            self.image_size,
+            target=config,
+            target_image_size=image_size,
+            antialias=self.antialias,
+        )
         classes = self.num_classes
         if target.num_classes is not None or target.class_map is not None:
             classes = len(target.class_map or ()) if target.num_classes is None else target.num_classes

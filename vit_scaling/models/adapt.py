@@ -28,6 +28,7 @@ def adapt(
     *,
     target: ModelConfig,
     target_image_size: tuple[int, int],
+    antialias: bool = False,
 ) -> dict[str, np.ndarray]:
     """Returns the parameters of a network for another patch, window, image size or pooling; the rest as it is.
 
@@ -41,6 +42,7 @@ def adapt(
         image_size: height and width in pixels that they were trained at.
         target: the config to adapt to.
         target_image_size: height and width in pixels of the new images.
+        antialias: whether a ViT's positions are resampled as timm does; see `resize_positions`.
 
     Raises:
         UserError: the networks differ in a field that no resizing bridges.
@@ -50,7 +52,7 @@ def adapt(
     if isinstance(config, swin.SwinConfig) and isinstance(target, swin.SwinConfig):
         return _adapt_swin(leaves, config, image_size, target, target_image_size)
     if isinstance(config, vit.ViTConfig) and isinstance(target, vit.ViTConfig):
-        return _adapt_vit(leaves, config, image_size, target, target_image_size)
+        return _adapt_vit(leaves, config, image_size, target, target_image_size, antialias)
     if (config, image_size) != (target, target_image_size):
         raise UserError(f"weights of a {type(config).__name__} can only be used as they were trained")
     return dict(leaves)
@@ -111,6 +113,7 @@ def _adapt_vit(
     image_size: tuple[int, int],
     target: vit.ViTConfig,
     target_image_size: tuple[int, int],
+    antialias: bool,
 ) -> dict[str, np.ndarray]:
     numeric = config.layerscale is not None and target.layerscale is not None
     _same(config, target, [field for field in VIT_FIELDS if not (field == "layerscale" and numeric)])
@@ -128,7 +131,7 @@ def _adapt_vit(
         leaves = {path: leaf for path, leaf in leaves.items() if not path.startswith("pre_logits/")}
     if "position_embedding" in leaves:
         old, new = layers.grid_size(image_size, config.patch), layers.grid_size(target_image_size, target.patch)
-        leaves["position_embedding"] = resize_positions(np.asarray(leaves["position_embedding"]), old, new)
+        leaves["position_embedding"] = resize_positions(np.asarray(leaves["position_embedding"]), old, new, antialias)
     leaves["embedding/kernel"] = resize_patch(np.asarray(leaves["embedding/kernel"]), target.patch)
     return leaves
 
@@ -141,14 +144,33 @@ def _same(config: Any, target: Any, fields: Sequence[str]) -> None:
 
 
 def resize_positions(
-    positions_LD: Float[np.ndarray, "L D"], old: tuple[int, int], new: tuple[int, int]
+    positions_LD: Float[np.ndarray, "L D"], old: tuple[int, int], new: tuple[int, int], antialias: bool = False
 ) -> Float[np.ndarray, "new_L D"]:
-    """Returns the absolute position embedding of a grid resampled to another, bicubic as the official code."""
+    """Returns the absolute position embedding of a grid resampled to another by bicubic interpolation.
+
+    Without antialiasing it is what transformers' ViT, DeiT and DINOv2 and the official code of DINO do; with it, what
+    timm and transformers' DINOv2 with registers do (PyTorch's interpolate with antialias=False and True).
+    """
     if old == new:
         return positions_LD
-    rows, columns = (windows.cubic_weights(before, after) for before, after in zip(old, new, strict=True))
+    weights = antialiased_weights if antialias else windows.cubic_weights
+    rows, columns = (weights(before, after) for before, after in zip(old, new, strict=True))
     resized = np.einsum("ay,bx,yxD->abD", rows, columns, positions_LD.reshape(*old, -1))
     return resized.reshape(-1, positions_LD.shape[1]).astype(positions_LD.dtype)
+
+
+def antialiased_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
+    """Returns the matrix that resamples `old` points to `new` ones by cubic convolution (a = -0.5) with antialiasing.
+
+    The kernel is as much wider as the points become fewer, and weights beyond the edges are shared out, as by Pillow.
+    """
+    scale = max(old / new, 1.0)
+    center = (np.arange(new) + 0.5) * old / new - 0.5
+    d = np.abs(np.arange(old)[None] - center[:, None]) / scale
+    near = (1.5 * d - 2.5) * d * d + 1
+    far = ((-0.5 * d + 2.5) * d - 4) * d + 2
+    weights = np.where(d <= 1, near, np.where(d < 2, far, 0.0))
+    return weights / weights.sum(axis=1, keepdims=True)
 
 
 def linear_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:

@@ -106,6 +106,10 @@ class ViTConfig:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
 
+# Fields that change nothing of what trained weights compute.
+NOT_OF_THE_WEIGHTS = ("drop_path", "dtype", "scan", "remat", "mean", "std")
+
+
 def variant(name: str, **fields: object) -> ViTConfig:
     """Returns the config of a size and patch such as "B/16", "g/14" or, for patches 8 high and 16 wide, "S/8x16".
 

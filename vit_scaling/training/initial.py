@@ -41,11 +41,6 @@ def class_names(path: str | Path, weights: Weights) -> tuple[str, ...] | None:
     return tuple(names) if names and len(names) == weights.num_classes else None
 
 
-def has_no_classifier(path: str | Path) -> bool:
-    """Returns whether weights are a backbone without a classifier."""
-    return find_checkpoint(paths.place(path)) is None and interop.describe(path)[2] is None
-
-
 def describe(path: str | Path) -> tuple[ModelConfig, tuple[int, int], int | None]:
     """Returns (model config, image size, classes or None) of weights, without reading them.
 
