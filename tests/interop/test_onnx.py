@@ -60,3 +60,12 @@ def test_damaged_files_are_refused(tmp_path: pathlib.Path) -> None:
             refused += 1
         assert not sentence or ("x.onnx" in sentence and "\n" not in sentence), sentence
     assert refused > 40
+
+
+def test_a_file_of_endless_nodes_is_refused(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two bytes make a node: without a limit a file of 100 MB would become 50 million objects."""
+    monkeypatch.setattr(onnx, "MAX_PARTS", 50)
+    nodes = b"\x0a\x00" * 60
+    (tmp_path / "x.onnx").write_bytes(b"\x3a" + bytes([len(nodes)]) + nodes)
+    with pytest.raises(ValueError, match=r"x\.onnx has more than 50 nodes and tensors"):
+        onnx.open_onnx(tmp_path / "x.onnx")

@@ -42,8 +42,8 @@ def write(
     if layout not in LAYOUTS:
         raise UserError(f"layout is {layout!r}; choose one of {', '.join((*LAYOUTS, *serving.LAYOUTS))}")
     found = weights.known_normalisation()
-    if layout == "timm" and isinstance(weights.config, vit.ViTConfig | swin.SwinConfig):
-        weights = _with_epsilon(weights, timm.nearest_epsilon(weights.config), accept_norm_eps)
+    if layout == "timm":
+        weights = _with_epsilon(weights, accept_norm_eps)
     if layout == "vit_scaling":
         config, tensors = native.write_config(weights), native.named(weights.leaves, weights.running)
     else:
@@ -55,22 +55,25 @@ def write(
     files.write_folder(path, tensors, config, beside)
 
 
-def _with_epsilon(weights: Weights, epsilon: float, accepted: bool) -> Weights:
+def _with_epsilon(weights: Weights, accepted: bool) -> Weights:
     """Returns the weights with the epsilon that timm's networks of this kind have.
 
     Raises:
         UserError: it is another one, and nobody accepted it; the sentence says what it changes.
     """
-    if epsilon == weights.config.norm_eps:
+    config = weights.config
+    if not isinstance(config, vit.ViTConfig | swin.SwinConfig) or timm.nearest_epsilon(config) == config.norm_eps:
         return weights
-    other = dataclasses.replace(weights, config=dataclasses.replace(weights.config, norm_eps=epsilon))
+    epsilon = timm.nearest_epsilon(config)
+    other = dataclasses.replace(weights, config=dataclasses.replace(config, norm_eps=epsilon))
     if not accepted:
         images = np.random.default_rng(0).standard_normal((2, *weights.image_size, 3)).astype(np.float32)
-        one, two = (np.asarray(each.module().features(jnp.asarray(images))) for each in (weights, other))
+        networks: list[Any] = [weights.module(), other.module()]
+        one, two = (np.asarray(network.features(jnp.asarray(images))) for network in networks)
         kernel = weights.leaves["head/kernel"]
         one, two = (values @ kernel if kernel.size else values for values in (one, two))
         raise UserError(
-            f"timm cannot express model.norm_eps {weights.config.norm_eps:g}; with its {epsilon:g} the "
+            f"timm cannot express model.norm_eps {config.norm_eps:g}; with its {epsilon:g} the "
             f"{'logits' if kernel.size else 'features'} of two images of noise change by up to "
             f"{np.abs(one - two).max():.1e} (standard deviation {one.std():.1e}): accept that with --accept_norm_eps"
         )
