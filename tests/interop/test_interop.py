@@ -232,6 +232,8 @@ EXPORTS = {
 )
 def test_round_trips_are_exact(name: str, layout: str, tmp_path: pathlib.Path) -> None:
     size = {"gap": (16, 16), "v1": (32, 48), "v2": (32, 48), "resnet": (32, 32)}.get(name, SIZE)
+    if layout == "timm" and name in ("v1", "v2"):
+        size = (32, 32)  # timm computes a grid of 4 x 6 in another way, and such an export is refused
     config = dataclasses.replace(EXPORTS[name])
     if name in ("token", "map", "registers") and layout != "vit_scaling":
         config.gelu = "exact" if name == "token" else "tanh"
