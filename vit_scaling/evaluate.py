@@ -116,18 +116,14 @@ def main(argv: Sequence[str]) -> None:
         record |= {"confusion": report.confusion.tolist(), "calibration": report.bins}
     workdir.write_json(output / "evaluation.json", record)
     if report is None or names is None:
-        print("
-".join(f"{name:24s} {value:.4f}" for name, value in numbers.items()))
+        print("\n".join(f"{name:24s} {value:.4f}" for name, value in numbers.items()))
         print(f"report:  {output / 'evaluation.json'}")
         return
     total = report.confusion.sum(axis=1)
-    print("
-".join(scores.parts(numbers, int(numbers["examples"]))))
+    print("\n".join(scores.parts(numbers, int(numbers["examples"]))))
     rows = [(name, float(report.confusion[i, i] / total[i]), int(total[i])) for i, name in enumerate(names) if total[i]]
-    print("lowest accuracies:", *(f"  {line}" for line in scores.worst_classes(rows)), sep="
-")
-    print(f"report:  {output / 'evaluation.json'}
-picture: {output / 'evaluation.png'}")
+    print("lowest accuracies:", *(f"  {line}" for line in scores.worst_classes(rows)), sep="\n")
+    print(f"report:  {output / 'evaluation.json'}\npicture: {output / 'evaluation.png'}")
 
 
 def _parse(flag: str, text: str):
