@@ -126,7 +126,7 @@ def test_the_whole_experiment_can_be_traced(name: str, variant: str) -> None:
 def test_configs_say_the_published_recipes() -> None:
     jft = load("vit_jft", "G/14")
     assert (jft.data.batch_size, jft.optim.lr, jft.optim.weight_decay, jft.optim.head_weight_decay) == (
-        16_384,
+        32_768,
         8e-4,
         0.03,
         3.0,
