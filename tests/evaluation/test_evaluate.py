@@ -162,14 +162,14 @@ def test_the_card_says_where_weights_come_from() -> None:
     assert "| test/accuracy | 0.9877 |" in told
 
 
-def door(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", *(str(argument) for argument in arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def command(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", *(str(argument) for argument in arguments)]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def test_from_a_file_to_an_export_and_its_numbers(exported: Path, tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("3\n0\n9\n")
-    written = door(
+    written = command(
         "vit_scaling.weights",
         "export",
         f"--input={exported}",
@@ -192,7 +192,7 @@ def test_from_a_file_to_an_export_and_its_numbers(exported: Path, tmp_path: Path
     np.testing.assert_array_equal(after.parameters["head"]["bias"], before.parameters["head"]["bias"][[3, 0, 9]])
     assert str(exported) in (tmp_path / "hf" / "README.md").read_text()
 
-    measured = door(
+    measured = command(
         "vit_scaling.evaluate",
         f"--weights={exported}",
         "--data=builtin:mnist:test[:40]",
@@ -206,13 +206,13 @@ def test_from_a_file_to_an_export_and_its_numbers(exported: Path, tmp_path: Path
     record = json.loads((tmp_path / "report" / "evaluation.json").read_text())
     assert {"top1", "top5", "calibration_error", "2shot", "2shot_std"} <= set(record["numbers"])
     assert sum(row["examples"] for row in record["classes"].values()) == np.sum(record["confusion"]) == 40
-    assert f"top1                     {record['numbers']['top1']:.4f}" in measured.stdout
+    assert f"top1 {100 * record['numbers']['top1']:.2f}% (n = 40, 95%: " in measured.stdout
     assert (tmp_path / "report" / "evaluation.png").stat().st_size > 10_000
 
 
-def test_doors_refuse_in_one_sentence(exported: Path, tmp_path: Path) -> None:
-    refused = door("vit_scaling.weights", "export", f"--input={exported}", f"--output={exported}", "--layout=timm")
+def test_commands_refuse_in_one_sentence(exported: Path, tmp_path: Path) -> None:
+    refused = command("vit_scaling.weights", "export", f"--input={exported}", f"--output={exported}", "--layout=timm")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr.splitlines()[-1] == f"error: {exported} exists already; name a new folder for the weights"
-    wrong = door("vit_scaling.weights", "convert", f"--input={exported}")
+    wrong = command("vit_scaling.weights", "convert", f"--input={exported}")
     assert wrong.stderr.strip() == "error: 'convert' is not a command; choose one of import, export, show"

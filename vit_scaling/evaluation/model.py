@@ -40,7 +40,7 @@ def freeze(weights: Weights, mesh_config: mesh_lib.MeshConfig) -> Frozen:
     """Returns the model on a mesh, parameters sharded by the table of rules.
 
     Raises:
-        UserError: nobody says which mean and std the weights' images have.
+        UserError: it is unknown which mean and std the weights' images have.
     """
     weights.known_normalisation()
     mesh = mesh_lib.create(mesh_config)

@@ -20,7 +20,7 @@ class Suite:
     """The evaluators that a config names, their sources opened once.
 
     Raises:
-        UserError: a source or a transform cannot be used, the batch cannot be divided, or nobody measures what
+        UserError: a source or a transform cannot be used, the batch cannot be divided, or no evaluation measures what
             `checkpoint.best` names.
     """
 

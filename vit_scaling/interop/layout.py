@@ -26,8 +26,8 @@ class Described:
         num_classes: of its classifier; None if it has none.
         prefix: the parameters that have rows of their own at the start of the position table.
         unknown: the assumed fields for which there is not even a usual value; the user must tell them.
-        normalisation: of the input; None if nobody says.
-        class_names: of the classifier; None if nobody says.
+        normalisation: of the input; None if unknown.
+        class_names: of the classifier; None if unknown.
         notes: what was left out on the way.
     """
 

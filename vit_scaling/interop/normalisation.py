@@ -32,7 +32,7 @@ RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5
 
 @dataclasses.dataclass(frozen=True)
 class Normalisation:
-    """What weights were trained to see, and how their authors evaluate them; None where nobody says.
+    """What weights were trained to see, and how their authors evaluate them; None where it is unknown.
 
     Attributes:
         mean, std: by channel, of pixels in [0, 1]; the model sees (pixels - mean) / std.
@@ -143,7 +143,7 @@ def from_timm(pretrained: Json, source: str = "config.json's pretrained_cfg") ->
 
 
 def timm_fields(found: Normalisation, image_size: tuple[int, int]) -> dict[str, Any]:
-    """Returns the keys of timm's pretrained_cfg. Where nobody says, the whole image is squashed, as here."""
+    """Returns the keys of timm's pretrained_cfg. Where it is unknown, the whole image is squashed, as here."""
     return {
         "input_size": [3, *image_size],
         "mean": list(found.mean),

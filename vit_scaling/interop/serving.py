@@ -44,7 +44,7 @@ def write(weights: Weights, path: str | Path, *, layout: str, input_type: str, t
         texts: further files, by name.
 
     Raises:
-        UserError: nobody says the normalisation, a package is missing, or something is in the way.
+        UserError: the normalisation is unknown, a package is missing, or something is in the way.
     """
     if input_type not in INPUT_TYPES:
         raise UserError(f"input_type is {input_type!r}; choose one of {', '.join(INPUT_TYPES)}")

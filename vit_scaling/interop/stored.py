@@ -1,4 +1,4 @@
-"""A tensor in a file that nobody has read yet."""
+"""A tensor in a file that has not been read yet."""
 
 import dataclasses
 from collections.abc import Callable

@@ -55,8 +55,8 @@ class Weights:
         running: {path: float32 array} of the batch statistics.
         layout: of the file that they came from.
         fresh_head: whether the classifier is new and zero.
-        normalisation: of the input; None if nobody says. `config.mean` and `config.std` are then [-1, 1]'s.
-        class_names: of the classifier; None if nobody says.
+        normalisation: of the input; None if unknown. `config.mean` and `config.std` are then [-1, 1]'s.
+        class_names: of the classifier; None if unknown.
         assumed: fields of the model that the file leaves open, taken as its family has them.
         family: whose names and defaults the file has.
         notes: what was left out on the way, in plain words.
@@ -81,7 +81,7 @@ class Weights:
         """Returns the normalisation.
 
         Raises:
-            UserError: nobody says it.
+            UserError: it is unknown.
         """
         if self.normalisation is None:
             raise UserError(

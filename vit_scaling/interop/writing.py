@@ -59,7 +59,7 @@ def _with_epsilon(weights: Weights, accepted: bool) -> Weights:
     """Returns the weights with the epsilon that timm's networks of this kind have.
 
     Raises:
-        UserError: it is another one, and nobody accepted it; the sentence says what it changes.
+        UserError: it is another one and was not accepted; the sentence says what it changes.
     """
     config = weights.config
     if not isinstance(config, vit.ViTConfig | swin.SwinConfig) or timm.nearest_epsilon(config) == config.norm_eps:
