@@ -72,6 +72,20 @@ def test_accumulation_updates_them_by_each_part_in_turn(program: Program) -> Non
     np.testing.assert_allclose(got["stem_norm"]["variance"], variance, rtol=1e-4)
 
 
+def test_statistics_that_are_not_finite_leave_the_update_out(program: Program) -> None:
+    """A training step normalizes by the batch, so that an infinite average shows in the statistics alone."""
+    state = program.init()
+    leaves, structure = jax.tree.flatten(state.statistics)
+    state = dataclasses.replace(state, statistics=structure.unflatten([jnp.full_like(leaves[0], jnp.inf), *leaves[1:]]))
+    before = jax.device_get(state)
+    after = jax.device_get(advance(program, state, BATCHES[:1]))
+    assert int(after.skipped) == 1
+    for a, b in zip(jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(jax.tree.leaves(before.statistics), jax.tree.leaves(after.statistics), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_a_restart_changes_no_bit_of_them(program: Program, tmp_path: Path) -> None:
     """Four steps are two steps, a checkpoint, and two steps."""
     whole = jax.device_get(advance(program, program.init(), BATCHES))

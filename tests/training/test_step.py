@@ -16,6 +16,7 @@ from vit_scaling.data import mixing
 from vit_scaling.data.mixing import MixingConfig
 from vit_scaling.parallel import mesh as mesh_lib
 from vit_scaling.parallel import sharding
+from vit_scaling.training import step as step_lib
 from vit_scaling.training.step import Program, TrainState, build
 
 PROGRAMS: dict[str, Program] = {}
@@ -161,6 +162,68 @@ def test_a_loss_that_is_not_finite_leaves_everything_as_it_was() -> None:
             np.testing.assert_array_equal(a, b)
     assert (int(after.step), int(after.skipped), int(after.skipped_in_row)) == (2, 1, 1)
     assert float(metrics["update_norm"]) == 0
+
+
+def with_leaf(tree: Any, parts: tuple[str, ...], dtype: Any, value: float) -> Any:
+    """Returns a tree in which the leaves of a dtype whose path has all `parts` are filled with a value."""
+    found = []
+
+    def fill(path: Any, leaf: Any) -> Any:
+        if leaf.dtype == dtype and leaf.size > 1 and all(part in jax.tree_util.keystr(path) for part in parts):
+            found.append(path)
+            return jnp.full_like(leaf, value)
+        return leaf
+
+    filled = jax.tree_util.tree_map_with_path(fill, tree)
+    assert found, parts
+    return filled
+
+
+def assert_left_out(program: Program, state: TrainState) -> None:
+    """The loss of the next step is finite, and yet its update is left out and everything stays as it was."""
+    before = jax.device_get(state)
+    after, metrics = program.train_step(state, sharding.put_batch(BATCHES[0], sharding.batch_sharding(program.mesh)))
+    assert np.isfinite(metrics["loss"])
+    assert np.isfinite(metrics["gradient_norm"])
+    after = jax.device_get(after)
+    for name in ("params", "opt_state", "ema", "statistics"):
+        for a, b in zip(jax.tree.leaves(getattr(before, name)), jax.tree.leaves(getattr(after, name)), strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert (int(after.skipped), int(after.skipped_in_row)) == (1, 1)
+
+
+def test_an_optimizer_state_that_is_not_finite_leaves_the_update_out() -> None:
+    """An infinite second moment makes an update of zero, so that only the state itself shows it."""
+    built = program(plain())
+    state = built.init()
+    assert_left_out(built, dataclasses.replace(state, opt_state=with_leaf(state.opt_state, (), jnp.float32, jnp.inf)))
+
+
+def test_parameters_that_overflow_leave_the_update_out() -> None:
+    """Softmax does not see a bias that all classes share, so the loss is finite beside the largest float32."""
+    built = program(plain())
+    state = built.init()
+    state = dataclasses.replace(
+        state,
+        step=jnp.int32(2),  # after the warmup
+        params=with_leaf(state.params, ("head", "bias"), jnp.float32, 3.4028e38),
+        opt_state=with_leaf(state.opt_state, ("head", "bias"), jnp.bfloat16, -3.0e38),
+    )
+    assert_left_out(built, state)
+
+
+def test_a_loss_spike_is_left_out_and_counted() -> None:
+    guard = c.GuardConfig(spike_deviation=3.0, spike_window=4)
+    spikes = {"losses": jnp.full(4, jnp.nan), "count": jnp.int32(0)}
+    answers = []
+    for loss in (1.0, 2.0, 1.0, 2.0, 3.5, 2.9, jnp.nan, 1.0):
+        finite = jnp.asarray(np.isfinite(loss))
+        applied, spikes = step_lib._without_spikes(guard, jnp.float32(loss), finite, spikes)
+        answers.append(bool(applied))
+    # The mean of 1, 2, 1, 2 is 1.5 and their deviation 0.5, so the limit is 3.0 until another loss is applied.
+    assert answers == [True, True, True, True, False, True, False, True]
+    assert int(spikes["count"]) == 1
+    np.testing.assert_allclose(spikes["losses"], [1.0, 2.0, 2.9, 1.0], rtol=1e-6)
 
 
 def test_a_finite_step_ends_the_row_of_skipped_ones() -> None:
