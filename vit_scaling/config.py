@@ -228,24 +228,76 @@ def smoke(config: Config, model: ModelConfig) -> Config:
     )
 
 
+# The range of each numeric field as an interval, by the last parts of its name; of a tuple, of each part.
+RANGES = {
+    **dict.fromkeys(("amount", "profile_from"), "[0, 1e15]"),
+    "seed": f"[0, {2**32})",
+    **dict.fromkeys(("model.depth", "model.depths"), "[1, 4096]"),
+    **dict.fromkeys(
+        ("model.width", "model.mlp", "model.heads", "model.groups", "stem_heads", "stem_mixtures"), f"[1, {2**17}]"
+    ),
+    **dict.fromkeys(("patch", "window", "mlp_ratio", "kernel_size", "extra_norm_every"), "[1, 16384]"),
+    **dict.fromkeys(("registers", "pool_above", "pretrained_windows", "nonlocal_after"), "[0, 16384]"),
+    **dict.fromkeys(("pruned_heads", "class_map"), "[0, 1e9]"),
+    "version": "[1, 2]",
+    **dict.fromkeys(("drop_path", "patch_dropout", "dropout", "bn_decay", "bn_eps", "norm_eps"), "[0, 1)"),
+    **dict.fromkeys(("key_fraction", "value_fraction"), "(0, 16]"),
+    **dict.fromkeys(("layerscale", "layerscale_mlp", "head_bias", "mean"), "[-1e30, 1e30]"),
+    "std": "(0, 1e30]",
+    **dict.fromkeys(("size", "resize_to"), "[1, 16384]"),
+    **dict.fromkeys(("area", "erase_area"), "(0, 1]"),
+    **dict.fromkeys(("aspect", "erase_aspect"), "(0, 1000]"),
+    **dict.fromkeys(("flip", "erase", "switch", "probability", "start", "final"), "[0, 1]"),
+    **dict.fromkeys(("scale", "label_smoothing", "beta1", "beta2", "ema"), "[0, 1)"),
+    **dict.fromkeys(("pad", "rotate", "shear", "shift", "jitter", "mixup", "cutmix"), "[0, 16384]"),
+    **dict.fromkeys(("randaugment_layers", "randaugment_magnitude"), "[0, 1000]"),
+    "randaugment_std": "[0, inf]",  # timm draws uniformly at infinity
+    **dict.fromkeys(("weights", "l2", "lr", "weight_decay", "head_weight_decay"), "[0, 1e30]"),
+    **dict.fromkeys(("clip", "peak_flops", "spike_deviation"), "(0, 1e30]"),
+    "layer_decay": "(0, 1]",
+    **dict.fromkeys(("batch_size", "repeats", "prefetch", "seeds", "shots", "accumulate", "keep"), "[1, 1e9]"),
+    **dict.fromkeys(("stop_after_skipped", "profile_steps", "spike_window"), "[1, 1e9]"),
+    "workers": "[0, 4096]",
+    "threads": "[1, 4096]",
+    "timeout": "(0, 1e8]",
+    "watchdog": "[0, 1e8]",
+    **dict.fromkeys(("replica", "mesh.data", "mesh.model"), "[-1, 1e9]"),
+}
+
+
+def range_of(name: str) -> str | None:
+    """Returns the range of a numeric field, None if it has none. `name` is its path, such as optim.lr."""
+    return next(
+        (RANGES[key] for key in (name, ".".join(name.split(".")[-2:]), name.split(".")[-1]) if key in RANGES), None
+    )
+
+
+def check_ranges(node: Any, prefix: str = "") -> None:
+    """Raises UserError for a number that is not within its field's range, which NaN never is."""
+    for field in dataclasses.fields(node):
+        name, value = f"{prefix}{field.name}", getattr(node, field.name)
+        if dataclasses.is_dataclass(value):
+            check_ranges(value, f"{name}.")
+        numbers = [part for part in (value if isinstance(value, tuple) else (value,)) if type(part) in (int, float)]
+        if not numbers or (interval := range_of(name)) is None:
+            continue
+        low, high = map(float, interval[1:-1].split(","))
+        for number in numbers:
+            above = number > low if interval[0] == "(" else number >= low
+            below = number < high if interval[-1] == ")" else number <= high
+            if not (above and below):
+                least = f"{'above' if interval[0] == '(' else 'at least'} {low:.12g}"
+                most = f"{'below' if interval[-1] == ')' else 'at most'} {high:.12g}"
+                raise UserError(f"{name} is {value}; it must be {least} and {most}")
+
+
 def check(config: Config) -> None:
-    """Raises ValueError, in one sentence, for what can be seen to be wrong before any file or device is touched."""
+    """Raises UserError, in one sentence, for what can be seen to be wrong before any file or device is touched."""
+    check_ranges(config)
     losses.check(config.loss)
-    if config.data.batch_size < 1:
-        raise UserError(f"data.batch_size is {config.data.batch_size}; it must be at least 1")
-    for name, value in (
-        ("log.stop_after_skipped", config.log.stop_after_skipped),
-        ("log.profile_steps", config.log.profile_steps),
-        ("checkpoint.keep", config.checkpoint.keep),
-    ):
-        if value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1")
-    if config.log.watchdog < 0:
-        raise UserError(f"log.watchdog is {config.log.watchdog:g} seconds; it must be positive, or 0 for no watchdog")
-    for name, low in (("mean", float("-inf")), ("std", 0.0)):
-        value = getattr(config.model, name)
-        if len(value) != 3 or not all(low < part < float("inf") for part in value):
-            raise UserError(f"model.{name} is {value}; give three numbers{' above 0' if name == 'std' else ''}")
+    for name in ("mean", "std"):
+        if len(value := getattr(config.model, name)) != 3:
+            raise UserError(f"model.{name} is {value}; give three numbers")
     if config.evaluation.fewshot is not None and not config.evaluation.fewshot.shots:
         raise UserError("evaluation.fewshot.shots is empty; name at least one number of shots")
 
