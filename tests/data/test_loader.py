@@ -277,7 +277,7 @@ def test_composited_images_and_decoder_warnings_are_counted(workers, caplog):
     batches = eval_batches(Files(files), PLAIN, batch_size=4, workers=workers)
     (batch,) = batches
     assert (batch["image"] == 255).all()
-    assert batches.counts == {"skipped": 0, "alpha": 1, "warning": 1, "unlabelled": 0}
+    assert batches.counts == {"skipped": 0, "alpha": 1, "warning": 1, "unlabelled": 0, "unmatched": 0}
     assert batches.summary == "1 transparent, 1 decoded with a warning"
     assert workers or "number 1: the JPEG file has no end-of-image marker" in caplog.text
 

@@ -81,7 +81,7 @@ def _record(folder: Path) -> None:
         path = folder / f"{jax.process_index()}.json"
 
         class Noted:
-            close, summary = batches.close, batches.summary
+            close, summary, counts = batches.close, batches.summary, batches.counts
 
             def __iter__(self) -> Iterator[Any]:
                 for step, batch in enumerate(batches, start=start_step + 1):

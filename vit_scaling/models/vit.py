@@ -107,7 +107,7 @@ class ViTConfig:
 
 
 # Fields that change nothing of what trained weights compute.
-NOT_OF_THE_WEIGHTS = ("drop_path", "dtype", "scan", "remat", "mean", "std")
+NOT_OF_THE_WEIGHTS = ("drop_path", "patch_dropout", "dtype", "scan", "remat", "mean", "std")
 
 
 def variant(name: str, **fields: object) -> ViTConfig:
