@@ -128,6 +128,15 @@ class Browser:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
+    def until(self, script: str, seconds: float = 20.0) -> bool:
+        """Returns whether a condition comes true; the events of dialogs and details are delivered a little later."""
+        end = time.monotonic() + seconds
+        while not self.run(script):
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.02)
+        return True
+
     def point(self, x: float, y: float) -> None:
         """Moves the pointer to a place in the window."""
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)

@@ -377,17 +377,17 @@ def test_a_report_is_read_with_the_keyboard_alone(made: Path, browser: Browser) 
     assert {"step", "images", "seconds", "Smoothing"} <= set(seen)
     assert browser.run(f"getComputedStyle({focused}).outlineStyle") != "none"
     browser.press("Enter")
-    assert browser.run("document.querySelector('dialog[open] svg.chart') !== null")
+    assert browser.until("document.querySelector('dialog[open] svg.chart') !== null")
     browser.press("Escape")
-    assert browser.run("document.querySelector('dialog') === null")
-    assert browser.run(f"{figure_of('Loss')}.querySelector('svg.chart') !== null")
+    assert browser.until("document.querySelector('dialog') === null")
+    assert browser.until(f"{figure_of('Loss')}.querySelector('svg.chart') !== null")
     browser.press("Tab")  # CSV
     browser.press("Tab")  # the chart
     browser.press("End")
     assert "step 40" in browser.run(f"{figure_of('Loss')}.querySelector('.legend').textContent")
     browser.press("Tab")  # numbers as a table
     browser.press("Enter")
-    assert browser.run(f"{figure_of('Loss')}.querySelectorAll('details tbody tr').length") == 40
+    assert browser.until(f"{figure_of('Loss')}.querySelectorAll('details tbody tr').length === 40")
 
 
 def test_a_touch_reads_a_chart(made: Path, browser: Browser) -> None:
