@@ -95,7 +95,11 @@ def _one(graph: Graph, equation: Any, inputs: Sequence[Value]) -> list[Value]:
 def _unrolled(graph: Graph, params: Any, inputs: Sequence[Value]) -> list[Value]:
     """Writes a scan once for each of its steps."""
     body, length = params["jaxpr"], params["length"]
-    first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
+    if "ft_in" in params:  # JAX 0.12
+        constants, carried = (len(list(part)) for part in params["ft_in"].unpack()[:2])
+    else:
+        constants, carried = params["num_consts"], params["num_carry"]
+    first, last = constants, constants + carried
     consts, carry, xs = inputs[:first], list(inputs[first:last]), inputs[last:]
     stacked: list[list[Value]] = []
     for step in reversed(range(length)) if params["reverse"] else range(length):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vit_scaling import UserError, paths
 from vit_scaling.laws.curve import CurveLaw
@@ -83,8 +84,9 @@ def _value(value: Any) -> Any:
 
 
 def _of_type(hint: Any, value: Any) -> Any:
-    if typing.get_origin(hint) is np.ndarray:
-        return np.array(value, dtype=typing.get_args(typing.get_args(hint)[1])[0])
+    if typing.get_origin(hint) in (np.ndarray, NDArray):  # NDArray is an alias of its own from NumPy 2.5 on
+        last = typing.get_args(hint)[-1]
+        return np.array(value, dtype=(typing.get_args(last) or (last,))[0])
     if typing.get_origin(hint) is tuple:
         kind = typing.get_args(hint)[0]
         return tuple(kind(each) for each in value)
