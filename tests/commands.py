@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 from absl import flags
+from array_record.python import array_record_data_source  # noqa: F401  # defines a flag, which is not to be forgotten
 
 
 @contextlib.contextmanager
