@@ -72,6 +72,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _fit_points(path: Path) -> None:
     """Fits and reports a table of runs; a table that supports no law at all is an error."""
+    from vit_scaling.pages import study as study_page
     from vit_scaling.studies import findings, points, report
 
     try:
@@ -90,13 +91,14 @@ def _fit_points(path: Path) -> None:
         found = findings.find(own, options)
         title = f"Laws of {path.name}" + (f", {_GROUP.value} = {group}" if group else "")
         written = report.write(folder, title, own, found, budgets=budgets, origin=table.origin)
+        shown = study_page.write(folder, title, own, {}, found, table.origin)
         some |= any(law is not None for law in (found.law, found.joint, found.repeated))
         problems += found.problems
         if group:
-            print(f"{group}: {len(own)} runs, report: {written}", flush=True)
+            print(f"{group}: {len(own)} runs, report: {written} and {shown}", flush=True)
         else:
             print(written.read_text().split("\n## ")[1])
-            print(f"report: {written}\nlaws:   {written.parent / 'laws'}")
+            print(f"report: {written} and {shown}\nlaws:   {written.parent / 'laws'}")
     if not some:
         raise UserError(f"{path} supports no law: {' '.join(problems[:3])}")
 

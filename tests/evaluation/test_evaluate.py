@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,6 +124,7 @@ def test_a_pass_over_a_set_is_the_models_own_logits(exported: Path) -> None:
 
 
 def test_the_picture_of_many_classes_shows_the_worst(tmp_path: Path) -> None:
+    """A name is text, whatever it holds; a share of 100% has the first colour of the pages."""
     confusion = np.eye(60, dtype=np.int64) * 10
     confusion[7] = 0
     confusion[7, 8] = 10
@@ -130,10 +132,14 @@ def test_the_picture_of_many_classes_shows_the_worst(tmp_path: Path) -> None:
         tmp_path / "picture.png",
         title="sixty classes",
         confusion=confusion,
-        names=[f"class {i}" for i in range(60)],
+        names=[f"class {i}" for i in range(7)] + ["$x_{", "long " * 2000] + [f"class {i}" for i in range(9, 60)],
         bins=[{"confidence": 0.9, "accuracy": 0.5, "share": 1.0}],
     )
-    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    drawn = cv2.imread(str(tmp_path / "picture.png"))
+    assert drawn is not None
+    blue = [int(figure.COLOURS[0][i : i + 2], 16) for i in (5, 3, 1)]
+    assert (drawn == blue).all(axis=-1).sum() > 1000
+    assert [figure.short(name) for name in ("a" * 24, "a" * 25)] == ["a" * 24, "a" * 23 + "…"]
 
 
 def test_the_card_says_where_weights_come_from() -> None:

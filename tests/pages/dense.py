@@ -17,7 +17,7 @@ SIZE = (28, 28)
 # One tiny model of each family. Sizes do not divide windows and strides, so that padding and borders are there.
 MODELS: dict[str, Any] = {
     "vit": vit.ViTConfig(width=16, depth=2, mlp=16, heads=2, patch=(7, 7), pool="token", registers=1),
-    "vit_map": vit.ViTConfig(width=16, depth=2, mlp=16, heads=2, patch=(7, 7), pool="map"),
+    "vit_map": vit.ViTConfig(width=16, depth=2, mlp=16, heads=2, patch=(7, 7), pool="map", registers=1),
     "swin": swin.SwinConfig(width=8, depths=(2, 2), heads=(2, 2), window=3, patch=4),
     "swin_v2": swin.SwinConfig(version=2, width=8, depths=(2,), heads=(2,), window=4, patch=4),
     "sasa": resnet.ResNetConfig(

@@ -45,8 +45,12 @@ def test_drawn_weights_are_within_the_stated_error(name: str) -> None:
 
 
 def test_terms_of_local_attention_make_its_weights() -> None:
+    """Each is less its mean over the neighbours in the image, which the softmax ignores."""
     for layer in looked("sasa")[2].layers:
         assert layer.places is not None
+        seen = layer.places >= 0
+        for term in layer.terms.values():
+            np.testing.assert_allclose((term * seen).sum(axis=-1), 0, atol=1e-4 * np.abs(term).max())
         logits = np.where(layer.places >= 0, layer.terms["content"] + layer.terms["position"], -np.inf)
         shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
         np.testing.assert_allclose(shares / shares.sum(axis=-1, keepdims=True), layer.weights, rtol=1e-4, atol=1e-6)

@@ -266,12 +266,13 @@ def made(tmp_path_factory: Any) -> Path:
         if step % 20 == 0:
             rows.append({"step": step, "fewshot/5shot": 0.5, "fewshot/5shot_std": 0.1, "validation/accuracy": 0.8})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {"duration": {"amount": 80}, "data": {"batch_size": 10, "note": "=1+1"}, "optim": {"lr": 0.5}}
+    config = {"duration": {"amount": 80}, "data": {"batch_size": 10}, "optim": {"lr": 0.5}}
     (folder / "config.json").write_text(json.dumps({"config": config, "device_count": 1, "device_kind": "cpu"}))
     starts = [{"step": 0, "host": "one"}, {"step": 20, "host": "two"}]
     (folder / "starts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in starts))
     (folder / "clock.json").write_text(json.dumps({"step": 40, "seconds": {"step": 20.0, "lost": 5.0, "data": 75.0}}))
     record = {"command": ["./run.sh", "train", "--config.optim.lr=0.5"], "examples": {"evaluation.validation": 40}}
+    record |= {"warnings": [["warning", f"{sign}HYPERLINK(1)", -1] for sign in "=+-@\t"] + [["warning", "-5e-3", 1]]}
     (folder / runs.RECORD).write_text(json.dumps(record))
     report.write(folder)
     return folder
@@ -402,10 +403,13 @@ def test_a_touch_reads_a_chart(made: Path, browser: Browser) -> None:
 
 
 def test_a_csv_file_holds_no_formula(made: Path, browser: Browser, tmp_path: Path) -> None:
+    """A text that a spreadsheet would run gets an apostrophe; numbers, and the table on the page, stay as they are."""
     browser.open(made / report.PAGE)
-    rows = saved(browser, "All fields", tmp_path)
-    assert ["optim.lr", "0.5", "overridden"] in rows
-    assert ["data.note", '"=1+1"', ""] in rows  # JSON, whose quote is no formula
+    rows = saved(browser, "6 different warnings", tmp_path)
+    assert [row[1] for row in rows[1:]] == [f"'{sign}HYPERLINK(1)" for sign in "=+-@\t"] + ["-5e-3"]
+    assert {row[2] for row in rows[1:6]} == {"-1"}
+    assert "'" not in browser.run(f"{figure_of('6 different warnings')}.querySelector('tbody').innerText")
+    assert ["optim.lr", "0.5", "overridden"] in saved(browser, "All fields", tmp_path)
 
 
 # ---- Without a browser ----

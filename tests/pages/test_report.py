@@ -1,7 +1,9 @@
 """The report of a run, the comparison, the page of a study and of training images, in a browser."""
 
 import dataclasses
+import inspect
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,14 @@ from tests import tiny
 from tests.pages.browser import Browser
 from vit_scaling import UserError
 from vit_scaling import config as config_lib
-from vit_scaling.data import mixing
+from vit_scaling.data import loader, mixing
 from vit_scaling.data.sources import open_source
-from vit_scaling.pages import fed, page, report, runs, study
+from vit_scaling.pages import fed, page, report, runs
 from vit_scaling.parallel import mesh as mesh_lib
-from vit_scaling.studies.table import SWEEP, Run
 from vit_scaling.training import loop, telemetry
-from vit_scaling.training.step import build
+from vit_scaling.training import step as step_lib
 
+TRAINED: list[np.ndarray] = []  # the images of every batch of the run
 COMMAND = ["./run.sh", "train", "--config=tiny.py", "--config.optim.lr=0.003"]
 
 
@@ -31,10 +33,23 @@ COMMAND = ["./run.sh", "train", "--config=tiny.py", "--config.optim.lr=0.003"]
 def workdir(tmp_path_factory: Any) -> Path:
     """A finished run of eight steps."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    create = mesh_lib.create
+    create, to_device, train_batches = mesh_lib.create, loader.to_device, loader.train_batches
+    of_training: list[Any] = []
+
+    def noted(*arguments: Any, **named: Any) -> Any:
+        of_training.append(train_batches(*arguments, **named))
+        return of_training[-1]
+
+    def listening(batches: Any, *arguments: Any, **named: Any) -> Any:
+        if batches in of_training:
+            batches = (TRAINED.append(batch["image"].copy()) or batch for batch in batches)
+        return to_device(batches, *arguments, **named)
+
     with pytest.MonkeyPatch.context() as patch:
         # As the tests of the loop have it, so that what they compile serves here too.
         patch.setattr(mesh_lib, "create", lambda config: create(config, jax.devices()[:1]))
+        patch.setattr(loader, "train_batches", noted)
+        patch.setattr(loader, "to_device", listening)
         with report.Reporter(folder, COMMAND) as reporter:
             logging.warning("a warning of the run")
             loop.train(tiny.config(), folder, reporter)
@@ -56,11 +71,13 @@ def figure_of(title: str) -> str:
 
 
 def numbers(browser: Browser, title: str) -> list[list[str]]:
-    """Returns the rows of the table of a figure's numbers."""
-    browser.run(f"{figure_of(title)}.querySelector('details').open = true")
+    """Returns the rows of a figure that is a table, or of the table of its numbers, without commas."""
+    browser.run(
+        f"(figure => {{ const d = figure.querySelector('details'); if (d) d.open = true; }})({figure_of(title)})"
+    )
     browser.run("new Promise((done) => setTimeout(done, 0))")
     return browser.run(
-        f"[...{figure_of(title)}.querySelectorAll('details tbody tr')]"
+        f"[...{figure_of(title)}.querySelectorAll('tbody tr')]"
         ".map((row) => [...row.cells].map((cell) => cell.textContent.replaceAll(',', '')))"
     )
 
@@ -196,51 +213,30 @@ def test_a_comparison_shows_both_runs_and_what_differs(workdir: Path, browser: B
     assert browser.requests == []
 
 
-def test_the_page_of_a_study_answers_for_the_budget_of_the_slider(browser: Browser, tmp_path: Path) -> None:
-    table = []
-    for size in (1, 2, 4, 8):
-        for data in (2, 4, 8, 16):
-            params, images, error = 1000 * size, 4000 * data, 0.05 + 0.4 * size**-0.5 + data**-0.6
-            cost = 6.0 * params * images
-            table.append(Run(f"r{size}_{data}", SWEEP, size, params, 500, images, cost, error, None, 1.0))
-    path = study.write(tmp_path, "study", table, {"r9": "has not run yet"})
-    data, arrays = page.unpack(path.read_text())
-    browser.open(path)
-    text = browser.run("document.querySelector('main').innerText")
-    assert "1 runs have not finished." in text
-    assert browser.run("document.querySelectorAll('table').length") >= 1
-    browser.run("document.querySelector('#budget').focus()")
-    browser.press("End")
-    answer = browser.run("document.querySelector('#answer').innerText")
-    assert f"{100 * arrays['law'][-1]:.2f}%" in answer
-    assert "an extrapolation" in answer
-    assert data["law"]["frontier"]
-    assert browser.problems == []
-    assert browser.requests == []
-
-
-def test_the_network_is_fed_the_pixels_that_the_page_shows(workdir: Path, browser: Browser, tmp_path: Path) -> None:
-    """What the page calls mixed is what the step hands to the model: the step's own call of `mix` is listened to."""
+def test_the_network_is_fed_the_pixels_that_the_page_shows(
+    workdir: Path, browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The images are those that the run trained on; mixed they are what its step hands to the model."""
     config = config_lib.from_dict(json.loads((workdir / "config.json").read_text())["config"])
-    mixed_more = dataclasses.replace(config.data, mixing=mixing.MixingConfig(mixup=0.8))
-    config = dataclasses.replace(config, data=mixed_more, model=tiny.model(width=8, depth=1, mlp=8, pool="gap"))
-    source = open_source(config.data.train)
-    plain, mixed, targets = fed.batch(config, source, 5)
-    heard: list[tuple[np.ndarray, np.ndarray]] = []
-    original = mixing.mix
+    for number in (0, 5):
+        own = fed.batch(config, open_source(config.data.train), number)[0]
+        np.testing.assert_array_equal(own["image"], TRAINED[number])
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, mixing=mixing.MixingConfig(mixup=0.8)))
+    plain, mixed, targets = fed.batch(config, open_source(config.data.train), 5)
 
-    def listening(*arguments: Any) -> Any:
-        images, labels = original(*arguments)
-        jax.debug.callback(lambda i, t: heard.append((np.asarray(i), np.asarray(t))), images, labels)
-        return images, labels
+    class HeardError(Exception):
+        pass
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mixing, "mix", listening)
-        program = build(config, num_classes=10, total_steps=8, mesh=mesh_lib.create(config.mesh, jax.devices()[:1]))
-        state = dataclasses.replace(program.init(), step=jnp.int32(5))
-        jax.block_until_ready(program.train_step(state, {name: jnp.asarray(part) for name, part in plain.items()}))
-        jax.effects_barrier()
-    (images, labels), *_ = heard
+    def listening(_: Any, __: Any, images: jax.Array, targets: jax.Array, ___: Any) -> Any:
+        raise HeardError(images, targets)
+
+    recipe: Any = types.SimpleNamespace(config=config, num_classes=10)
+    state: Any = types.SimpleNamespace(step=jnp.int32(5))
+    batch = {name: jnp.asarray(part) for name, part in plain.items()}
+    monkeypatch.setattr(step_lib, "_gradients", listening)
+    with pytest.raises(HeardError) as heard:
+        inspect.unwrap(step_lib._train_step)(recipe, state, batch)  # no compiler, and no check of its arguments' types
+    images, labels = (np.asarray(part) for part in heard.value.args)
     assert np.abs(127.5 * (images + 1) - mixed).max() <= 0.5 + 1e-3
     np.testing.assert_allclose(targets, labels, atol=1e-6)
     assert np.abs(mixed.astype(int) - plain["image"]).max() > 10  # something was mixed

@@ -71,6 +71,27 @@ def test_warnings_are_kept_once_with_their_number() -> None:
     logger.removeHandler(kept)
 
 
+def test_the_page_of_a_long_run_stays_below_two_megabytes(tmp_path: Path) -> None:
+    """100 metrics of 1,200 steps, 1,000 classes, 16 confusions and 2,000 parameters, all of them incompressible."""
+    generator = np.random.default_rng(0)
+    values = generator.normal(size=(1200, 100))
+    rows = [{"step": step, **{f"metric {n}": v for n, v in enumerate(row)}} for step, row in enumerate(values.tolist())]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"duration": {"amount": 1200}}}))
+    labels = generator.integers(0, 1000, 20_000)
+    predictions = np.where(generator.random(20_000) < 0.5, labels, generator.integers(0, 1000, 20_000))
+    noise = generator.integers(0, 256, (report.THUMBNAIL, report.THUMBNAIL, 3), dtype=np.uint8)
+    class_names = [f"class {number} {generator.integers(1 << 60):x}" for number in range(1000)]
+    evaluation = report.classes(labels, predictions, class_names, lambda i: noise + np.uint8(i % 251))
+    parameters = [[f"blocks/{n}/kernel", "384 x 384", 147456, "0.1", "1", "", 589824] for n in range(2000)]
+    record = {"evaluation": {"step": 1200, "set": "test", **evaluation}, "parameters": parameters}
+    (tmp_path / runs.RECORD).write_text(json.dumps(page.finite(record)))
+    assert report.write(tmp_path).stat().st_size < 2e6
+    data, arrays = page.unpack((tmp_path / report.PAGE).read_text())
+    assert data["thinned"] == 100
+    assert max(len(arrays[curve["steps"]]) for curve in data["curves"]) <= 1000
+
+
 def test_headline_prefers_the_test_set_and_needs_the_count_for_an_interval() -> None:
     rows = [{"step": 0, "validation/accuracy": 0.1}, {"step": 5, "validation/accuracy": 0.5, "test/accuracy": 0.4}]
     found = runs.headline(rows, {"evaluation.test": 100})

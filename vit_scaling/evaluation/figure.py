@@ -4,9 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+# Those of the pages (pages/web/page.css): after Okabe and Ito (2008), told apart in every common colour blindness.
+COLOURS = ("#0072b2", "#c65300", "#00805f", "#a9507f", "#8a7400", "#39424a")
+INK, FAINT = "#253237", "#9db4c0"
 MOST_CLASSES = 25
+LONGEST = 24  # characters of a class name
 
 
 def evaluation_figure(
@@ -27,7 +32,7 @@ def evaluation_figure(
         bins: of the calibration: "confidence", "accuracy" and "share" of each that is not empty.
     """
     figure = Figure(figsize=(12, 6.4), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     left, right = figure.subplots(1, 2, width_ratios=[1.35, 1])
     total = np.maximum(confusion.sum(axis=1), 1)
     accuracy = np.diag(confusion) / total
@@ -36,7 +41,8 @@ def evaluation_figure(
         seen = np.flatnonzero(confusion.sum(axis=1))
         shown = np.sort(seen[np.argsort(accuracy[seen], kind="stable")[:MOST_CLASSES]])
     part = 100 * (confusion / total[:, None])[np.ix_(shown, shown)]
-    image = left.imshow(part, cmap="Blues", vmin=0, vmax=100)
+    shades = LinearSegmentedColormap.from_list("shares", ["#ffffff", COLOURS[0]])
+    image = left.imshow(part, cmap=shades, vmin=0, vmax=100)
     for row, column in np.argwhere(part >= 0.05):
         dark = part[row, column] > 55
         left.text(
@@ -46,19 +52,19 @@ def evaluation_figure(
             ha="center",
             va="center",
             fontsize="x-small" if len(shown) > 12 else "small",
-            color="white" if dark else "#253237",
+            color="white" if dark else INK,
         )
-    labels = [names[int(index)] for index in shown]
+    labels = [short(names[int(index)]) for index in shown]
     rows = [f"{name}  {100 * accuracy[index]:.0f}%" for name, index in zip(labels, shown, strict=True)]
-    left.set_xticks(range(len(shown)), labels, rotation=0 if max(map(len, labels)) < 4 else 90)
-    left.set_yticks(range(len(shown)), rows)
+    left.set_xticks(range(len(shown)), labels, rotation=0 if max(map(len, labels)) < 4 else 90, parse_math=False)
+    left.set_yticks(range(len(shown)), rows, parse_math=False)
     worst = "" if len(shown) == len(names) else f", the {len(shown)} worst of {len(names)} classes"
     left.set(xlabel="prediction", ylabel="label and its accuracy", title=f"predictions for each label, %{worst}")
     figure.colorbar(image, ax=left, shrink=0.7)
 
-    right.plot([0, 1], [0, 1], color="#9db4c0", linewidth=0.8)
+    right.plot([0, 1], [0, 1], color=FAINT, linewidth=0.8)
     sizes = [10 + 400 * row["share"] for row in bins]
-    right.scatter([row["confidence"] for row in bins], [row["accuracy"] for row in bins], s=sizes, color="#0072b2")
+    right.scatter([row["confidence"] for row in bins], [row["accuracy"] for row in bins], s=sizes, color=COLOURS[0])
     right.set(
         title="is confidence right? area: share of the images",
         xlabel="confidence in the prediction",
@@ -67,3 +73,8 @@ def evaluation_figure(
         ylim=(0, 1.02),
     )
     figure.savefig(path, dpi=110)
+
+
+def short(name: str, longest: int = LONGEST) -> str:
+    """Returns a class name cut to what fits beside or above a picture."""
+    return name if len(name) <= longest else name[: longest - 1] + "…"

@@ -43,7 +43,8 @@ def read(choice: str | None, count: int, weights: interop.Weights, run: dict[str
     prepare = transform(predict.eval_transform(weights, run), train=False)
     class_names = _class_names(run)
     if choice is not None and choice != "builtin" and ":" not in choice:
-        files = _files(paths.local(choice))
+        folder = paths.local(choice)
+        files = _files(folder)
         chosen = files[:count]
         pixels = []
         for file in chosen:
@@ -51,7 +52,7 @@ def read(choice: str | None, count: int, weights: interop.Weights, run: dict[str
                 pixels.append(prepare({"image": file.read_bytes(), "label": np.int32(0)}, None)["image"])
             except (ValueError, OSError) as error:
                 raise UserError(f"{file} cannot be read as an image: {error}") from None
-        captions = [str(file.relative_to(choice)) if Path(choice).is_dir() else file.name for file in chosen]
+        captions = [str(file.relative_to(folder)) if folder.is_dir() else file.name for file in chosen]
         return Images(np.stack(pixels), captions, [None] * len(chosen), class_names, len(files) - len(chosen))
     source = open_source(_source(choice, run))
     examples = [prepare(source[index], None) for index in range(min(count, len(source)))]

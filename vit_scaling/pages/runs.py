@@ -23,6 +23,7 @@ EVENTS = {
     "warning": "were decoded with a warning",
 }
 MOST_POINTS = 2000  # of a curve; longer ones are thinned, and the page says so
+ALL_POINTS = 100_000  # of all curves of a run: with them its page stays below 2 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +86,14 @@ def curves_of(
     pair. A value that was not finite is NaN.
     """
     names = sorted({name for row in rows for name in row if name != "step"})
+    most = min(MOST_POINTS, ALL_POINTS // max(1, len(names)))
     arrays: dict[str, np.ndarray] = {}
     curves, thinned = [], 0
     for number, name in enumerate(names):
         points = [(row["step"], math.nan if row[name] is None else row[name]) for row in rows if name in row]
         steps = np.array([step for step, _ in points], np.int32)
         values = np.array([value for _, value in points], np.float32)
-        kept = thin(values, MOST_POINTS)
+        kept = thin(values, most)
         thinned += len(kept) < len(values)
         keys = f"{prefix}{number}.steps", f"{prefix}{number}.values"
         arrays |= {keys[0]: steps[kept], keys[1]: values[kept]}

@@ -10,10 +10,9 @@ from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from vit_scaling import paths
+from vit_scaling.evaluation.figure import COLOURS, FAINT, INK, short
 
-# Blue and orange of Okabe and Ito (2008) are told apart in every common colour blindness.
-RIGHT, WRONG = "#0072b2", "#c65300"
-COLOURS = ("#0072b2", "#c65300", "#00805f", "#a9507f", "#8a7400", "#39424a")
+RIGHT, WRONG = COLOURS[:2]
 PREDICTIONS = 12
 LONGEST = 13  # characters of a class name above its image
 
@@ -38,14 +37,14 @@ def run_figure(
         predictions: what the model says.
     """
     figure = Figure(figsize=(11, 6), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     curves, shown = figure.subfigures(2, 1, squeeze=False, height_ratios=[4, 1])[:, 0]
     left, middle, right = curves.subfigures(1, 3, squeeze=False)[0]
 
     loss = left.subplots()
     for name, label, style in (
-        ("loss", "training", {"color": "#9db4c0", "linewidth": 0.8}),
-        ("validation/loss", "validation", {"color": "#253237", "marker": "o", "markersize": 3}),
+        ("loss", "training", {"color": FAINT, "linewidth": 0.8}),
+        ("validation/loss", "validation", {"color": INK, "marker": "o", "markersize": 3}),
     ):
         steps, values = _series(rows, name)
         if steps:
@@ -71,7 +70,7 @@ def run_figure(
     rate, norm = right.subplots(2, 1, sharex=True)
     for panel, name in ((rate, "learning_rate"), (norm, "gradient_norm")):
         steps, values = _series(rows, name)
-        panel.plot(steps, values, color="#5c6b73", linewidth=0.8)
+        panel.plot(steps, values, color=COLOURS[5], linewidth=0.8)
         panel.set(title=name.replace("_", " "))
     _logarithmic(norm)
     norm.set(xlabel="step")
@@ -84,9 +83,9 @@ def run_figure(
                 continue
             panel.imshow(images[index])
             correct = labels[index] == predictions[index]
-            told = _short(predictions[index])
+            told = short(predictions[index], LONGEST)
             panel.set_title(
-                told if correct else f"{told}\nnot {_short(labels[index])}",
+                told if correct else f"{told}\nnot {short(labels[index], LONGEST)}",
                 fontsize="x-small" if max(map(len, predictions)) > 4 else "small",
                 color=RIGHT if correct else WRONG,
                 parse_math=False,
@@ -110,11 +109,6 @@ def _logarithmic(panel: Any) -> None:
     panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=8) if wide else ticker.MaxNLocator(6))
     panel.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     panel.yaxis.set_minor_locator(ticker.NullLocator())
-
-
-def _short(name: str) -> str:
-    """Returns a class name cut to what fits above its image."""
-    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
 
 
 def _leading_number(name: str) -> int:

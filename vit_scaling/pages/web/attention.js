@@ -296,17 +296,9 @@ start((main, data, arrays) => {
   );
 
   main.append(
-    el(
-      "header",
-      { class: "top" },
-      el("h1", {}, "Where ", nameOf(data.title), " looks"),
-      el(
-        "span",
-        { class: "soft" },
-        `${data.parameters.toLocaleString("en-US")} parameters, images of ${size[0]} x ${size[1]}`,
-      ),
-      el("span", { class: "spring" }),
-      themeSwitch(),
+    topBar(
+      ["Where ", nameOf(data.title), " looks"],
+      `${data.parameters.toLocaleString("en-US")} parameters, images of ${size[0]} x ${size[1]}`,
     ),
     el(
       "p",
@@ -370,7 +362,7 @@ start((main, data, arrays) => {
           { class: "bar" },
           el("h3", {}, "Every layer and head"),
           el(
-            "label",
+            "span",
             { class: "control" },
             "brightest colour ",
             choice(

@@ -1,6 +1,8 @@
 // A line chart in SVG: hover, drag to zoom, keys, logarithmic or linear axes. One chart, one object.
 
 const DASHES = ["", "6 4", "2 3"];
+const CHART_HELP =
+  "Drag to zoom, double-click to see all. With a chart in focus: arrow keys read values, + and − zoom, 0 shows all.";
 const MARGIN = { left: 54, right: 12, top: 8, bottom: 30 };
 
 // Ticks at 1, 2 or 5 times a power of ten; on a logarithmic axis at powers of ten, or linear where there are too few.
@@ -58,8 +60,9 @@ function nearest(sorted, target) {
   return Math.abs(sorted[low] - target) <= Math.abs(sorted[high] - target) ? low : high;
 }
 
-// options: { xLabel, yLabel, xLog, yLog, xWhole (ticks at whole numbers), percent, series: [{ name, x, y, points, band: [[low], [high]], colour }],
-// marks: [{ x, label }] }. Returns an element with .set(options), .redraw() and .numbers().
+// options: { xLabel, yLabel, xLog, yLog, xWhole (ticks at whole numbers), percent, series, marks: [{ x, label }] }; series:
+// [{ name, x, y, points, band: [[low], [high]], colour, framed (false: the vertical axis need not hold it) }].
+// Returns an element with .set(options), .redraw() and .numbers().
 function chart(options) {
   const state = { zoom: null, cursor: null };
   const drawing = svg("svg", { class: "chart", tabindex: 0, role: "application" });
@@ -91,6 +94,7 @@ function chart(options) {
       }
     if (state.zoom) [x0, x1] = state.zoom;
     all.forEach((points, s) => {
+      if (options.series[s].framed === false) return;
       for (const [x, y, i] of points) {
         if (x < x0 || x > x1) continue;
         const band = options.series[s].band;

@@ -21,13 +21,7 @@ start((main, data, arrays) => {
   const best = runs.filter((run) => run.headline).sort((a, b) => b.headline.value - a.headline.value)[0];
   const differences = ["field", ...runs.map((run) => run.title)];
   main.append(
-    el(
-      "header",
-      { class: "top" },
-      el("h1", {}, `${runs.length} runs compared`),
-      el("span", { class: "spring" }),
-      themeSwitch(),
-    ),
+    topBar(`${runs.length} runs compared`),
     best
       ? el(
           "p",
@@ -40,19 +34,12 @@ start((main, data, arrays) => {
             : ".",
         )
       : "",
-    figure("Results", table("One row for each run", header, rows), { wide: true, numbers: () => ({ header, rows }) }),
-    el(
-      "ul",
-      { class: "plain" },
-      runs.flatMap((run) => run.notes.map((note) => el("li", {}, nameOf(run.title), `: ${note}`))),
-    ),
+    tableFigure("Results", "One row for each run", header, rows),
+    bullets(runs.flatMap((run) => run.notes.map((note) => [nameOf(run.title), `: ${note}`]))),
     section(
       "What differs",
       data.differing.length
-        ? figure("Fields of the config that differ", table("One column for each run", differences, data.differing), {
-            wide: true,
-            numbers: () => ({ header: differences, rows: data.differing }),
-          })
+        ? tableFigure("Fields of the config that differ", "One column for each run", differences, data.differing)
         : el("p", { class: "soft" }, "The configs are the same."),
     ),
     curveSection(runs),

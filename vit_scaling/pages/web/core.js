@@ -76,10 +76,10 @@ function duration(seconds) {
 }
 
 function csvText(header, rows) {
-  // A cell that a spreadsheet would take for a formula is quoted as text.
+  // A spreadsheet takes a cell that begins with one of these for a formula. An apostrophe makes it text; numbers stay.
   const cell = (value) => {
     let text = value === null || value === undefined ? "" : String(value);
-    if (typeof value === "string" && /^[=+\-@\t\r]/.test(text)) text = "'" + text;
+    if (/^[=+\-@\t\r]/.test(text) && !Number.isFinite(Number(text))) text = "'" + text;
     return /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
   };
   return [header, ...rows].map((row) => row.map(cell).join(",")).join("\r\n") + "\r\n";
@@ -141,7 +141,7 @@ let figureCount = 0;
 
 // A titled figure that can be enlarged, and whose numbers are a table for screen readers and a CSV file.
 // `numbers()` returns { header, rows }; it is called when somebody asks.
-function figure(title, body, { note = null, numbers = null, wide = false } = {}) {
+function figure(title, body, { note = null, numbers = null, wide = false, isTable = false } = {}) {
   const id = `figure${++figureCount}`;
   const slug = title
     .toLowerCase()
@@ -185,7 +185,7 @@ function figure(title, body, { note = null, numbers = null, wide = false } = {})
     place,
     note && el("figcaption", {}, note),
   );
-  if (numbers) {
+  if (numbers && !isTable) {
     const details = el("details", {}, el("summary", {}, "Numbers as a table"));
     node.refresh = () => {
       details.querySelector(".scroll")?.remove();
@@ -198,6 +198,32 @@ function figure(title, body, { note = null, numbers = null, wide = false } = {})
     node.append(details);
   }
   return node;
+}
+
+// A figure that is a table.
+function tableFigure(title, caption, header, rows, options = {}) {
+  const body = table(caption, header, rows, options);
+  return figure(title, body, { wide: true, isTable: true, numbers: () => ({ header, rows }) });
+}
+
+// The first line of a page: its title, what else is to say, and the colours.
+function topBar(title, detail = null) {
+  return el(
+    "header",
+    { class: "top" },
+    el("h1", {}, title),
+    detail && el("span", { class: "soft" }, detail),
+    el("span", { class: "spring" }),
+    themeSwitch(),
+  );
+}
+
+function bullets(texts) {
+  return el(
+    "ul",
+    { class: "plain" },
+    texts.map((text) => el("li", {}, text)),
+  );
 }
 
 // One choice of several, as a row of buttons. `choose(value)` is called with the new value.

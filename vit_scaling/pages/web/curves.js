@@ -49,7 +49,7 @@ function curveSection(runs) {
     images: { label: "images seen", of: (run, step) => step * run.batch_size },
     seconds: { label: "seconds of training", of: secondsAt },
   };
-  const state = { axis: "step", smoothing: 0, scale: "auto", xLog: false };
+  const state = { axis: "step", smoothing: 0, scale: "auto", xScale: "linear" };
   const names = [...new Set(runs.flatMap((run) => Object.keys(run.curves)))].filter((name) => !UNSEEN.test(name));
   const groups = GROUPS.map((group) => ({ ...group, names: [] }));
   for (const name of names) {
@@ -92,12 +92,10 @@ function curveSection(runs) {
 
   const marks = () =>
     runs.flatMap((run) =>
-      (run.starts ?? [])
-        .slice(1)
-        .map((start, i) => ({
-          x: axes[state.axis].of(run, start.step),
-          label: `${several ? run.title + ": " : ""}restart ${i + 1} at step ${start.step}`,
-        })),
+      (run.starts ?? []).slice(1).map((start, i) => ({
+        x: axes[state.axis].of(run, start.step),
+        label: `${several ? run.title + ": " : ""}restart ${i + 1} at step ${start.step}`,
+      })),
     );
   const shown = groups
     .filter((group) => group.names.length)
@@ -114,7 +112,7 @@ function curveSection(runs) {
           series: coloured(seriesOf(group)),
           marks: marks(),
           xLabel: axes[state.axis].label,
-          xLog: state.xLog,
+          xLog: state.xScale === "log",
           yLog: state.scale === "auto" ? Boolean(group.log) && !group.percent : state.scale === "log",
         });
       return { drawn, node: figure(group.title, drawn, { numbers: () => drawn.numbers() }) };
@@ -124,6 +122,21 @@ function curveSection(runs) {
       drawn.update();
       node.refresh();
     });
+  const control = (text, label, key, values) =>
+    el(
+      "span",
+      { class: "control" },
+      text,
+      choice(
+        label,
+        values.map((value) => [value, value]),
+        state[key],
+        (value) => {
+          state[key] = value;
+          update();
+        },
+      ),
+    );
   const amount = el("input", {
     type: "range",
     min: 0,
@@ -144,66 +157,12 @@ function curveSection(runs) {
     el(
       "div",
       { class: "bar sticky" },
-      el(
-        "label",
-        { class: "control" },
-        "by ",
-        choice(
-          "Horizontal axis",
-          [
-            ["step", "step"],
-            ["images", "images"],
-            ["seconds", "seconds"],
-          ],
-          "step",
-          (axis) => {
-            state.axis = axis;
-            update();
-          },
-        ),
-      ),
-      el(
-        "label",
-        { class: "control" },
-        "x ",
-        choice(
-          "Horizontal scale",
-          [
-            [false, "linear"],
-            [true, "log"],
-          ],
-          false,
-          (log) => {
-            state.xLog = log;
-            update();
-          },
-        ),
-      ),
-      el(
-        "label",
-        { class: "control" },
-        "y ",
-        choice(
-          "Vertical scale",
-          [
-            ["auto", "auto"],
-            ["linear", "linear"],
-            ["log", "log"],
-          ],
-          "auto",
-          (scale) => {
-            state.scale = scale;
-            update();
-          },
-        ),
-      ),
+      control("by ", "Horizontal axis", "axis", ["step", "images", "seconds"]),
+      control("x ", "Horizontal scale", "xScale", ["linear", "log"]),
+      control("y ", "Vertical scale", "scale", ["auto", "linear", "log"]),
       el("label", { class: "control" }, "smoothing ", amount),
     ),
-    el(
-      "p",
-      { class: "note" },
-      "Drag to zoom, double-click to see all. With a chart in focus: arrow keys read values, + and − zoom, 0 shows all. Dashed verticals are restarts.",
-    ),
+    el("p", { class: "note" }, `${CHART_HELP} Dashed verticals are restarts.`),
     el(
       "div",
       { class: "figures" },

@@ -5,14 +5,7 @@ start((main, data) => {
     each.map(([name, share], i) => [i ? ", " : "", nameOf(name, 30), share < 0.9995 ? ` ${percent(share, 0)}` : ""]);
   const steps = [...new Set(data.images.map((image) => image.step))];
   main.append(
-    el(
-      "header",
-      { class: "top" },
-      el("h1", {}, "What ", nameOf(data.title), " is fed"),
-      el("span", { class: "soft" }, `seed ${data.seed}, batches of ${data.batch_size}`),
-      el("span", { class: "spring" }),
-      themeSwitch(),
-    ),
+    topBar(["What ", nameOf(data.title), " is fed"], `seed ${data.seed}, batches of ${data.batch_size}`),
     el(
       "p",
       { class: "note" },
@@ -44,11 +37,7 @@ start((main, data) => {
         ),
       );
     }),
-    figure(
-      "Labels and targets",
-      table("One row for each image", ["steps before", "image", "label", "target"], rows()),
-      { wide: true, numbers: () => ({ header: ["steps before", "image", "label", "target"], rows: rows() }) },
-    ),
+    tableFigure("Labels and targets", "One row for each image", ["steps before", "image", "label", "target"], rows()),
   );
 
   function rows() {

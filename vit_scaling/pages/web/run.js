@@ -49,12 +49,7 @@ function firstScreen(run) {
   return [
     verdict,
     facts,
-    run.notes.length > 0 &&
-      el(
-        "ul",
-        { class: "plain" },
-        run.notes.map((note) => el("li", {}, note)),
-      ),
+    run.notes.length > 0 && bullets(run.notes),
     el("h3", {}, "The same run again"),
     el("pre", {}, run.command ?? "the command was not recorded"),
   ];
@@ -69,23 +64,17 @@ function evaluationSection(evaluation) {
   );
   if (!evaluation.classes) return section("Evaluation", about);
   const header = ["class", "images", "right", "accuracy", "predicted"];
-  const rows = evaluation.classes.map(([name, total, right, accuracy, called]) => [
-    name,
-    total,
-    right,
-    accuracy,
-    called,
-  ]);
   const left = evaluation.classes_left_out
     ? ` ${evaluation.classes_left_out} classes with higher accuracy are left out.`
     : "";
   return section(
     "Evaluation",
     about,
-    figure(
-      `Classes, least accurate first`,
-      table(`${evaluation.images - evaluation.wrong} of ${evaluation.images} images right.${left}`, header, rows),
-      { wide: true, numbers: () => ({ header, rows }) },
+    tableFigure(
+      "Classes, least accurate first",
+      `${evaluation.images - evaluation.wrong} of ${evaluation.images} images right.${left}`,
+      header,
+      evaluation.classes,
     ),
     el(
       "h3",
@@ -115,9 +104,8 @@ function evaluationSection(evaluation) {
 function warningSection(run) {
   const header = ["level", "text", "how often"];
   if (!run.warnings.length) return section("Warnings", el("p", { class: "soft" }, "No warning was logged."));
-  const body = table("Of the first process, over all starts", header, run.warnings);
-  const numbers = () => ({ header, rows: run.warnings });
-  return section("Warnings", figure(`${run.warnings.length} different warnings`, body, { wide: true, numbers }));
+  const title = `${run.warnings.length} different warnings`;
+  return section("Warnings", tableFigure(title, "Of the first process, over all starts", header, run.warnings));
 }
 
 function configSection(run) {
@@ -132,13 +120,9 @@ function configSection(run) {
         ? `${changed.size} fields were overridden on the command line; they are marked.`
         : "No field was overridden on the command line.",
     ),
-    figure(
-      "All fields",
-      table("Resolved config, durations in steps", ["field", "value", "origin"], rows, {
-        changed: (row) => row[2] !== "",
-      }),
-      { wide: true, numbers: () => ({ header: ["field", "value", "origin"], rows }) },
-    ),
+    tableFigure("All fields", "Resolved config, durations in steps", ["field", "value", "origin"], rows, {
+      changed: (row) => row[2] !== "",
+    }),
   );
 }
 
@@ -156,10 +140,11 @@ function parameterSection(run) {
   const count = run.parameters.reduce((sum, row) => sum + row[2], 0);
   return section(
     "Parameters",
-    figure(
+    tableFigure(
       `${count.toLocaleString("en-US")} parameters`,
-      table("Every parameter, its rules and its sharding", header, run.parameters),
-      { wide: true, numbers: () => ({ header, rows: run.parameters }) },
+      "Every parameter, its rules and its sharding",
+      header,
+      run.parameters,
     ),
   );
 }
@@ -171,13 +156,9 @@ function environmentSection(run) {
   const header = ["", ...starts.map((_, i) => `start ${i + 1}`)];
   return section(
     "Environment of every start",
-    figure(
-      "Versions and devices",
-      table("Environment", header, rows, {
-        changed: (row) => new Set(row.slice(1)).size > 1 && !["step", "time"].includes(row[0]),
-      }),
-      { wide: true, numbers: () => ({ header, rows }) },
-    ),
+    tableFigure("Versions and devices", "Environment", header, rows, {
+      changed: (row) => new Set(row.slice(1)).size > 1 && !["step", "time"].includes(row[0]),
+    }),
   );
 }
 
@@ -192,14 +173,7 @@ function flatten(tree, prefix = "") {
 start((main, data, arrays) => {
   const run = withCurves(data, arrays);
   main.append(
-    el(
-      "header",
-      { class: "top" },
-      el("h1", {}, nameOf(run.name)),
-      el("span", { class: "soft" }, nameOf(run.workdir)),
-      el("span", { class: "spring" }),
-      themeSwitch(),
-    ),
+    topBar(nameOf(run.name), nameOf(run.workdir)),
     ...firstScreen(run).filter(Boolean),
     curveSection([run]),
     run.thinned === 0
@@ -207,7 +181,7 @@ start((main, data, arrays) => {
       : el(
           "p",
           { class: "note" },
-          `${run.thinned} curves have more than 2,000 points: of each stretch the lowest and the highest are drawn. metrics.jsonl has all.`,
+          `${run.thinned} curves have more points than the page holds: of each stretch the lowest and the highest are drawn. metrics.jsonl has all.`,
         ),
     section("Time", timeBar(run)),
     evaluationSection(run.evaluation),
