@@ -132,7 +132,7 @@ def test_the_picture_of_many_classes_shows_the_worst(tmp_path: Path) -> None:
         tmp_path / "picture.png",
         title="sixty classes",
         confusion=confusion,
-        names=[f"class {i}" for i in range(7)] + ["$x_{", "long " * 2000] + [f"class {i}" for i in range(9, 60)],
+        names=[f"class {i}" for i in range(7)] + ["$x_{$", "long " * 2000] + [f"class {i}" for i in range(9, 60)],
         bins=[{"confidence": 0.9, "accuracy": 0.5, "share": 1.0}],
     )
     drawn = cv2.imread(str(tmp_path / "picture.png"))

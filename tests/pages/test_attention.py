@@ -100,15 +100,16 @@ def test_a_convolution_network_has_no_attention_page(monkeypatch: Any) -> None:
 
 
 def test_the_page_grows_coarser_and_then_smaller_until_it_fits(monkeypatch: Any, tmp_path: Path) -> None:
-    weights, chosen = dense.weights("vit"), dense.pictures(3)
+    weights, chosen = dense.weights("vit"), dense.pictures(2)
+    monkeypatch.setattr(families, "look", lambda *_: looked("vit")[2])
     whole = attention.write(weights, chosen, tmp_path / "whole.html", title="t")
-    assert (whole.images, whole.of, whole.levels) == (3, 3, 255)
+    assert (whole.images, whole.of, whole.levels) == (2, 2, 255)
     monkeypatch.setattr(attention, "MOST_BYTES", whole.bytes - 1)
     coarser = attention.write(weights, chosen, tmp_path / "coarser.html", title="t")
     assert coarser.levels < 255
     data, _ = page.unpack((tmp_path / "coarser.html").read_text())
     assert data["levels"] == coarser.levels
-    assert data["left_out"] == 3 - coarser.images
+    assert data["left_out"] == 2 - coarser.images
     monkeypatch.setattr(attention, "MOST_BYTES", 1000)
     with pytest.raises(UserError, match="the page of one image would be"):
         attention.write(weights, chosen, tmp_path / "none.html", title="t")

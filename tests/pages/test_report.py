@@ -204,11 +204,21 @@ def test_a_comparison_shows_both_runs_and_what_differs(workdir: Path, browser: B
     record = json.loads((other / "config.json").read_text())
     record["config"]["optim"]["lr"] = 0.5
     (other / "config.json").write_text(json.dumps(record))
+    rows = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("validation/loss", None)
+    (other / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report.compare([workdir, other], tmp_path / "comparison.html")
     browser.open(tmp_path / "comparison.html")
     assert [row[0] for row in numbers(browser, "Results")] == ["tiny", "other"]
     assert numbers(browser, "Fields of the config that differ") == [["optim.lr", "0.003", "0.5"]]
     assert {row[0] for row in numbers(browser, "Learning rate")} == {"tiny", "other"}
+    looks = browser.run(
+        f"[...{figure_of('Loss')}.querySelectorAll('.series')].map((e) => "
+        "[e.getAttribute('class').split(' ')[1], e.getAttribute('stroke-dasharray')])"
+    )
+    # A run is a colour and a metric is a dash, also where a run lacks one.
+    assert looks == [["s0", ""], ["s0", "6 4"], ["s0", "2 3"], ["s1", ""], ["s1", "2 3"]]
     assert browser.problems == []
     assert browser.requests == []
 
@@ -245,6 +255,8 @@ def test_the_network_is_fed_the_pixels_that_the_page_shows(
     assert picture.exists()
     browser.open(tmp_path / "fed.html")
     assert browser.run("document.querySelectorAll('.tiles > div').length") == 6
+    told = [row[:2] for row in numbers(browser, "Labels and targets")]
+    assert told == [[number, image] for number in ("0", "5") for image in ("1", "2", "3")]
     shown = page.unpack((tmp_path / "fed.html").read_text())[0]["images"]
     assert shown[3]["before"] == page.picture(plain["image"][0])
     assert browser.problems == []

@@ -1,6 +1,6 @@
 // A line chart in SVG: hover, drag to zoom, keys, logarithmic or linear axes. One chart, one object.
 
-const DASHES = ["", "6 4", "2 3"];
+const DASHES = ["", "6 4", "2 3", "10 3 2 3", "12 5"];
 const CHART_HELP =
   "Drag to zoom, double-click to see all. With a chart in focus: arrow keys read values, + and − zoom, 0 shows all.";
 const MARGIN = { left: 54, right: 12, top: 8, bottom: 30 };
@@ -47,6 +47,14 @@ function smooth(values, amount) {
     weight = amount * weight + (1 - amount);
     return sum / weight;
   });
+}
+
+// The sign of a series in a legend.
+function keyOf(colour, { dash = 0, points = false } = {}) {
+  const sign = points
+    ? svg("circle", { cx: 11, cy: 4, r: 3.2 })
+    : svg("line", { x1: 0, x2: 22, y1: 4, y2: 4, "stroke-width": 2.5, "stroke-dasharray": DASHES[dash] });
+  return svg("svg", { class: `key s${colour}`, width: 22, height: 8, "aria-hidden": "true" }, sign);
 }
 
 function nearest(sorted, target) {
@@ -213,7 +221,7 @@ function chart(options) {
           svg("polyline", {
             class: `series ${colour}`,
             points: line,
-            "stroke-dasharray": DASHES[series.dash ?? Math.floor(s / 6) % 3],
+            "stroke-dasharray": DASHES[series.dash ?? Math.floor(s / 6) % 5],
             opacity: series.faint ? 0.3 : null,
           }),
         );
@@ -260,7 +268,7 @@ function chart(options) {
         return el(
           "span",
           {},
-          el("span", { class: `key s${(series.colour ?? s) % 6} d${series.dash ?? Math.floor(s / 6) % 3}` }),
+          keyOf((series.colour ?? s) % 6, { dash: series.dash ?? Math.floor(s / 6) % 5, points: series.points }),
           nameOf(series.name, 40),
           value && el("b", {}, `${format(value[1])}${value[0] === state.cursor ? "" : ` at ${number(value[0])}`}`),
         );

@@ -53,10 +53,7 @@ start((main, data, arrays) => {
     ),
     section(
       "Commands",
-      runs.map((run) => [
-        el("h3", {}, nameOf(run.title)),
-        el("pre", {}, run.command ?? "the command was not recorded"),
-      ]),
+      runs.map((run) => [el("h3", {}, nameOf(run.title)), commandLine(run.command)]),
     ),
   );
 });

@@ -218,6 +218,16 @@ function topBar(title, detail = null) {
   );
 }
 
+// A command, which breaks before its flags and not inside them.
+function commandLine(text) {
+  const words = (text ?? "the command was not recorded").split(/ (?=--)/);
+  return el(
+    "pre",
+    {},
+    words.map((word) => [el("span", { class: "word" }, word), " "]),
+  );
+}
+
 function bullets(texts) {
   return el(
     "ul",

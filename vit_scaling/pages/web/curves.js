@@ -9,6 +9,7 @@ const GROUPS = [
   { title: "Gradient and update norms", pattern: /^(gradient|update)_norm$/, smoothable: /./, log: true },
   { title: "Parameter norm", pattern: /^parameter_norm$/ },
   { title: "Images per second per device", pattern: /^images_per_second_per_device$/, smoothable: /./ },
+  { title: "FLOPs per second per device", pattern: /^flops_per_second_per_device$/, smoothable: /./ },
   { title: "MFU", pattern: /^mfu$/, smoothable: /./, percent: true },
   { title: "Waiting for data, and goodput", pattern: /^(data_wait_share|useful_share|goodput)$/, percent: true },
   { title: "Seconds per step", pattern: /^step_seconds$/, smoothable: /./, log: true },
@@ -62,12 +63,13 @@ function curveSection(runs) {
   function seriesOf(group) {
     return runs.flatMap((run, r) =>
       group.names
-        .filter((name) => run.curves[name])
-        .flatMap((name, n) => {
+        .map((name, n) => [name, n])
+        .filter(([name]) => run.curves[name])
+        .flatMap(([name, n]) => {
           const { steps, values } = run.curves[name];
           const x = steps.map((step) => axes[state.axis].of(run, step));
           const label = several ? (group.names.length > 1 ? `${run.title} ${name}` : run.title) : name;
-          const look = several ? { colour: r, dash: n % 3 } : {};
+          const look = several ? { colour: r, dash: n % 5 } : {};
           const deviation = run.curves[`${name}_std`];
           const band = deviation && [
             values.map((v, i) => (v === null ? v : v - deviation.values[i])),
@@ -86,7 +88,7 @@ function curveSection(runs) {
     let colour = -1;
     return series.map((each) => {
       if (!each.faint) colour++;
-      return { ...each, colour: colour % 6, dash: Math.floor(colour / 6) % 3 };
+      return { ...each, colour: colour % 6, dash: Math.floor(colour / 6) % 5 };
     });
   }
 
@@ -192,13 +194,7 @@ function timeBar(run) {
     "div",
     { class: "legend" },
     parts.map(([name, seconds], i) =>
-      el(
-        "span",
-        {},
-        el("span", { class: `key s${i % 6}` }),
-        name,
-        el("b", {}, `${duration(seconds)} (${percent(seconds / total)})`),
-      ),
+      el("span", {}, keyOf(i % 6), name, el("b", {}, `${duration(seconds)} (${percent(seconds / total)})`)),
     ),
   );
   const numbers = () => ({

@@ -41,7 +41,9 @@ start((main, data) => {
   );
 
   function rows() {
-    const text = (each) => each.map(([name, share]) => `${name} ${number(share, 3)}`).join(", ");
-    return data.images.map((image, i) => [image.step, i + 1, text(image.label), text(image.target)]);
+    const text = (each) =>
+      each.map(([name, share]) => (share < 0.9995 ? `${name} ${number(share, 3)}` : name)).join(", ");
+    const count = data.images.length / steps.length;
+    return data.images.map((image, i) => [image.step, (i % count) + 1, text(image.label), text(image.target)]);
   }
 });

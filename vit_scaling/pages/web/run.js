@@ -51,7 +51,7 @@ function firstScreen(run) {
     facts,
     run.notes.length > 0 && bullets(run.notes),
     el("h3", {}, "The same run again"),
-    el("pre", {}, run.command ?? "the command was not recorded"),
+    commandLine(run.command),
   ];
 }
 
