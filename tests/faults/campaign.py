@@ -1,146 +1,33 @@
-"""Runs, faults and verdicts.
+"""A campaign: a small run, disturbed by a seeded schedule, and the verdict on each disturbance.
 
 A fault ends in one of three ways:
-  equal    the run ends with the parameters, averages and results of the undisturbed run, to the last bit;
-  refused  a start ends with code 1 or 2 and one sentence, no checkpoint that was intact has changed, and, where the
-           fault can be taken back, the next start ends equal;
+  equal    the run ends with the parameters, averages and results of the undisturbed run, to the last bit (on another
+           mesh or another Python: to rounding); a file is read to what it holds, or has no checksum that could tell;
+  refused  a start ends with code 1 or 2 and one sentence, no checkpoint has changed, and, where the fault can be taken
+           back, the next start ends equal;
   lost     anything else.
 """
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-CONFIG = "--config=tests/faults/small.py"
+from tqdm import tqdm
+
+from tests.faults import starts
+from tests.faults.starts import DEADLINE, Ended, Forks, Inside, Running
+
 STEPS = 8
 HALF = 4  # where the half-finished run stopped
-DEADLINE = 300.0  # seconds in which a start must end
-
-
-@dataclasses.dataclass
-class Ended:
-    """How one start of the trainer ended."""
-
-    code: int
-    error: str  # stderr
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether it is a refusal in one sentence."""
-        said = [line for line in self.error.splitlines() if line.startswith("error: ")]
-        return self.code in (1, 2) and len(said) == 1 and "Traceback" not in self.error
-
-
-class Lab:
-    """Where the runs of a campaign lie, with the undisturbed run and a half-finished one to start faults from."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.count = 0
-        whole = self.start(folder / "whole").wait(DEADLINE)
-        assert whole.code == 0, whole.error
-        self.reference = outcome(folder / "whole")
-        half = self.start(folder / "half")
-        half.stop_at(lambda: (folder / "half" / "checkpoints" / str(HALF)).is_dir(), signal.SIGTERM)
-        stopped = half.wait(DEADLINE)
-        assert stopped.code == 0, stopped.error
-        # SIGTERM takes effect a step or two later, so which checkpoints there are depends on the machine's speed.
-        kept = sorted(int(path.name) for path in (folder / "half" / "checkpoints").glob("*") if path.name.isdigit())
-        self.newest, self.older = str(kept[-1]), str(kept[0])
-
-    def start(self, workdir: Path, *flags: str, **how: Any) -> "Running":
-        return Running(workdir, self.folder / "compiled", *flags, **how)
-
-    def new(self) -> Path:
-        """Returns the place of a run that does not exist yet."""
-        self.count += 1
-        return self.folder / f"run{self.count}"
-
-    def half(self) -> Path:
-        """Returns a copy of the half-finished run."""
-        return shutil.copytree(self.folder / "half", self.new())
-
-
-class Running:
-    """One start of the trainer, in a process of its own."""
-
-    def __init__(self, workdir: Path, compiled: Path, *flags: str, limit_bytes: int | None = None):
-        command = [sys.executable, "-m", "vit_scaling.train", CONFIG, f"--workdir={workdir}", *flags]
-        if limit_bytes is not None:  # a quota: no file may grow beyond it
-            command = ["bash", "-c", f'ulimit -f {limit_bytes // 1024}; trap "" XFSZ; exec "$@"', "bash", *command]
-        environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(compiled),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        }
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-
-    def stop_at(self, when: Callable[[], bool], *numbers: int) -> None:
-        """Sends signals as soon as `when` says so, unless the run has ended before."""
-        ends = time.monotonic() + DEADLINE
-        while self.process.poll() is None and not when() and time.monotonic() < ends:
-            time.sleep(0.002)
-        for number in numbers:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.send_signal(number)
-
-    def wait(self, seconds: float) -> Ended:
-        try:
-            _, error = self.process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            return Ended(-99, f"did not end within {seconds:.0f} s")
-        return Ended(self.process.returncode, error)
-
-
-def digest(checkpoint: Path) -> str:
-    """Returns a digest of a checkpoint's arrays, read as the weights command reads them."""
-    from vit_scaling import names
-    from vit_scaling.interop import run
-
-    _, arrays = run.read_arrays(checkpoint, ("params", "ema"))
-    found = hashlib.sha256()
-    for path, array in sorted(names.flatten(arrays).items()):
-        found.update(f"{path} {array.shape} {array.dtype}".encode())
-        found.update(array.tobytes())
-    return found.hexdigest()
-
-
-def outcome(workdir: Path) -> dict[str, Any]:
-    """Returns what a finished run ends with: its results, its rows of losses, and a digest of its last checkpoint."""
-    result = json.loads((workdir / "result.json").read_text())
-    return {
-        "step": result["step"],
-        "metrics": result["metrics"],
-        "arrays": digest(workdir / "checkpoints" / str(STEPS)),
-    }
-
-
-def intact(workdir: Path) -> dict[str, str]:
-    """Returns the digests of all checkpoints of a run that can be read."""
-    found = {}
-    for path in workdir.glob("checkpoints/*"):
-        if path.name.isdigit():
-            with contextlib.suppress(Exception):
-                found[path.name] = digest(path)
-    return found
 
 
 @dataclasses.dataclass
@@ -151,64 +38,240 @@ class Verdict:
     why: str = ""
 
 
-def judge(lab: Lab, workdir: Path, kind: str, detail: str, *, heal: Callable[[], None] | None = None) -> Verdict:
-    """Starts a disturbed run again, until it has ended, and says what became of it.
+Kind = Callable[["Lab", random.Random], Verdict]
+
+
+class Lab:
+    """Where the runs of a campaign lie, with the undisturbed run and a half-finished one to start faults from.
 
     Args:
-        heal: takes the fault back (frees the disk ...) after a refusal; then the run must end equal.
+        folder: an empty one.
+        python: another interpreter with the program's packages, for the faults that change it; None for none.
     """
-    before = intact(workdir)
-    ended = lab.start(workdir).wait(DEADLINE)
+
+    def __init__(self, folder: Path, python: str | None = None):
+        self.folder, self.python, self.count = folder, python, 0
+        self.forks = Forks(folder)
+        self.references: dict[Any, dict[str, Any]] = {}  # of runs that differ from the undisturbed one on purpose
+
+    @functools.cached_property
+    def whole(self) -> Path:
+        """The undisturbed run, made when it is first needed."""
+        ended = self.start(self.folder / "whole").wait()
+        assert ended.code == 0, ended.error
+        return self.folder / "whole"
+
+    @functools.cached_property
+    def reference(self) -> dict[str, Any]:
+        """What the undisturbed run ends with."""
+        return outcome(self.whole)
+
+    @functools.cached_property
+    def stopped(self) -> tuple[Path, str, str]:
+        """(a run that was stopped half-way, the step of its newest checkpoint, of its oldest)."""
+        folder = self.folder / "half"
+        running = self.start(folder)
+        running.stop_at(lambda: (folder / "checkpoints" / str(HALF)).is_dir(), signal.SIGTERM)
+        ended = running.wait()
+        assert ended.code == 0, ended.error
+        # SIGTERM takes effect a step or two later, so which checkpoints there are depends on the machine's speed.
+        kept = sorted(int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit())
+        return folder, str(kept[-1]), str(kept[0])
+
+    @property
+    def newest(self) -> str:
+        return self.stopped[1]
+
+    @property
+    def older(self) -> str:
+        return self.stopped[2]
+
+    def start(self, workdir: Path, *flags: str, inside: Inside = Inside()) -> Running:  # noqa: B008 (frozen)
+        """Starts the trainer in a fork."""
+        arguments = [starts.CONFIG, f"--workdir={workdir}", *flags]
+        return self.forks.start(starts.trainer, arguments, str(workdir), inside)
+
+    def alone(self, workdir: Path, *flags: str, **how: Any) -> Running:
+        """Starts the trainer in a process of its own."""
+        return starts.alone(self.folder / "compiled", [starts.CONFIG, f"--workdir={workdir}", *flags], **how)
+
+    def new(self) -> Path:
+        """Returns the place of a run that does not exist yet."""
+        self.count += 1
+        return self.folder / f"run{self.count}"
+
+    def half(self) -> Path:
+        """Returns a copy of the half-finished run."""
+        return shutil.copytree(self.stopped[0], self.new())
+
+    def clear(self) -> None:
+        """Deletes what a fault left."""
+        for path in self.folder.glob("run*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def arrays(checkpoint: Path) -> dict[str, Any]:
+    """Returns a checkpoint's parameters and averages, read as the weights command reads them."""
+    from vit_scaling import names
+    from vit_scaling.interop import run
+
+    return names.flatten(run.read_arrays(checkpoint, ("params", "ema"))[1])
+
+
+def outcome(workdir: Path) -> dict[str, Any]:
+    """Returns what a finished run ends with: its step, its results, and a digest of its last checkpoint."""
+    result = json.loads((workdir / "result.json").read_text())
+    found = hashlib.sha256()
+    for path, array in sorted(arrays(workdir / "checkpoints" / str(STEPS)).items()):
+        found.update(f"{path} {array.shape} {array.dtype}".encode())
+        found.update(array.tobytes())
+    return {"step": result["step"], "metrics": result["metrics"], "arrays": found.hexdigest()}
+
+
+def complete(workdir: Path) -> dict[str, str]:
+    """Returns the digests of the files of all complete checkpoints of a run."""
+    found = {}
+    for folder in workdir.glob("checkpoints/*"):
+        if folder.name.isdigit() and (folder / "commit_success.txt").exists():
+            digest = hashlib.sha256()
+            for path in sorted(folder.rglob("*")):
+                with contextlib.suppress(OSError):
+                    digest.update(f"{path.name} ".encode() + (path.read_bytes() if path.is_file() else b""))
+            found[folder.name] = digest.hexdigest()
+    return found
+
+
+def changed(before: Mapping[str, str], after: Mapping[str, str]) -> str | None:
+    """Returns what is wrong after a start that failed: a checkpoint that changed, or that nothing newer replaced."""
+    for name, digest in before.items():
+        if name in after and after[name] != digest:
+            return f"checkpoint {name} has changed"
+    if before and (not after or max(map(int, after)) < max(map(int, before))):
+        return f"checkpoint {max(before, key=int)} is gone"
+    return None
+
+
+def judge(
+    lab: Lab,
+    workdir: Path,
+    kind: str,
+    detail: str,
+    *,
+    first: Ended | None = None,
+    before: Mapping[str, str] | None = None,
+    heal: Callable[[], None] | None = None,
+    reference: dict[str, Any] | None = None,
+    again: Callable[[], Ended] | None = None,
+) -> Verdict:
+    """Starts a disturbed run again and says what became of it.
+
+    Args:
+        first: how the start that met the fault ended; None: the start made here meets it.
+        before: `complete` of the workdir before that start.
+        heal: takes the fault back (frees the disk ...) after a refusal; then the run must end equal.
+        reference: what it must end with; None: with what the undisturbed run ended.
+        again: makes the starts; None: starts without faults.
+    """
+    again = again or (lambda: lab.start(workdir).wait())
+    before = complete(workdir) if before is None else before
+    ended = again() if first is None else first
     refused = ended.code != 0
     if refused and not ended.is_clear:
-        return Verdict(kind, detail, "lost", f"code {ended.code}: {ended.error.strip()[-400:]}")
-    if refused:
-        changed = [name for name, value in before.items() if intact(workdir).get(name) != value]
-        if changed:
-            return Verdict(kind, detail, "lost", f"checkpoint {changed[0]} was intact and has changed")
-        if heal is None:
-            return Verdict(kind, detail, "refused", ended.error.strip().splitlines()[-1])
+        return Verdict(kind, detail, "lost", f"code {ended.code}: {ended.error.strip()[-600:]}")
+    why = next((line for line in ended.error.splitlines() if line.startswith("error: ")), "")
+    if refused and (wrong := changed(before, complete(workdir))):
+        return Verdict(kind, detail, "lost", f"{wrong}; {why}")
+    if refused and first is None and heal is None:
+        return Verdict(kind, detail, "refused", why)
+    if heal is not None:
         heal()
-        ended = lab.start(workdir).wait(DEADLINE)
+    if refused or first is not None:
+        ended = again()
         if ended.code != 0:
-            return Verdict(kind, detail, "lost", f"after the fault was gone: {ended.error.strip()[-400:]}")
+            return Verdict(kind, detail, "lost", f"after the fault was gone: {ended.error.strip()[-600:]}")
+    return compare(lab, workdir, kind, detail, "refused" if refused else "equal", reference, why)
+
+
+def compare(
+    lab: Lab,
+    workdir: Path,
+    kind: str,
+    detail: str,
+    answer: str = "equal",
+    reference: dict[str, Any] | None = None,
+    why: str = "",
+) -> Verdict:
+    """Compares what a run ended with; `answer` is the verdict if it is as it should be."""
+    reference = lab.reference if reference is None else reference
     try:
         found = outcome(workdir)
     except Exception as error:
         return Verdict(kind, detail, "lost", f"no outcome: {type(error).__name__}: {error}")
-    if found != lab.reference:
-        differing = [name for name in found if found[name] != lab.reference[name]]
+    if found != reference:
+        differing = [name for name in found if found[name] != reference[name]]
         return Verdict(kind, detail, "lost", f"ended with another {', '.join(differing)}")
-    return Verdict(kind, detail, "refused" if refused else "equal")
+    return Verdict(kind, detail, answer, why)
 
 
-def run(lab: Lab, seed: int, *, minutes: float | None = None, count: int | None = None) -> list[Verdict]:
-    """Draws faults, one kind after the other in a seeded order, until the time or the number is used up."""
-    from tests.faults import kinds
+def draw(seed: int, number: int, names: list[str]) -> tuple[str, random.Random]:
+    """Returns the kind of fault `number`, and where its details are drawn from: a function of the seed alone."""
+    cycle, place = divmod(number, len(names))
+    return random.Random(f"{seed} order {cycle}").sample(names, len(names))[place], random.Random(f"{seed} {number}")
 
-    verdicts: list[Verdict] = []
-    ends = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
-    names = sorted(kinds.KINDS)
-    for number in range(10**6):
-        if time.monotonic() > ends or (count is not None and number >= count):
-            break
-        if number % len(names) == 0:
-            order = random.Random(f"{seed} order {number}").sample(names, len(names))
-        name = order[number % len(names)]
-        verdict = kinds.KINDS[name](lab, random.Random(f"{seed} {number}"))
-        verdicts.append(verdict)
-        line = f"fault {number} (seed {seed}): {verdict.answer:8s} {verdict.kind}, {verdict.detail}"
-        print(f"{line}{': ' + verdict.why if verdict.why else ''}", flush=True)
-        for path in lab.folder.glob("run*"):
-            shutil.rmtree(path, ignore_errors=True)
-    return verdicts
+
+def run(
+    lab: Lab,
+    kinds: Mapping[str, Kind],
+    seed: int,
+    *,
+    minutes: float,
+    record: Path,
+    numbers: list[int] | None = None,
+    most: int = 10**6,
+) -> list[Verdict]:
+    """Draws faults, one of each kind in turn in a seeded order, until the time is up.
+
+    Args:
+        record: a file of verdicts, one JSON row for each fault; faults that it has are not tried again.
+        numbers: only these faults, again.
+        most: how many faults are drawn.
+    """
+    rows = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    known = {row.pop("number"): Verdict(**row) for row in rows}
+    names, ends = sorted(kinds), time.monotonic() + 60 * minutes
+    with record.open("a") as file, tqdm(total=round(60 * minutes), unit="s", dynamic_ncols=True, delay=1) as bar:
+        for number in range(most) if numbers is None else numbers:
+            if time.monotonic() > ends:
+                break
+            if number in known and numbers is None:
+                continue
+            name, details = draw(seed, number, names)
+            started = time.monotonic()
+            try:
+                verdict = kinds[name](lab, details)
+            except Exception as error:  # of the campaign itself: no verdict is better than a wrong one
+                verdict = Verdict(name, "", "lost", f"the campaign failed: {type(error).__name__}: {error}")
+            known[number] = verdict
+            file.write(json.dumps({"number": number} | dataclasses.asdict(verdict)) + "\n")
+            file.flush()
+            lab.clear()
+            seconds = time.monotonic() - started
+            bar.update(max(0, min(round(60 * minutes) - bar.n, round(seconds))))
+            lost = [number for number, each in known.items() if each.answer == "lost"]
+            bar.set_postfix_str(f"{len(known)} faults, {len(lost)} lost")
+            if verdict.answer == "lost":
+                bar.write(f"fault {number} (seed {seed}): lost, {name}, {verdict.detail}: {verdict.why}")
+    return [known[number] for number in sorted(known)]
 
 
 def table(verdicts: list[Verdict]) -> str:
     """Returns the table of a campaign: kind, tried, equal, refused clearly, lost."""
-    lines = [f"{'kind':28s} {'tried':>6s} {'equal':>6s} {'refused':>8s} {'lost':>5s}"]
+    lines = [f"{'kind':32s} {'tried':>6s} {'equal':>6s} {'refused':>8s} {'lost':>5s}"]
     for kind in [*sorted({verdict.kind for verdict in verdicts}), None]:
-        rows = [verdict.answer for verdict in verdicts if kind in (None, verdict.kind)]
-        counts = [rows.count(answer) for answer in ("equal", "refused", "lost")]
-        lines.append(f"{kind or 'all':28s} {len(rows):6d} {counts[0]:6d} {counts[1]:8d} {counts[2]:5d}")
+        answers = [verdict.answer for verdict in verdicts if kind in (None, verdict.kind)]
+        counts = [answers.count(answer) for answer in ("equal", "refused", "lost")]
+        lines.append(f"{kind or 'all':32s} {len(answers):6d} {counts[0]:6d} {counts[1]:8d} {counts[2]:5d}")
     return "\n".join(lines)
+
+
+__all__ = ["DEADLINE", "Inside", "Kind", "Lab", "Verdict", "judge", "run", "table"]

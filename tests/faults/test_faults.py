@@ -1,12 +1,15 @@
 """A short part of the campaign: one fault of each of a few kinds, drawn with a fixed seed, and none is lost."""
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 
-from tests.faults import campaign, kinds
+from tests.faults import campaign, kinds, starts
 
-SHORT = ("kill -9", "newest checkpoint damaged", "side file damaged", "hostile override")
+SHORT = ("kill -9", "newest checkpoint damaged", "no space left (ENOSPC)")
+CHEAP = ("hostile image", "hostile tar", "hostile IDX", "hostile table", "hostile override")
 
 
 @pytest.fixture(scope="module")
@@ -14,10 +17,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> campaign.Lab:
     return campaign.Lab(tmp_path_factory.mktemp("faults"))
 
 
-@pytest.mark.parametrize("kind", SHORT)
+@pytest.mark.parametrize("kind", [*SHORT, *CHEAP])
 def test_nothing_is_lost(lab: campaign.Lab, kind: str) -> None:
-    verdict = kinds.KINDS[kind](lab, random.Random(f"suite {kind}"))
-    assert verdict.answer in ("equal", "refused"), verdict
+    for number in range(3 if kind in CHEAP else 1):
+        verdict = kinds.KINDS[kind](lab, random.Random(f"suite {kind} {number}"))
+        assert verdict.answer in ("equal", "refused"), verdict
 
 
 def test_a_difference_is_seen(lab: campaign.Lab) -> None:
@@ -25,11 +29,47 @@ def test_a_difference_is_seen(lab: campaign.Lab) -> None:
     workdir = lab.new()
     other = lab.start(workdir, "--config.seed=1").wait(campaign.DEADLINE)
     assert other.code == 0
-    assert campaign.outcome(workdir) != lab.reference
-    assert not campaign.Ended(1, "Traceback (most recent call last):\nerror: x\n").is_clear
-    assert not campaign.Ended(-9, "error: x\n").is_clear
-    assert not campaign.Ended(1, "").is_clear
-    assert campaign.Ended(2, "a warning\nerror: x\n").is_clear
+    assert campaign.compare(lab, workdir, "", "").answer == "lost"
+    assert campaign.compare(lab, lab.whole, "", "").answer == "equal"
+
+
+def test_what_is_a_clear_refusal() -> None:
+    assert not starts.Ended(1, "Traceback (most recent call last):\nerror: x\n").is_clear
+    assert not starts.Ended(-9, "error: x\n").is_clear
+    assert not starts.Ended(1, "").is_clear
+    assert starts.Ended(2, "a warning\nerror: x\n").is_clear
+
+
+def test_a_checkpoint_that_changed_or_vanished_is_seen() -> None:
+    assert campaign.changed({"2": "a", "4": "b"}, {"2": "a", "4": "b"}) is None
+    assert campaign.changed({"2": "a", "4": "b"}, {"4": "b", "6": "c"}) is None  # retention
+    assert campaign.changed({"2": "a"}, {"2": "b"}) == "checkpoint 2 has changed"
+    assert campaign.changed({"2": "a", "4": "b"}, {"2": "a"}) == "checkpoint 4 is gone"
+    assert campaign.changed({"4": "b"}, {}) == "checkpoint 4 is gone"
+
+
+class NoLab:
+    """Stands in for a Lab where no run is made."""
+
+    def clear(self) -> None:
+        pass
+
+
+def test_a_campaign_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    def fault(lab: object, draw: random.Random) -> campaign.Verdict:
+        seen.append(draw.random())
+        return campaign.Verdict("a", str(seen[-1]), "equal")
+
+    record, made = tmp_path / "faults.jsonl", {"a": fault, "b": fault}
+    how = {"minutes": 1.0, "record": record}
+    campaign.run(NoLab(), made, 7, most=3, **how)  # type: ignore[arg-type]
+    campaign.run(NoLab(), made, 7, most=5, **how)  # type: ignore[arg-type]
+    drawn = [row["detail"] for row in map(json.loads, record.read_text().splitlines())]
+    assert len(seen) == 5
+    again = campaign.run(NoLab(), made, 7, most=5, minutes=1.0, record=tmp_path / "whole.jsonl")  # type: ignore[arg-type]
+    assert [verdict.detail for verdict in again] == drawn
 
 
 def test_the_table_counts_by_kind() -> None:
