@@ -8,6 +8,7 @@ import functools
 import io
 import random
 import resource
+import shutil
 import struct
 import sys
 import tarfile
@@ -152,31 +153,23 @@ def csv(lab: Lab, draw: random.Random, path: Path) -> tuple[Path, str]:
 
 def weights(lab: Lab, draw: random.Random, path: Path) -> tuple[Path, str]:
     """A file of weights that was right before it was damaged."""
-    kind = draw.choice(("safetensors", "npz"))
-    file = lab.folder / f"weights_{kind}" / ("model.safetensors" if kind == "safetensors" else "model.npz")
-    if not file.exists():
-        _write_weights(file)
-    path.mkdir()
-    copied = path / file.name
-    copied.write_bytes(file.read_bytes())
-    for neighbour in file.parent.glob("*.json"):
-        (path / neighbour.name).write_bytes(neighbour.read_bytes())
-    return draw.choice([*sorted(path.iterdir()), copied]), kind
+    layout = draw.choice(("vit_scaling", "timm", "huggingface"))
+    folder = lab.folder / f"weights_{layout}"
+    if not folder.exists():
+        _write_weights(folder, layout)
+    shutil.copytree(folder, path)
+    return draw.choice(sorted(file for file in path.iterdir() if file.is_file())), layout
 
 
-def _write_weights(file: Path) -> None:
+def _write_weights(folder: Path, layout: str) -> None:
     """Writes the weights of a tiny network in one of the layouts."""
     import jax
 
     from tests import tiny
     from vit_scaling import interop, models
 
-    model = models.build(tiny.model(), image_size=(28, 28), num_classes=10, key=jax.random.key(0))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.suffix == ".npz":
-        interop.save(model, file, layout="big_vision")
-    else:
-        interop.save(model, file.parent, layout="native")
+    model = models.build(tiny.model(pool="gap"), image_size=(28, 28), num_classes=10, key=jax.random.key(0))
+    interop.save(model, folder, layout=layout)
 
 
 def parser(label: str, reader: str, make: Callable[..., tuple[Path, str]]) -> None:
@@ -187,8 +180,6 @@ def parser(label: str, reader: str, make: Callable[..., tuple[Path, str]]) -> No
         how = draw.choice(("as made", "truncated", "emptied", "one bit flipped", "one bit flipped", "one bit flipped"))
         how = how if how == "as made" else damage(path, how, draw)
         read_from = path if reader == "image" else path.parent
-        if reader == "weights" and path.suffix == ".npz":
-            read_from = path
         ended = lab.forks.start(read, reader, str(read_from)).wait(300)
         return verdict_of(ended, label, f"{detail}, {path.name} {how}")
 
