@@ -70,6 +70,8 @@ def test_calibration_by_hand() -> None:
         (0.5, 0.9, 0.5),
         (0.9, 0.8, 0.5),
     ]
+    # A confidence of exactly 1 is in the last bin.
+    assert report(np.array([[1000.0, 0.0, 0.0]]), np.array([1]), loss="softmax").numbers["calibration_error"] == 1
     sure = report(np.array([[2.0, -3.0]]), np.array([0]), loss="sigmoid")
     assert sure.bins[0]["confidence"] == pytest.approx(1 / (1 + np.exp(-2)))
 

@@ -13,6 +13,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="./run.sh faults", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0, help="how long to draw faults (default: 10)")
     parser.add_argument("--seed", type=int, default=0, help="which faults are drawn (default: 0)")
+    parser.add_argument("--faults", type=int, default=10**6, help="how many at most (default: no limit)")
     parser.add_argument("--output", type=Path, help="file of verdicts (default: runs/faults_SEED.jsonl); goes on there")
     parser.add_argument("--only", help="numbers of faults to try again, such as 3,17; nothing is resumed")
     parser.add_argument("--kinds", help="only these kinds, separated by commas")
@@ -28,8 +29,8 @@ def main() -> int:
     }
     with tempfile.TemporaryDirectory(prefix="vit_scaling_faults_") as folder:
         lab = campaign.Lab(Path(folder), options.python)
-        how = {"minutes": options.minutes, "record": record, "numbers": numbers}
-        verdicts = campaign.run(lab, chosen, options.seed, **how)
+        how = {"minutes": options.minutes, "record": record, "numbers": numbers, "most": options.faults}
+        verdicts = campaign.run(lab, chosen, options.seed, often=kinds.OFTEN, **how)
     print(f"\n{campaign.table(verdicts)}")
     rows = [json.loads(line) for line in record.read_text().splitlines()]
     lost = sorted({row["number"] for row in rows if row["answer"] == "lost"})

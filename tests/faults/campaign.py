@@ -214,7 +214,11 @@ def compare(
 
 
 def draw(seed: int, number: int, names: list[str]) -> tuple[str, random.Random]:
-    """Returns the kind of fault `number`, and where its details are drawn from: a function of the seed alone."""
+    """Returns the kind of fault `number`, and where its details are drawn from: a function of the seed alone.
+
+    Args:
+        names: of the kinds of one cycle; a kind that is drawn more often is there several times.
+    """
     cycle, place = divmod(number, len(names))
     return random.Random(f"{seed} order {cycle}").sample(names, len(names))[place], random.Random(f"{seed} {number}")
 
@@ -228,17 +232,20 @@ def run(
     record: Path,
     numbers: list[int] | None = None,
     most: int = 10**6,
+    often: Mapping[str, int] | None = None,
 ) -> list[Verdict]:
-    """Draws faults, one of each kind in turn in a seeded order, until the time is up.
+    """Draws faults in cycles of all kinds, each in a seeded order, until the time is up.
 
     Args:
+        often: how many times a kind is in each cycle, where not once.
         record: a file of verdicts, one JSON row for each fault; faults that it has are not tried again.
         numbers: only these faults, again.
         most: how many faults are drawn.
     """
     rows = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
     known = {row.pop("number"): Verdict(**row) for row in rows}
-    names, ends = sorted(kinds), time.monotonic() + 60 * minutes
+    names = [name for name in sorted(kinds) for _ in range((often or {}).get(name, 1))]
+    ends = time.monotonic() + 60 * minutes
     with record.open("a") as file, tqdm(total=round(60 * minutes), unit="s", dynamic_ncols=True, delay=1) as bar:
         for number in range(most) if numbers is None else numbers:
             if time.monotonic() > ends:

@@ -22,7 +22,8 @@ static atomic_long failing[3];       /* calls that then fail */
 static double jump;                  /* seconds by which the wall clock is wrong */
 static atomic_long before_jump;      /* readings that are still right */
 
-#define NEXT(name) ((__typeof__(name) *)dlsym(RTLD_NEXT, #name))
+/* The function that would have been called without this library; looked up once. */
+#define NEXT(name) ({ static __typeof__(name) *next; if (!next) next = (__typeof__(name) *)dlsym(RTLD_NEXT, #name); next; })
 
 void faults_set(const char *folder, int what, int error, long after, long count) {
   strncpy(prefix, folder, sizeof prefix - 1);

@@ -22,11 +22,12 @@ import jax
 import numpy as np
 import pytest
 
+from tests.clocks import FakeClock
 from tests.parallel import host_config
 from tests.training.test_loop import SPEED
 from vit_scaling import TransientError, UserError
+from vit_scaling.parallel import interrupts, processes, sharding
 from vit_scaling.parallel import mesh as mesh_lib
-from vit_scaling.parallel import processes, sharding
 from vit_scaling.training import checkpoint, loop, telemetry
 
 ROOT = Path(__file__).parents[2]
@@ -410,24 +411,34 @@ def test_processes_with_unlike_devices_are_refused() -> None:
         processes.check_devices([0, 0, 1, 1, 2])
 
 
-def test_a_waiting_process_prints_for_whom_where_and_how_long_and_gives_up() -> None:
+def test_a_waiting_process_prints_for_whom_where_and_how_long_and_gives_up(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock of the test's own."""
     assert (processes._REPORT_SECONDS, processes.START_SECONDS) == (30, 300)
-    ended = python(
-        "import time; from vit_scaling.parallel import processes\n"
-        "processes._REPORT_SECONDS, processes.START_SECONDS = 0.25, 0.75\n"
-        "with processes._waiting({'num_processes': 4, 'process_id': 0, 'coordinator_address': 'node01:61447'}):\n"
-        "    time.sleep(0.4)\n"
-        "time.sleep(0.5)\n"
-        "with processes._waiting({'num_processes': 4, 'process_id': 2, 'coordinator_address': 'node01:61447'}):\n"
-        "    time.sleep(60)\n"
-    )
-    first, second, _, last = ended.stderr.splitlines()
-    assert ended.returncode == 1
+    exits: list[int] = []
+
+    def leave(code: int) -> None:
+        exits.append(code)
+        clock.over.set()
+        raise SystemExit  # ends the thread
+
+    monkeypatch.setattr(processes.os, "_exit", leave)
+    found = {"num_processes": 4, "process_id": 0, "coordinator_address": "node01:61447"}
+    clock = FakeClock(1)
+    with processes._waiting(found, clock):
+        clock.over.wait()
     others = "the other 3 of 4 processes to connect to node01:61447"
-    assert first == f"process 0 has waited 0.25 s for {others}; it gives up after 0.75 s"
-    assert second == "process 2 has waited 0.25 s for process 0 of 4 at node01:61447; it gives up after 0.75 s"
-    assert last == (
-        "error: process 2 has waited 0.75 s for process 0 of 4 at node01:61447; start all processes within 0.75 s"
+    assert capfd.readouterr().err == f"process 0 has waited 30 s for {others}; it gives up after 300 s\n"
+    assert (clock.waits, exits) == ([30.0, 30.0], [])
+    clock = FakeClock(100)
+    with processes._waiting(found | {"process_id": 2}, clock):
+        clock.over.wait()
+    lines = capfd.readouterr().err.splitlines()
+    assert (len(lines), exits) == (10, [1])
+    assert lines[0] == "process 2 has waited 30 s for process 0 of 4 at node01:61447; it gives up after 300 s"
+    assert lines[-1] == (
+        "error: process 2 has waited 300 s for process 0 of 4 at node01:61447; start all processes within 300 s"
     )
 
 
@@ -542,19 +553,30 @@ def test_an_interrupt_ends_a_compilation_at_once() -> None:
     assert (ended.returncode, ended.stderr) == (130, "stopped\n")
 
 
+def test_the_watchdog_is_set_anew_by_each_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock of the test's own: of faulthandler's timer, only what it is set to."""
+    timer: list[float | None] = []
+    monkeypatch.setattr(
+        interrupts.faulthandler,
+        "dump_traceback_later",
+        lambda seconds, *, exit, file: timer.append(seconds if exit else None),
+    )
+    monkeypatch.setattr(interrupts.faulthandler, "cancel_dump_traceback_later", lambda: timer.append(None))
+    watchdog = interrupts.Watchdog(0.5)
+    watchdog.beat()
+    watchdog.beat(compiles=True)
+    watchdog.beat()
+    watchdog.close()
+    interrupts.Watchdog(0.0).beat()  # is off
+    assert timer == [0.5, 0.5 + interrupts.COMPILE_SECONDS, 0.5, None]
+
+
 def test_the_watchdog_shows_where_a_process_hangs_and_ends_it() -> None:
     ended = python(
         "import time; from vit_scaling.parallel.interrupts import Watchdog\n"
         "def hang(): time.sleep(50)\n"
-        "watchdog = Watchdog(0.5)\n"
-        "for _ in range(4): watchdog.beat(); time.sleep(0.25)\n"
-        "print('beats', flush=True)\n"
-        "watchdog.beat(compiles=True); time.sleep(1.0)\n"
-        "print('compiles', flush=True)\n"
-        "watchdog.close(); time.sleep(1.0)\n"
-        "print('closed', flush=True)\n"
-        "Watchdog(0.0).beat(); watchdog.beat(); hang()\n"
+        "Watchdog(0.2).beat(); hang()\n"
     )
-    assert (ended.returncode, ended.stdout) == (1, "beats\ncompiles\nclosed\n")
-    assert "Timeout (0:00:00.5" in ended.stderr
+    assert ended.returncode == 1
+    assert "Timeout (0:00:00.2" in ended.stderr
     assert "in hang" in ended.stderr

@@ -117,6 +117,14 @@ def test_the_average_or_the_classifier_of_a_run(pretraining: Path) -> None:
     np.testing.assert_array_equal(mapped.parameters["head"]["kernel"], state.params["head"]["kernel"][:, [3, 9]])
 
 
+def test_a_new_classifier_starts_where_the_loss_wants_it(pretraining: Path) -> None:
+    config = dataclasses.replace(fine_tuning(pretraining), loss=c.LossConfig(kind="sigmoid", head_bias=-10.0))
+    weights = initial.start_of(config, 7)
+    assert weights is not None
+    np.testing.assert_array_equal(weights.parameters["head"]["bias"], np.full(7, -10.0, np.float32))
+    np.testing.assert_array_equal(weights.parameters["head"]["kernel"], np.zeros((16, 7), np.float32))
+
+
 def test_parameters_arrive_on_every_mesh(pretraining: Path) -> None:
     """Split over eight devices, they are the same numbers with the program's shardings."""
     config = c.resolve(fine_tuning(pretraining), 100)

@@ -8,7 +8,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,7 +28,7 @@ from vit_scaling.data.sources import open_source
 from vit_scaling.data.sources.arrays import BuiltinSource
 from vit_scaling.evaluation.suite import Suite
 from vit_scaling.parallel import mesh as mesh_lib
-from vit_scaling.training import checkpoint, figure, lock, loop, step_log, telemetry
+from vit_scaling.training import checkpoint, figure, loop, step_log, telemetry
 from vit_scaling.training import workdir as workdirs
 from vit_scaling.training.step import build
 
@@ -309,6 +308,9 @@ def test_a_cooldown_branches_from_a_trunk(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=sentence):
             loop.train(broken, tmp_path / "broken")
+    slower = dataclasses.replace(branch, schedule=dataclasses.replace(branch.schedule, timescale=c.Duration(3)))
+    with pytest.raises(ValueError, match=r"in its cooldown alone, but schedule\.timescale"):
+        loop.train(slower, tmp_path / "broken")
     cosine = dataclasses.replace(branch, schedule=dataclasses.replace(branch.schedule, kind="cosine"))
     with pytest.raises(ValueError, match="needs a schedule that does not know its end"):
         loop.train(cosine, tmp_path / "broken")
@@ -437,22 +439,3 @@ def test_a_set_that_changed_between_two_starts_is_refused(
     workdirs.claim(tmp_path / "run", config, SETS)
     with pytest.raises(UserError, match=sentence):
         workdirs.claim(tmp_path / "run", config, {"data.train": SETS["data.train"] | {field: value}})
-
-
-def test_two_runs_on_one_workdir(tmp_path: Path) -> None:
-    """The second is refused by host and process id: the kernel or a growing count shows that the first lives."""
-    path = tmp_path / "lock"
-    with lock._hold(path) as token:
-        assert lock._sees(path, token)
-        with pytest.raises(UserError, match=rf"in use by process {os.getpid()} on {socket.gethostname()}; wait"):
-            lock._hold(path).__enter__()
-    assert path.read_text() == ""
-
-    def other(beats: int) -> None:
-        path.write_text(json.dumps({"host": "far", "pid": 7, "token": "t", "beats": beats}))
-
-    other(3)
-    with pytest.raises(UserError, match="in use by process 7 on far"):
-        lock._hold(path, sleep=lambda _: other(5)).__enter__()
-    with lock._hold(path, sleep=lambda _: None):  # its count stands still: it is dead
-        assert json.loads(path.read_text())["pid"] == os.getpid()

@@ -16,6 +16,7 @@ from vit_scaling.data import mixing
 from vit_scaling.data.mixing import MixingConfig
 from vit_scaling.parallel import mesh as mesh_lib
 from vit_scaling.parallel import sharding
+from vit_scaling.training import loop
 from vit_scaling.training import step as step_lib
 from vit_scaling.training.step import Program, TrainState, build
 
@@ -179,12 +180,12 @@ def with_leaf(tree: Any, parts: tuple[str, ...], dtype: Any, value: float) -> An
     return filled
 
 
-def assert_left_out(program: Program, state: TrainState) -> None:
+def assert_left_out(program: Program, state: TrainState, gradient_is_finite: bool = True) -> None:
     """The loss of the next step is finite, and yet its update is left out and everything stays as it was."""
     before = jax.device_get(state)
     after, metrics = program.train_step(state, sharding.put_batch(BATCHES[0], sharding.batch_sharding(program.mesh)))
     assert np.isfinite(metrics["loss"])
-    assert np.isfinite(metrics["gradient_norm"])
+    assert np.isfinite(metrics["gradient_norm"]) == gradient_is_finite
     after = jax.device_get(after)
     for name in ("params", "opt_state", "ema", "statistics"):
         for a, b in zip(jax.tree.leaves(getattr(before, name)), jax.tree.leaves(getattr(after, name)), strict=True):
@@ -213,6 +214,52 @@ def test_parameters_that_overflow_leave_the_update_out() -> None:
         opt_state=with_leaf(state.opt_state, ("head", "bias"), jnp.bfloat16, -3.0e38),
     )
     assert_left_out(built, state)
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_update_out() -> None:
+    """Features of zero hide a head of 1e25 from the loss; the gradient behind it has a norm beyond float32.
+
+    Clipped to a norm of one it would be an update of zero, so that only the norm shows it.
+    """
+    built = program(plain())
+    state = built.init()
+    signs = jnp.where(jnp.arange(10) % 2, 1e25, -1e25)
+    state.params["head"]["kernel"] = jnp.broadcast_to(signs, state.params["head"]["kernel"].shape)
+    for leaf in ("scale", "bias"):
+        state.params["norm"][leaf] = jnp.zeros_like(state.params["norm"][leaf])
+    assert_left_out(built, state, gradient_is_finite=False)
+
+
+def test_each_step_draws_its_own_randomness() -> None:
+    """Of the same parameters and the same batch: drop path and mixup depend on the step."""
+    built = program(tiny.config(model=tiny.model(drop_path=0.5)))
+    batch = sharding.put_batch(BATCHES[0], sharding.batch_sharding(built.mesh))
+    lost = []
+    for step in (0, 0, 1, 2):
+        state = dataclasses.replace(built.init(), step=jnp.int32(step))
+        lost.append(float(built.train_step(state, batch)[1]["loss"]))
+    assert lost[0] == lost[1]
+    assert len(set(lost)) == 3
+
+
+def test_the_evaluation_loss_is_without_label_smoothing() -> None:
+    built = program(plain(loss=c.LossConfig(label_smoothing=0.3)))
+    params = built.init().params
+    params["head"]["kernel"] = jnp.ones_like(params["head"]["kernel"]).at[:, 0].set(-1.0)
+    batch = BATCHES[0] | {"mask": np.ones(16, bool)}
+    expected = optax.softmax_cross_entropy_with_integer_labels(
+        built.logits(params, {}, batch["image"]), jnp.asarray(batch["label"])
+    )
+    np.testing.assert_allclose(built.classify(params, {}, batch)["loss"], expected, rtol=1e-5)
+
+
+def test_evaluations_measure_the_average_under_its_own_name() -> None:
+    state = program(plain()).init()
+    measured = loop.measured(state)
+    assert measured.keys() == {"", "_ema"}
+    assert measured[""] is state.params
+    assert measured["_ema"] is state.ema
+    assert loop.measured(dataclasses.replace(state, ema=None)).keys() == {""}
 
 
 def test_a_loss_spike_is_left_out_and_counted() -> None:

@@ -116,8 +116,9 @@ def _check_port(address: str) -> None:
 
 
 @contextlib.contextmanager
-def _waiting(found: Mapping[str, Any]) -> Iterator[None]:
+def _waiting(found: Mapping[str, Any], arrived: threading.Event | None = None) -> Iterator[None]:
     """Prints every 30 s for whom this process waits, and ends it after START_SECONDS, before JAX would abort."""
+    arrived = threading.Event() if arrived is None else arrived
     count, number = found.get("num_processes", 0), found.get("process_id")
     if number is None:
         whom = "the other hosts of the slice"
@@ -125,7 +126,6 @@ def _waiting(found: Mapping[str, Any]) -> Iterator[None]:
         whom = f"the other {count - 1} of {count} processes to connect to {found.get('coordinator_address', 'it')}"
     else:
         whom = f"process 0 of {count} at {found.get('coordinator_address', 'an address that JAX finds')}"
-    arrived = threading.Event()
 
     def report() -> None:
         waited = 0.0

@@ -109,9 +109,9 @@ def _refuse_if_alive(path: Path, before: dict[str, Any], sleep: Callable[[float]
 
 
 @contextlib.contextmanager
-def _beating(beat: Callable[[int], None]) -> Iterator[None]:
-    """Calls `beat` with 1, 2, ... every HEARTBEAT_SECONDS, in a thread."""
-    stop = threading.Event()
+def _beating(beat: Callable[[int], None], stop: threading.Event | None = None) -> Iterator[None]:
+    """Calls `beat` with 1, 2, ... every HEARTBEAT_SECONDS, in a thread; `stop` ends it."""
+    stop = threading.Event() if stop is None else stop
 
     def loop() -> None:
         beats = 0

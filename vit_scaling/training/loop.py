@@ -6,6 +6,7 @@ Read `_train` from top to bottom: its order is the order of a run.
 import contextlib
 import dataclasses
 import errno
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,15 @@ def train(config: Config, workdir: Path, after_evaluation: AfterEvaluation | Non
     with StopRequest() as stop, telemetry.Clock() as clock, _full_disk_is_a_sentence(workdir):
         setup = _set_up(config, workdir)
         with locked(workdir), contextlib.ExitStack() as last:
-            return _train(setup, workdir, stop, clock, after_evaluation, last)
+            claim = functools.partial(workdirs.claim, workdir, setup.config, setup.sets, setup.source.class_names)
+            identity = processes.first(claim)
+            past = processes.first(lambda: workdirs.past(workdir, setup.total_steps))
+            if not past["finished"]:
+                workdirs.keep_compilations(workdir)
+                processes.say(workdirs.describe(setup.config, setup.program, setup.source))
+                return _train(setup, workdir, identity, past, stop, clock, after_evaluation, last)
+            processes.say(f"{workdir} holds this run, finished; delete it or name another --workdir to run it again")
+            return processes.first(lambda: workdirs.read_result(workdir))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,20 +123,14 @@ def _set_up(config: Config, workdir: Path) -> _Setup:
 def _train(
     setup: _Setup,
     workdir: Path,
+    identity: str,
+    past: dict[str, Any],
     stop: StopRequest,
     clock: telemetry.Clock,
     after_evaluation: AfterEvaluation | None,
     last: contextlib.ExitStack,
 ) -> dict[str, Any]:
     config, source, program, total_steps = setup.config, setup.source, setup.program, setup.total_steps
-    identity = processes.first(lambda: workdirs.claim(workdir, config, setup.sets, source.class_names))
-    past = processes.first(lambda: workdirs.past(workdir, total_steps))
-    if past["finished"]:
-        processes.say(f"{workdir} holds this run, finished; delete it or name another --workdir to run it again")
-        return processes.first(lambda: workdirs.read_result(workdir))
-    workdirs.keep_compilations(workdir)
-    processes.say(workdirs.describe(config, program, source))
-
     # ---- The state, where this run or its trunk left it, or a new one; then what follows from its step.
     state, resumed, origin = _first_state(setup, workdir, identity, past, clock)
     step = int(jax.device_get(state.step))
@@ -151,38 +154,7 @@ def _train(
     on_devices = loader.to_device(batches, on, ahead=1)
     log = StepLog(config, workdir, source.num_classes, writer, progress, clock, step)
     watchdog, profiler = Watchdog(config.log.watchdog), Profiler(config.log, workdir)
-    values: dict[str, float] | None = None  # of the newest evaluation; before the first, evaluations may compile
-
-    def before_batch() -> None:
-        watchdog.beat(compiles=values is None)
-        if stop.asked():
-            raise Stopped
-
-    def evaluate(step: int, state: TrainState) -> bool:
-        """Returns False if the run was asked to stop meanwhile."""
-        nonlocal values
-        progress.doing("evaluating")
-        try:
-            with clock.book("evaluation"):
-                measured_now = setup.suite.measure(
-                    measured(state), state.statistics, final=step == total_steps, before_batch=before_batch
-                )
-        except Stopped:
-            return False  # the next start measures again
-        values = measured_now
-        read = {f"data/{event}": float(count) for event, count in batches.counts.items() if count}
-        writer.write_scalars(step, values | read)
-        writer.flush()
-        for line in scores.lines(values, setup.suite.counts):
-            progress.say(f"step {step:,}: {line}")
-        if step > 0:
-            best.offer(step, state, values)
-        return True
-
-    def report(step: int) -> None:
-        if after_evaluation is not None:
-            with clock.book("report"):
-                after_evaluation(step, setup.suite, config, program)
+    evaluate = _Evaluator(setup, after_evaluation, stop, clock, writer, progress, watchdog, best, batches)
 
     # ---- Steps. Do not reorder: step n + 1 is dispatched before the metrics of step n are read, and rows are written
     # before the checkpoint that makes them part of the run's past.
@@ -192,7 +164,7 @@ def _train(
         exits.enter_context(jax.transfer_guard("disallow"))
         due = (setup.measures_at(step) and step not in past["measured"]) if resumed else step == 0
         if due and evaluate(step, state):  # the first, or one that was interrupted
-            report(step)
+            evaluate.report(step)
         progress.doing("training")
         clock.book_rest("start")
         workdirs.note_clock(workdir, step, clock)
@@ -215,7 +187,7 @@ def _train(
                 with clock.book("checkpoint"):
                     checkpoints.save(step, state, {"seconds": clock.seconds, "run": identity})
             if evaluated_here:
-                report(step)
+                evaluate.report(step)
             progress.doing("training")
     if batches.summary:
         processes.say(f"images read for training: {batches.summary}")
@@ -225,10 +197,57 @@ def _train(
         processes.say(f"stopped at step {step}; the same command continues from there")
         return {"interrupted": step}
     # ---- The result speaks of the last checkpoint, so it is written after it.
-    processes.first(lambda: workdirs.finish(workdir, config, source, setup.suite, values, clock))
+    processes.first(lambda: workdirs.finish(workdir, config, source, setup.suite, evaluate.values, clock))
     result = processes.first(lambda: workdirs.read_result(workdir))
     writer.finish(result)
     return result
+
+
+@dataclasses.dataclass
+class _Evaluator:
+    """Measures a state, tells writers and terminal, and keeps the best checkpoint."""
+
+    setup: _Setup
+    after: AfterEvaluation | None
+    stop: StopRequest
+    clock: telemetry.Clock
+    writer: telemetry.Writers
+    progress: telemetry.Progress
+    watchdog: Watchdog
+    best: checkpoint.Best
+    batches: Any  # of training, with the counts of events while images were read
+    values: dict[str, float] | None = None  # of the newest evaluation; before the first, evaluations may compile
+
+    def __call__(self, step: int, state: TrainState) -> bool:
+        """Returns False if the run was asked to stop meanwhile."""
+        self.progress.doing("evaluating")
+        suite, is_last = self.setup.suite, step == self.setup.total_steps
+        try:
+            with self.clock.book("evaluation"):
+                values = suite.measure(
+                    measured(state), state.statistics, final=is_last, before_batch=self._before_batch
+                )
+        except Stopped:
+            return False  # the next start measures again
+        self.values = values
+        read = {f"data/{event}": float(count) for event, count in self.batches.counts.items() if count}
+        self.writer.write_scalars(step, values | read)
+        self.writer.flush()
+        for line in scores.lines(values, suite.counts):
+            self.progress.say(f"step {step:,}: {line}")
+        if step > 0:
+            self.best.offer(step, state, values)
+        return True
+
+    def report(self, step: int) -> None:
+        if self.after is not None:
+            with self.clock.book("report"):
+                self.after(step, self.setup.suite, self.setup.config, self.setup.program)
+
+    def _before_batch(self) -> None:
+        self.watchdog.beat(compiles=self.values is None)
+        if self.stop.asked():
+            raise Stopped
 
 
 def _first_state(

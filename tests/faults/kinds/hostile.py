@@ -3,8 +3,10 @@
 Each file is read in a fork with 1 GiB of memory above the idle process and a limit of time.
 """
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import random
 import resource
@@ -26,6 +28,7 @@ from tests.faults.starts import Ended
 
 KINDS: dict[str, Kind] = {}
 SECONDS = 120  # of CPU in which a file must be read or refused
+HOLDS = "holds: "  # begins the line with the digests of the images that were read
 
 
 # ---- in the fork
@@ -40,35 +43,60 @@ def read(reader: str, path: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30),) * 2)
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     try:
-        READERS[reader](Path(path))
+        print(f"{HOLDS}{READERS[reader](Path(path))}", file=sys.stderr)
     except (UserError, CorruptImageError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if "\n" not in str(error) else 3)
 
 
-def read_image(path: Path) -> None:
+def read_image(path: Path) -> str:
     from vit_scaling.data.images import codec
 
     image = codec.decode(path.read_bytes())
     assert image.dtype == np.uint8, image.dtype
     assert image.ndim == 3, image.shape
+    return hashlib.sha256(image.tobytes()).hexdigest()
 
 
-def read_set(path: Path) -> None:
+def read_set(path: Path) -> str:
+    """Returns a digest of the images; those that are corrupt are left out."""
     from vit_scaling.data import sources
+    from vit_scaling.data.images.header import CorruptImageError
 
     source = sources.open_source(sources.parse(str(path)))
+    found = set()
     for index in range(len(source)):
-        source[index]
+        with contextlib.suppress(CorruptImageError):
+            found.add(hashlib.sha256(source[index]["image"].tobytes()).hexdigest())
+    return " ".join(sorted(found))
 
 
-def read_weights(path: Path) -> None:
+def read_weights(path: Path) -> str:
     from vit_scaling import interop
 
     interop.read(path)
+    return ""
 
 
-READERS: dict[str, Callable[[Path], None]] = {"image": read_image, "set": read_set, "weights": read_weights}
+def read_run(path: Path) -> str:
+    from vit_scaling.training import initial
+
+    initial.read(path)
+    return ""
+
+
+def read_bytes(path: Path) -> str:
+    """Takes as many bytes as the path says; tests try the limit with it."""
+    return f"{len(bytearray(int(path.name)))}"
+
+
+READERS: dict[str, Callable[[Path], str]] = {
+    "image": read_image,
+    "set": read_set,
+    "weights": read_weights,
+    "run": read_run,
+    "bytes": read_bytes,
+}
 
 
 # ---- what is read
@@ -177,13 +205,24 @@ def parser(label: str, reader: str, make: Callable[..., tuple[Path, str]]) -> No
 
     def fault(lab: Lab, draw: random.Random) -> Verdict:
         path, detail = make(lab, draw, lab.new())
+        whole = str(path if reader == "image" else path.parent)
+        # PNG has checksums: what is read from one that was damaged must be what was written.
+        right = holds(lab.forks.start(read, reader, whole).wait(300)) if detail in ("PNG", "tar") else None
         how = draw.choice(("as made", "truncated", "emptied", "one bit flipped", "one bit flipped", "one bit flipped"))
         how = how if how == "as made" else damage(path, how, draw)
-        read_from = path if reader == "image" else path.parent
-        ended = lab.forks.start(read, reader, str(read_from)).wait(300)
-        return verdict_of(ended, label, f"{detail}, {path.name} {how}")
+        ended = lab.forks.start(read, reader, whole).wait(300)
+        verdict = verdict_of(ended, label, f"{detail}, {path.name} {how}")
+        if verdict.answer == "equal" and right is not None and not holds(ended) <= right:
+            return Verdict(label, verdict.detail, "lost", "other pixels than were written were read")
+        return verdict
 
     KINDS[label] = fault
+
+
+def holds(ended: Ended) -> set[str]:
+    """Returns the digests of the images that a fork has read."""
+    lines = [line for line in ended.error.splitlines() if line.startswith(HOLDS)]
+    return set(lines[-1].removeprefix(HOLDS).split()) if lines else set()
 
 
 def verdict_of(ended: Ended, label: str, detail: str) -> Verdict:

@@ -16,9 +16,9 @@ KINDS: dict[str, Kind] = {}
 
 
 def poisoned(lab: Lab, draw: random.Random) -> Verdict:
-    """The loss or the gradients of one step are not finite: that update is left out, also in a run that is killed."""
-    label, at = "loss or gradient not finite", draw.randrange(STEPS)
-    inside = Inside(poison=(draw.choice(("loss", "grad")), draw.choice((float("nan"), float("inf"))), at))
+    """An image, the loss or the gradients of one step are not finite: that update is left out, also in a killed run."""
+    label, at = "image, loss or gradient not finite", draw.randrange(STEPS)
+    inside = Inside(poison=(draw.choice(("image", "loss", "grad")), draw.choice((float("nan"), float("inf"))), at))
     detail = f"{inside.poison}"
     if at not in lab.references:  # whatever is not finite, what remains is the same run without that update
         reference = lab.folder / f"poisoned{at}"
@@ -47,7 +47,7 @@ def poisoned(lab: Lab, draw: random.Random) -> Verdict:
     return verdict
 
 
-KINDS["loss or gradient not finite"] = poisoned
+KINDS["image, loss or gradient not finite"] = poisoned
 
 OVERFLOWS = (
     ("optim.lr=1e30",),
