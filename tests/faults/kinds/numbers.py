@@ -17,7 +17,7 @@ KINDS: dict[str, Kind] = {}
 
 def poisoned(lab: Lab, draw: random.Random) -> Verdict:
     """An image, the loss or the gradients of one step are not finite: that update is left out, also in a killed run."""
-    label, at = "image, loss or gradient not finite", draw.randrange(STEPS)
+    label, at = "NaN or infinity in a step", draw.randrange(STEPS)
     inside = Inside(poison=(draw.choice(("image", "loss", "grad")), draw.choice((float("nan"), float("inf"))), at))
     detail = f"{inside.poison}"
     if at not in lab.references:  # whatever is not finite, what remains is the same run without that update
@@ -47,7 +47,7 @@ def poisoned(lab: Lab, draw: random.Random) -> Verdict:
     return verdict
 
 
-KINDS["image, loss or gradient not finite"] = poisoned
+KINDS["NaN or infinity in a step"] = poisoned
 
 OVERFLOWS = (
     ("optim.lr=1e30",),

@@ -75,7 +75,7 @@ def end_by(label: str, *signals: int, several: bool = False, alone: bool = False
 
 
 end_by("kill -9", signal.SIGKILL)
-end_by("kill -9, several in a row", signal.SIGKILL, several=True)
+end_by("kill -9 several times", signal.SIGKILL, several=True)
 end_by("SIGTERM", signal.SIGTERM)
 end_by("SIGINT", signal.SIGINT)
 end_by("SIGTERM twice", signal.SIGTERM, signal.SIGTERM)
