@@ -34,12 +34,11 @@ if _is_program():  # before the slow imports below and in the commands
     signal.signal(signal.SIGINT, _interrupted)
 
 import dataclasses
-import errno
 import re
 import runpy
 import textwrap
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from absl import flags
@@ -318,19 +317,8 @@ def _fault_of_the_machine(error: BaseException) -> str | None:
     """Returns the sentence for a fault that a restart may cure; None for a bug, which keeps its traceback."""
     if isinstance(error, TransientError):
         return str(error)
-    for cause in _chain(error):
-        number = cause.errno if isinstance(cause, OSError) else None
-        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(cause):
-            where = getattr(cause, "filename", None)
-            return f"the disk is full{f': {where} cannot be written' if where else ''}; free space and start again"
-    return None
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields an error and those that led to it."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+    fault = paths.fault_of_disk(error)
+    return None if fault is None else f"a disk is full or fails: {fault}"
 
 
 def _exit(code: int) -> NoReturn:

@@ -4,6 +4,7 @@
 """
 
 import atexit
+import errno
 import functools
 import importlib.util
 import os
@@ -180,3 +181,24 @@ def remove_folder(path: Path) -> None:
             path.rmtree()  # type: ignore[attr-defined]
     else:
         shutil.rmtree(path, ignore_errors=True)
+
+
+_DISK = {
+    getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EIO", "EROFS", "EFBIG", "ESTALE", "ENODEV", "ETIMEDOUT")
+}
+
+
+def fault_of_disk(error: BaseException) -> str | None:
+    """Returns what a disk or file system that failed says, such as "No space left on device"; None for other errors.
+
+    Errors that led to this one are looked at too. Libraries tell them as text.
+    """
+    each: BaseException | None = error
+    while each is not None:
+        if isinstance(each, OSError) and each.errno is not None and each.errno in _DISK:
+            return os.strerror(each.errno) + (f": {each.filename}" if each.filename else "")
+        for number in _DISK:
+            if f"os_error_code='{number}'" in str(each) or f"[Errno {number}]" in str(each):
+                return os.strerror(number)
+        each = each.__cause__ or each.__context__
+    return None

@@ -167,9 +167,10 @@ class Batches:
             if self._workers is None:
                 raise
             dead = [row for row in self._status.reading() if not _alive(row.pid)]
-            if not dead:
+            if not dead and "terminated unexpectedly" not in str(error):
                 raise
-            raise TransientError(f"a worker process died while it read {self._names(dead)}: {error}") from None
+            what = f" while it read {self._names(dead)}" if dead else ""
+            raise TransientError(f"a worker process died{what}: {str(error).splitlines()[0]}") from None
         finally:
             if self._threads.ended:
                 self.close()

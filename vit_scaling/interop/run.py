@@ -26,6 +26,7 @@ from vit_scaling import UserError, paths
 
 STATE, RECORD = "state", "record"
 MARKER = "commit_success.txt"
+_MAX_JSON = 1 << 26  # bytes
 _CHUNK = 1 << 14  # elements that the NumPy digest hashes at a time: few enough for the caches
 # Odd multipliers of two independent mixes (the constants of MurmurHash3 and xxHash).
 _MIXES = ((0x9E3779B1, 0x85EBCA6B), (0xC2B2AE35, 0x27D4EB2F))
@@ -94,10 +95,11 @@ def read_config(workdir: Path) -> dict[str, Any]:
     """
     path = workdir / "config.json"
     try:
-        record = json.loads(path.read_text())
+        with path.open("rb") as file:
+            record = json.loads(file.read(_MAX_JSON))  # of a larger file, which is none, the beginning
         if isinstance(record["config"], dict):
             return record
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise UserError(f"{path} is damaged: it is not the JSON of a run's config; restore it from a copy")
 

@@ -71,6 +71,8 @@ class Reporter:
     def _safely(self, action: Any) -> None:
         try:
             action()
+        except OSError as error:
+            logging.error("the report of %s could not be written (%s); the run goes on", self._workdir, error)
         except Exception:
             logging.exception("the report of %s could not be written; the run goes on", self._workdir)
 

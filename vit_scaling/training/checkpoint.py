@@ -8,7 +8,9 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -117,6 +119,26 @@ def _refuse_other_model(checkpoint: Path, stored: dict[str, Any], wanted: dict[s
         raise UserError(f"{checkpoint} belongs to another model or optimizer: {'; '.join(differing[:5])}{more}")
 
 
+@functools.cache
+def _one_line_of_each_failure() -> None:
+    """Shortens what Orbax and TensorStore print of a save that failed: hundreds of lines, and then they raise it."""
+    unraisable = sys.unraisablehook
+
+    def shorten(record: logging.LogRecord) -> bool:
+        if "orbax" in record.pathname and record.levelno >= logging.ERROR:
+            record.msg, record.args = (record.getMessage().splitlines() or [""])[0][:300], ()
+            record.exc_info = record.exc_text = None
+        return True
+
+    def leave_out(found: Any) -> None:
+        # TensorStore answers for the arrays that Orbax gave up when the first one failed.
+        if str(found.exc_value) != "Event loop is closed":
+            unraisable(found)
+
+    logging.getLogger("absl").addFilter(shorten)
+    sys.unraisablehook = leave_out
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -127,6 +149,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, *, keep: int, permanent: int):
+        _one_line_of_each_failure()
         self.directory = paths.absolute(directory)
         processes.first(self._set_unfinished_aside)
         options = ocp.CheckpointManagerOptions(

@@ -7,13 +7,14 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from vit_scaling import TransientError, paths
+from vit_scaling import TransientError, UserError, paths
 from vit_scaling import config as config_lib
 from vit_scaling.config import Config, resolve
 from vit_scaling.data import loader
@@ -52,7 +53,7 @@ def train(config: Config, workdir: Path, after_evaluation: AfterEvaluation | Non
         UserError: the config cannot work, the workdir belongs to another one, or the processes differ, and nothing was
             written; or the updates stayed non-finite for log.stop_after_skipped steps in a row.
     """
-    with StopRequest() as stop, telemetry.Clock() as clock, _full_disk_is_a_sentence(workdir):
+    with StopRequest() as stop, telemetry.Clock() as clock, _fault_of_disk_is_a_sentence(workdir):
         setup = _set_up(config, workdir)
         with locked(workdir), contextlib.ExitStack() as last:
             claim = functools.partial(workdirs.claim, workdir, setup.config, setup.sets, setup.source.class_names)
@@ -268,23 +269,23 @@ def _first_state(
 
 
 @contextlib.contextmanager
-def _full_disk_is_a_sentence(workdir: Path) -> Iterator[None]:
-    """Raises TransientError where anything inside failed because the disk is full."""
+def _fault_of_disk_is_a_sentence(workdir: Path) -> Iterator[None]:
+    """Raises TransientError where anything inside failed because the disk is full or fails."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not _is_full(cause):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
+        if (fault := paths.fault_of_disk(error)) is None:
             raise
-        intact = run.steps(workdir / "checkpoints")
-        rest = f"checkpoint {intact[-1]} is intact" if intact else "there is no checkpoint yet"
-        raise TransientError(f"the disk of {workdir} is full; {rest}") from error
-
-
-def _is_full(error: BaseException) -> bool:
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+        try:
+            intact = run.steps(workdir / "checkpoints")
+            rest = f"checkpoint {intact[-1]} is intact" if intact else "there is no checkpoint yet"
+        except OSError:
+            rest = "its checkpoints cannot be listed"
+        is_full = fault.startswith((os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)))
+        what = f"the disk of {workdir} is full" if is_full else f"a file cannot be read or written ({fault})"
+        raise TransientError(f"{what}; {rest}") from error
 
 
 def measured(state: TrainState) -> dict[str, Any]:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO, runtime_checkable
 
 import jax
-import tensorboardX
 from absl import logging
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from vit_scaling import paths
@@ -64,18 +66,27 @@ class JsonlWriter:
 
 
 class TensorBoardWriter:
-    """TensorBoard event files, written without TensorFlow; for a bucket here, and uploaded whole by `flush`."""
+    """TensorBoard event files, written without TensorFlow; for a bucket here, and uploaded whole by `flush`.
+
+    They are written in the caller's thread, so that a full disk is the run's error and not that of a thread.
+    """
 
     def __init__(self, directory: Path, resume_step: int | None):
-        purge_step = 0 if resume_step is None else resume_step + 1
         self._target = directory if paths.in_bucket(directory) else None
         self._temporary = None if self._target is None else tempfile.TemporaryDirectory(prefix="vit_scaling-")
         self._folder = directory if self._temporary is None else Path(self._temporary.name)
-        self._writer = tensorboardX.SummaryWriter(str(self._folder), purge_step=purge_step)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(self._folder / "events"))
+        # TensorBoard hides what earlier starts wrote from here on.
+        start = 0 if resume_step is None else resume_step + 1
+        self._write(step=start, session_log=SessionLog(status=SessionLog.START))
+
+    def _write(self, **fields: Any) -> None:
+        self._writer.write_event(Event(wall_time=time.time(), **fields))
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
+            self._write(step=step, summary=scalar(name, value))
 
     def flush(self) -> None:
         self._writer.flush()

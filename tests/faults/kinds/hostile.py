@@ -39,8 +39,10 @@ def read(reader: str, path: str) -> None:
     from vit_scaling import UserError
     from vit_scaling.data.images.header import CorruptImageError
 
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30),) * 2)
+    # Memory of its own: files that are mapped to be read are not counted.
+    status = Path("/proc/self/status").read_text()
+    used = 1024 * int(next(line for line in status.splitlines() if line.startswith("VmData:")).split()[1])
+    resource.setrlimit(resource.RLIMIT_DATA, (used + (1 << 30),) * 2)
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     try:
         print(f"{HOLDS}{READERS[reader](Path(path))}", file=sys.stderr)
@@ -61,13 +63,16 @@ def read_image(path: Path) -> str:
 def read_set(path: Path) -> str:
     """Returns a digest of the images; those that are corrupt are left out."""
     from vit_scaling.data import sources
+    from vit_scaling.data.images import codec
     from vit_scaling.data.images.header import CorruptImageError
 
     source = sources.open_source(sources.parse(str(path)))
     found = set()
     for index in range(len(source)):
         with contextlib.suppress(CorruptImageError):
-            found.add(hashlib.sha256(source[index]["image"].tobytes()).hexdigest())
+            image = source[index]["image"]
+            pixels = codec.decode(image) if isinstance(image, bytes) else image
+            found.add(hashlib.sha256(pixels.tobytes()).hexdigest())
     return " ".join(sorted(found))
 
 
@@ -262,7 +267,7 @@ def class_names(lab: Lab, draw: random.Random) -> Verdict:
             (folder / split / name).mkdir(parents=True)
             for number in range(count):
                 (folder / split / name / f"{number}.png").write_bytes(picture(draw, "PNG"))
-    flags = []
+    flags = ["--config.data.transform.crop=resize", "--config.data.eval_transform.crop=resize"]
     for field, split in (("data.train", "train"), ("evaluation.validation", "validation")):
         flags += [f"--config.{field}.kind=folder", f"--config.{field}.name={folder}", f"--config.{field}.split={split}"]
     ended = lab.start(workdir, *flags).wait()
