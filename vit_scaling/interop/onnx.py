@@ -53,6 +53,8 @@ class _Message(NamedTuple):
         while at < self.end:
             tag, at = self._varint(at)
             kind = tag & 7
+            if tag >> 3 == 0:
+                raise _DamagedError("a field without a number")
             if kind == 0:
                 value, at = self._varint(at)
                 yield tag >> 3, value
