@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -189,16 +190,27 @@ _DISK = {
 
 
 def fault_of_disk(error: BaseException) -> str | None:
-    """Returns what a disk or file system that failed says, such as "No space left on device"; None for other errors.
-
-    Errors that led to this one are looked at too. Libraries tell them as text.
-    """
-    each: BaseException | None = error
-    while each is not None:
-        if isinstance(each, OSError) and each.errno is not None and each.errno in _DISK:
-            return os.strerror(each.errno) + (f": {each.filename}" if each.filename else "")
-        for number in _DISK:
-            if f"os_error_code='{number}'" in str(each) or f"[Errno {number}]" in str(each):
-                return os.strerror(number)
-        each = each.__cause__ or each.__context__
+    """Returns what a disk or file system that failed says, such as "No space left on device"; None for other errors."""
+    for each in _causes(error):
+        for number in _DISK & _numbers(each):
+            name = getattr(each, "filename", None)
+            return os.strerror(number) + (f": {name}" if name else "")
     return None
+
+
+def is_missing_file(error: BaseException) -> bool:
+    """Whether an error comes from a file or folder that is not there."""
+    return any(errno.ENOENT in _numbers(each) for each in _causes(error))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error and those that led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _numbers(error: BaseException) -> set[int]:
+    """Returns the operating system's numbers of an error; libraries tell them as text."""
+    own = {error.errno} if isinstance(error, OSError) and error.errno is not None else set()
+    return own | {int(number) for number in re.findall(r"(?:os_error_code='|\[Errno )(\d+)", str(error))}

@@ -1,5 +1,6 @@
 """A short part of the campaign: one fault of each of a few kinds, drawn with a fixed seed, and none is lost."""
 
+import errno
 import json
 import random
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from tests.faults import campaign, kinds, starts
 
-SHORT = ("kill -9", "newest checkpoint damaged", "no space left (ENOSPC)")
+SHORT = ("kill -9", "newest checkpoint damaged")
 CHEAP = ("hostile image", "hostile tar", "hostile IDX", "hostile table", "hostile override")
 
 
@@ -22,6 +23,27 @@ def test_nothing_is_lost(lab: campaign.Lab, kind: str) -> None:
     for number in range(3 if kind in CHEAP else 1):
         verdict = kinds.KINDS[kind](lab, random.Random(f"suite {kind} {number}"))
         assert verdict.answer in ("equal", "refused"), verdict
+
+
+def test_a_full_disk_is_one_sentence_that_names_the_intact_checkpoint(lab: campaign.Lab) -> None:
+    """Code 1, so that launchers start again; and once there is space, the run ends as if nothing had happened."""
+    workdir = lab.half()
+    before = campaign.complete(workdir)
+    ended = lab.start(workdir, inside=starts.Inside(files=(starts.WRITES, errno.ENOSPC, 30, 10**9))).wait()
+    assert ended.code == 1
+    said = [line for line in ended.error.splitlines() if line.startswith("error: ")]
+    assert said == [f"error: the disk of {workdir} is full; checkpoint {lab.newest} is intact"]
+    assert "Traceback" not in ended.error
+    verdict = campaign.judge(lab, workdir, "", "", first=ended, before=before)
+    assert verdict.answer == "refused", verdict
+
+
+def test_a_clock_that_jumps_changes_nothing(lab: campaign.Lab) -> None:
+    """By a year, some readings after the start."""
+    workdir = lab.new()
+    ended = lab.start(workdir, inside=starts.Inside(clock=(365 * 86400.0, 200))).wait()
+    assert ended.code == 0, ended.error
+    assert campaign.compare(lab, workdir, "", "").answer == "equal"
 
 
 def test_a_difference_is_seen(lab: campaign.Lab) -> None:

@@ -401,6 +401,30 @@ def test_the_result_comes_after_its_checkpoint(tmp_path: Path, monkeypatch: pyte
     assert not (tmp_path / "run" / "result.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(errno.EDQUOT, "x"), "the disk of RUN is full; there is no checkpoint yet"),
+        (ValueError("Error writing: [os_error_code='28']"), "the disk of RUN is full; there is no checkpoint yet"),
+        (OSError(errno.EROFS, "x", "a"), "a file cannot be read or written (Read-only file system: a); there is no c"),
+        (ValueError("UNKNOWN: [os_error_code='5']"), "a file cannot be read or written (Input/output error); there is"),
+        (FileNotFoundError(errno.ENOENT, "x", "a"), "RUN is gone: it was renamed or deleted while the run went on"),
+        (ValueError("a bug"), None),
+        (UserError("a mistake"), None),
+    ],
+)
+def test_a_disk_that_fails_is_one_sentence_and_a_bug_keeps_its_traceback(
+    error: Exception, sentence: str | None, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    last = error if sentence is None else RuntimeError("handle is closed")
+    last.__cause__ = None if last is error else error
+    expected = type(error) if sentence is None else TransientError
+    with pytest.raises(expected) as caught, loop._fault_of_disk_is_a_sentence(run):
+        raise last
+    assert caught.value is error or str(caught.value).startswith((sentence or "?").replace("RUN", str(run)))
+
+
 def test_a_claim_that_was_killed_is_made_again_and_the_first_start_is_kept(tmp_path: Path) -> None:
     config = c.resolve(tiny.config(), 100)
     workdir = tmp_path / "run"

@@ -270,12 +270,14 @@ def _first_state(
 
 @contextlib.contextmanager
 def _fault_of_disk_is_a_sentence(workdir: Path) -> Iterator[None]:
-    """Raises TransientError where anything inside failed because the disk is full or fails."""
+    """Raises TransientError where anything inside failed because the disk is full or fails, or the workdir is gone."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
+        if paths.is_missing_file(error) and not paths.in_bucket(workdir) and not workdir.exists():
+            raise TransientError(f"{workdir} is gone: it was renamed or deleted while the run went on") from error
         if (fault := paths.fault_of_disk(error)) is None:
             raise
         try:
