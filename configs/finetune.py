@@ -37,15 +37,15 @@ Run by us: digits, see docs/finetuning.md; the rest `smoke` only.
 
 import dataclasses
 
-from vit_scaling import UserError, paths
+from vit_scaling import UserError, interop
 from vit_scaling import config as c
 from vit_scaling.data import own
 from vit_scaling.data.config import DataConfig
 from vit_scaling.data.images.transforms import TransformConfig
 from vit_scaling.data.mixing import MixingConfig
 from vit_scaling.data.sources import SourceConfig
+from vit_scaling.interop import hub
 from vit_scaling.models import ModelConfig, vit
-from vit_scaling.training import initial
 
 # Source, training split, held-out part of it, test split, steps and warmup (big_vision's transfer recipe).
 DATA = {
@@ -143,11 +143,11 @@ def _data(name: str) -> _Data:
 
 def _model(name: str) -> tuple[str | None, ModelConfig, tuple[int, int] | None]:
     """Returns (weights, model, image size) of what lies there; else (None, a ViT of that size, None)."""
-    if not paths.place(name).exists():
+    if not hub.place(name).exists():
         try:
             return None, vit.variant(name), None
         except UserError as error:
             raise UserError(f"there is no file or folder {name}, and as a ViT size: {error}") from None
-    model, size, _ = initial.describe(name)
+    model, size, _ = interop.describe(name)
     model.drop_path = 0.0  # type: ignore[union-attr]
     return name, model, size

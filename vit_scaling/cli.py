@@ -55,14 +55,17 @@ PROCESS_FLAGS = ("coordinator", "num_processes", "process_id")
 
 
 class PathParser(flags.ArgumentParser[str]):
-    """Reads a path: `flags.DEFINE(cli.PathParser(), NAME, None, HELP)`. Only with `bucket` may it be in a bucket."""
+    """Reads a path: `flags.DEFINE(cli.PathParser(), NAME, None, HELP)`.
 
-    def __init__(self, bucket: bool = False):
+    Only with `bucket` may it be in a bucket, only with `hub` on the Hugging Face Hub.
+    """
+
+    def __init__(self, bucket: bool = False, hub: bool = False):
         super().__init__()
-        self._bucket = bucket
+        self._bucket, self._hub = bucket, hub
 
     def parse(self, argument: str) -> str:
-        return paths.expand(argument, bucket=self._bucket)
+        return paths.expand(argument, bucket=self._bucket, hub=self._hub)
 
 
 def define_config(required: bool = True) -> Any:

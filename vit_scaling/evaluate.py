@@ -28,10 +28,10 @@ from typing import Any
 
 from absl import flags
 
-from vit_scaling import UserError, cli, paths
+from vit_scaling import UserError, cli
 
 _WEIGHTS = flags.DEFINE(
-    cli.PathParser(bucket=True), "weights", None, "Run, checkpoint, weight file or folder.", required=True
+    cli.PathParser(bucket=True, hub=True), "weights", None, "Run, checkpoint, weight file or folder.", required=True
 )
 _OUTPUT = flags.DEFINE(
     cli.PathParser(), "output", None, "Folder for evaluation.json and evaluation.png.", required=True
@@ -59,14 +59,14 @@ def main(argv: Sequence[str]) -> None:
     from vit_scaling.data.sources import classes, listing, open_source
     from vit_scaling.evaluation import figure, predict, scores
     from vit_scaling.evaluation import model as measure
-    from vit_scaling.interop import Target
+    from vit_scaling.interop import Target, hub
     from vit_scaling.parallel.mesh import MeshConfig
     from vit_scaling.training import initial, workdir
 
     class_map = classes.parse_class_map(_CLASS_MAP.value)
     size = None if _IMAGE_SIZE.value is None else config_lib.image_size("--image_size", _IMAGE_SIZE.value)
     weights = initial.read(_WEIGHTS.value, Target(image_size=size), ema=_EMA.value)
-    found = initial.find_checkpoint(paths.place(_WEIGHTS.value))
+    found = initial.find_checkpoint(hub.place(_WEIGHTS.value))
     run = None if found is None else initial.record_of(found)["config"]
     if not weights.num_classes and _FEWSHOT.value is None:
         raise UserError(
@@ -75,12 +75,15 @@ def main(argv: Sequence[str]) -> None:
     source = _source(run)
     transform = predict.eval_transform(weights, run, crop=_CROP.value, resize_to=_RESIZE_TO.value)
     data = DataConfig(workers=_WORKERS.value, on_corrupt=_ON_CORRUPT.value)
-    loss = "softmax" if run is None else run["loss"]["kind"]
     names = initial.class_names(_WEIGHTS.value, weights)
     matched = classes.match(open_source(source), names, weights.num_classes, class_map) if weights.num_classes else None
     model = measure.freeze(weights, MeshConfig())
 
-    report = measure.on_set(model, matched, transform, data, _BATCH_SIZE.value, loss) if matched is not None else None
+    report = (
+        measure.on_set(model, matched, transform, data, _BATCH_SIZE.value, weights.loss)
+        if matched is not None
+        else None
+    )
     numbers = {} if report is None else dict(report.numbers)
     if _FEWSHOT.value is not None:
         shots = tuple(int(shot) for shot in _SHOTS.value)

@@ -21,7 +21,7 @@ from absl import flags
 from vit_scaling import UserError, cli, paths
 
 _WEIGHTS = flags.DEFINE(
-    cli.PathParser(bucket=True), "weights", None, "Run, checkpoint, weight file or folder to look inside."
+    cli.PathParser(bucket=True, hub=True), "weights", None, "Run, checkpoint, weight file or folder to look inside."
 )
 _IMAGES = flags.DEFINE_string(
     "images", None, "Folder of images, builtin, or KIND:NAME:SPLIT such as builtin:mnist:test."

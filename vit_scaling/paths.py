@@ -17,16 +17,16 @@ from typing import Any
 
 from vit_scaling import UserError
 
-BUCKET = "gs://"
+BUCKET, HUB = "gs://", "hf://"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})")
 
 
-def expand(text: str | os.PathLike[str], *, bucket: bool = False) -> str:
+def expand(text: str | os.PathLike[str], *, bucket: bool = False, hub: bool = False) -> str:
     """Returns a path with `~`, `~USER`, $NAME and ${NAME} replaced by what they stand for.
 
     Args:
-        text: a local path or, where `bucket` allows it, gs://BUCKET/PATH.
+        text: a local path or, where `bucket` and `hub` allow it, gs://BUCKET/PATH or hf://OWNER/NAME[@REVISION].
 
     Raises:
         UserError: the path is empty, its user or variable is not known, or it is of a kind that does not work here.
@@ -46,6 +46,12 @@ def expand(text: str | os.PathLike[str], *, bucket: bool = False) -> str:
         raise UserError(f"the path {given!r} names the home of a user who is not known on this machine")
     if (found := _SCHEME.match(path)) is None:
         return path
+    if path.startswith(HUB) and hub:
+        if not re.fullmatch(r"hf://[\w.-]+/[\w.-]+(@[\w./-]+)?", path):
+            raise UserError(
+                f"the path {given!r} names no repository; write hf://OWNER/NAME or hf://OWNER/NAME@REVISION"
+            )
+        return path
     if not path.startswith(BUCKET):
         near = "write gs://BUCKET/PATH, with two slashes" if found[1] == "gs" else _WHERE
         raise UserError(f"the path {given!r} is of a kind ({found[1]}:) that is not supported; {near}")
@@ -59,7 +65,9 @@ def expand(text: str | os.PathLike[str], *, bucket: bool = False) -> str:
     return path
 
 
-_WHERE = "give a local path or, for runs and their checkpoints, gs://BUCKET/PATH"
+_WHERE = (
+    "give a local path or, for runs and their checkpoints, gs://BUCKET/PATH or, for weights to read, hf://OWNER/NAME"
+)
 
 
 def local(text: str | os.PathLike[str]) -> Path:

@@ -31,7 +31,7 @@ from absl import flags
 from vit_scaling import UserError, cli
 
 _WEIGHTS = flags.DEFINE(
-    cli.PathParser(bucket=True), "weights", None, "Run, checkpoint, weight file or folder.", required=True
+    cli.PathParser(bucket=True, hub=True), "weights", None, "Run, checkpoint, weight file or folder.", required=True
 )
 _TOP = flags.DEFINE_integer("top", 5, "Classes for each image, the most likely first; 0: none.", 0)
 _FORMAT = flags.DEFINE_enum("format", "table", ["table", "csv", "json"], "What is written.")
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
         initial.class_names(_WEIGHTS.value, weights),
         top=min(_TOP.value, weights.num_classes),
         batch_size=_BATCH_SIZE.value,
-        loss="softmax" if run is None else run["loss"]["kind"],
+        loss=weights.loss,
         features=_FEATURES.value is not None,
     )
 

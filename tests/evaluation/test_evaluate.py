@@ -223,4 +223,4 @@ def test_commands_refuse_in_one_sentence(exported: Path, tmp_path: Path) -> None
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr.splitlines()[-1] == f"error: {exported} exists already; name a new folder for the weights"
     wrong = command("vit_scaling.weights", "convert", f"--input={exported}")
-    assert wrong.stderr.strip() == "error: 'convert' is not a command; choose one of import, export, show"
+    assert wrong.stderr.strip() == "error: 'convert' is not a command; choose one of import, export, push, show"

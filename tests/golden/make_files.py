@@ -2,7 +2,7 @@
 
     python -m venv reference
     reference/bin/pip install torch==2.13.0 transformers==5.23.0 pillow
-    reference/bin/pip install --no-deps timm==1.0.31
+    reference/bin/pip install --no-deps timm==1.0.31 open_clip_torch==3.3.0
     reference/bin/python tests/golden/make_files.py
 
 The weights follow fill.py by the *reference's* own names, as its files have them. files_tensors.json records these
@@ -85,15 +85,31 @@ def run_timm(name, case):
         return model(images(name, case)), tensors, config
 
 
+def run_open_clip(name, case):
+    """The image tower before the projection; the file holds the text tower, too."""
+    import open_clip
+
+    text = {"context_length": 4, "vocab_size": 8, "width": 16, "heads": 2, "layers": 1}
+    model = open_clip.model.CLIP(8, case["fields"], text).eval()
+    tensors = filled(model.state_dict())
+    model.load_state_dict(tensors)
+    model.visual.proj = None
+    with torch.no_grad():
+        return model.visual(images(name, case)), tensors, None
+
+
 def images(name, case):
     return torch.tensor(fill.images(name, (2, *case["image_size"], 3))).permute(0, 3, 1, 2)
+
+
+RUN = {"timm": run_timm, "open_clip": run_open_clip, "transformers": run_transformers}
 
 
 def main():
     cases = json.loads((FOLDER / "files.json").read_text())
     results, records = {}, {}
     for name, case in cases.items():
-        logits, tensors, config = (run_timm if case["library"] == "timm" else run_transformers)(name, case)
+        logits, tensors, config = RUN[case["library"]](name, case)
         results[name] = logits.numpy()
         records[name] = {"config": config, "tensors": {key: list(value.shape) for key, value in tensors.items()}}
         print(f"{name}: {results[name].shape}, deviation {results[name].std():.3f}")

@@ -232,9 +232,9 @@ EXPORTS = {
 )
 def test_round_trips_are_exact(name: str, layout: str, tmp_path: pathlib.Path) -> None:
     size = {"gap": (16, 16), "v1": (32, 48), "v2": (32, 48), "resnet": (32, 32)}.get(name, SIZE)
-    if layout == "timm" and name in ("v1", "v2"):
-        size = (32, 32)  # timm computes a grid of 4 x 6 in another way, and such an export is refused
     config = dataclasses.replace(EXPORTS[name])
+    if layout == "timm" and isinstance(config, swin.SwinConfig):
+        config.shift_rule = "timm"
     if name in ("token", "map", "registers") and layout != "vit_scaling":
         config.gelu = "exact" if name == "token" else "tanh"
     model = make(config, size)
@@ -334,14 +334,25 @@ def test_another_epsilon_can_be_accepted(tmp_path: pathlib.Path) -> None:
     assert interop.read(tmp_path / "export").config.norm_eps == 1e-6
 
 
-def test_a_swin_that_timm_computes_otherwise_is_said(tmp_path: pathlib.Path) -> None:
-    """On 8 x 8 patches timm shifts windows of 3 and then pads; this project pads first, as transformers does."""
+def test_a_swin_that_a_library_computes_otherwise_is_refused(tmp_path: pathlib.Path) -> None:
+    """On 8 x 8 patches timm shifts windows of 3 and then pads; the official code and transformers pad first."""
     odd = dataclasses.replace(SWIN, window=3)
-    with pytest.raises(ValueError, match=r"timm shifts the windows of 3 on a grid of 8x8 in another way"):
-        interop.save(make(odd, (32, 32)), tmp_path / "export", layout="timm")
-    four = dataclasses.replace(SWIN, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8), window=7)
-    assert "grid of 7x14" in str(timm.swin_note(four, (224, 448)))
-    assert timm.swin_note(dataclasses.replace(SWIN, window=4), (64, 96)) is None
+    for layout, rule in (("timm", "official"), ("huggingface", "timm")):
+        model = make(dataclasses.replace(odd, shift_rule=rule), (32, 32))
+        with pytest.raises(
+            ValueError, match=r"shifts the windows of 3 on a grid of 8x8 in another way \(model.shift_rule"
+        ):
+            interop.save(model, tmp_path / "export", layout=layout)
+    # At 224 x 448 the last stage is 7 x 14: one side is a window. Whole windows are the same by both rules.
+    config = dataclasses.replace(SWIN, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8), window=7)
+    with pytest.raises(ValueError, match="on a grid of 7x14"):
+        timm.refuse_rule("timm", config, (224, 448), "timm")
+    timm.refuse_rule("timm", config, (224, 224), "timm")
+    whole = of_module(make(dataclasses.replace(SWIN, shift_rule="timm"), (32, 32)))
+    other = interop.Target(SWIN, image_size=(64, 64))
+    assert whole.adapted(other).config.shift_rule == "official"
+    with pytest.raises(ValueError, match=r"the weights' model.shift_rule is 'timm', and 'official' is asked for"):
+        whole.adapted(dataclasses.replace(other, image_size=(32, 48)))
 
 
 def test_positions_are_resampled_as_their_library_does(tmp_path: pathlib.Path) -> None:

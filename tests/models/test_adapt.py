@@ -102,7 +102,9 @@ def test_swin_v2_keeps_its_positions_in_other_windows(tmp_path: pathlib.Path):
 
 def test_swin_v1_in_another_window(tmp_path: pathlib.Path):
     path = reference_file("timm Swin", tmp_path / "v1")
-    model = interop.load(path, swin.SwinConfig(width=16, depths=(4, 2), heads=(2, 4), window=6), image_size=(96, 72))
+    model = interop.load(
+        path, swin.SwinConfig(width=16, depths=(4, 2), heads=(2, 4), window=6, shift_rule="timm"), image_size=(96, 72)
+    )
     assert model.stage1.blocks.plain.attention.relative_position_bias_table.shape == (2, 121, 2)
     assert np.isfinite(outputs(model, fill.images("x", (1, 96, 72, 3)))).all()
 

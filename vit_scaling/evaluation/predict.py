@@ -156,10 +156,12 @@ def _published(found: Normalisation | None, size: tuple[int, int]) -> dict[str, 
     if found is None:
         return fields
     fields["resize"] = filters.get(found.interpolation or "", "area")
-    if found.crop_mode == "squash":
-        return fields | {"crop": "resize"}
     if found.crop_ratio:
         fields["resize_to"] = max(int(max(size) / found.crop_ratio), max(size))
+    if found.crop_mode == "squash":
+        return fields | {"crop": "square_central" if found.crop_ratio and found.crop_ratio < 1 else "resize"}
+    if found.of_timm:
+        fields["crop"] = "central_torchvision"
     return fields
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import vit_scaling
 from vit_scaling import flops
+from vit_scaling.interop import imagenet21k
 from vit_scaling.interop.weights import Weights
 
 CARD = "README.md"
@@ -33,6 +34,8 @@ USE = {
         '(logits,) = session.run(None, {"images": images})  # RGB pixels from 0 to 255 [B, H, W, 3]; see serving.json'
     ),
 }
+# What the Hub calls the library that loads an export.
+LIBRARIES = {"huggingface": "transformers", "timm": "timm"}
 
 
 def card(
@@ -56,7 +59,9 @@ def card(
     """
     cost = flops.count(weights.config, image_size=weights.image_size, num_classes=weights.num_classes)
     height, width = weights.image_size
+    task = "image-classification" if weights.num_classes else "image-feature-extraction"
     lines = [
+        *("---", f"library_name: {LIBRARIES.get(layout, 'vit_scaling')}", f"pipeline_tag: {task}", "---", ""),
         f"# {type(weights.config).__name__.removesuffix('Config')}, {cost.params / 1e6:.1f} million parameters",
         "",
         f"Written by vit_scaling {vit_scaling.__version__} from `{source}`.",
@@ -66,6 +71,7 @@ def card(
         f"| images | {height} x {width} pixels, RGB, (pixels / 255 - mean) / std |",
         f"| normalisation | {weights.normalisation or 'not known'} |",
         f"| classes | {_classes(weights)} |",
+        f"| probabilities | {weights.loss} of the logits |",
         f"| parameters | {cost.params:,} |",
         f"| forward pass | {cost.forward_flops / 1e9:.2f} GFLOP an image (a multiply-add is two) |",
         "",
@@ -96,6 +102,9 @@ def card(
 def _classes(weights: Weights) -> str:
     if not weights.num_classes:
         return "none: a backbone, whose features feed a classifier of your own"
+    known = imagenet21k.NUMBERINGS.get(weights.num_classes)
+    if known:
+        return f"{weights.num_classes:,}, {known}"
     return f"{weights.num_classes}{' (a fresh classifier: train it first)' if weights.fresh_head else ''}"
 
 

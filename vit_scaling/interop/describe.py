@@ -176,6 +176,7 @@ def swin_transformer(look: Look, told: Mapping[str, Any], trained_size: tuple[in
         mlp_ratio=look.shape(f"{first.format(1)}mlp/up/kernel", 2)[0] // width,
         patch_norm=look.has("embedding_norm/scale"),
         absolute_position=look.has("position_embedding"),
+        shift_rule=usual.get("shift_rule", "official"),
         pretrained_windows=told.get("pretrained_windows") if second else None,
         gelu=usual["gelu"],
         norm_eps=usual["norm_eps"],
@@ -190,7 +191,9 @@ def swin_transformer(look: Look, told: Mapping[str, Any], trained_size: tuple[in
     size = trained_size or told.get("image_size")
     if size is None or look.family.layout != "timm" or "image_size" not in told:
         size = swin_size(tables, config.window, size)
-    assumed = tuple(field for field in ("norm_eps", "gelu") if field not in told) + unknown
+    # A file of timm without its config has names that the official code's files may have, too.
+    open_fields = ("norm_eps", "gelu", *(("shift_rule",) if look.family.layout == "timm" else ()))
+    assumed = tuple(field for field in open_fields if field not in told) + unknown
     pixels = normalisation.family("swin")
     return Described(config, size, _classes(look), assumed, (), unknown, pixels)
 

@@ -24,7 +24,7 @@ import safetensors
 import safetensors.numpy
 
 from vit_scaling import UserError, paths
-from vit_scaling.interop import onnx
+from vit_scaling.interop import hub, onnx
 from vit_scaling.interop.stored import Stored
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
@@ -57,7 +57,7 @@ def open_weights(path: str | Path, ema: bool = False) -> tuple[dict[str, Stored]
     Raises:
         UserError: there is no such file, it is damaged, or it is of a kind that is not read; one sentence says which.
     """
-    path = paths.fetched(path)
+    path = hub.fetched(path)
     if not path.exists():
         raise UserError(f"there is no weight file or folder {str(path)!r}")
     folder = path if path.is_dir() else path.parent
@@ -109,7 +109,7 @@ def _neighbour(folder: Path) -> dict[str, Any] | None:
 
 def processor(path: str | Path) -> dict[str, Any] | None:
     """Returns what preprocessor_config.json beside a weight file, or in its folder, says; None if there is none."""
-    path = paths.fetched(path)
+    path = hub.fetched(path)
     beside = (path if path.is_dir() else path.parent) / PROCESSOR
     return read_json(beside) if beside.exists() else None
 
@@ -254,6 +254,9 @@ def _open_torch(path: Path, ema: bool) -> dict[str, Stored]:
     for key in averages if ema else CONTAINERS:
         if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
             value = value[key]
+    if isinstance(value, Mapping) and isinstance(value.get("teacher"), Mapping):  # DINO, iBOT and DINOv2 in training
+        halves = {half: value[half] for half in ("teacher", "student") if isinstance(value.get(half), Mapping)}
+        value = {f"{half}.{name}": tensor for half, part in halves.items() for name, tensor in part.items()}
     if not isinstance(value, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in value.values()):
         raise UserError(f"{path} holds no table of tensors by name")
 

@@ -9,13 +9,15 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from vit_scaling import UserError
 from vit_scaling.interop import normalisation, timm
 from vit_scaling.interop.families import FAMILIES, Family
 from vit_scaling.interop.layout import Json, Layout, Tensors, Told, size_pair
 from vit_scaling.interop.normalisation import Normalisation
 from vit_scaling.interop.stored import Stored
-from vit_scaling.interop.timm import refuse, refuse_others
+from vit_scaling.interop.timm import refuse, refuse_others, refuse_rule
 from vit_scaling.models import ModelConfig, swin, vit
 
 ACTIVATIONS = {
@@ -136,7 +138,8 @@ def told(neighbour: Json | None, tensors: Tensors, family: Family) -> Told:
     else:
         fields["pool"] = _pool(tensors, family)
     found = None if pixels is None else normalisation.family(pixels)
-    return Told(fields, found, _class_names(whole))
+    loss = "sigmoid" if whole.get("problem_type") == "multi_label_classification" else "softmax"
+    return Told(fields, found, _class_names(whole), loss)
 
 
 def _pool(tensors: Tensors, family: Family) -> str:
@@ -226,6 +229,18 @@ def file_name(config: Json, name: str) -> str:
     bare = not config["architectures"][0].endswith("ForImageClassification")
     prefixes = _SWIN | {kind.model_type: kind.prefix for kind in KINDS}
     return name if bare or name.startswith("classifier.") else prefixes[config["model_type"]] + name
+
+
+def idle_tensors(config: Json) -> dict[str, np.ndarray]:
+    """Returns tensors that classes of transformers have and inference does not read, so that none is missing there."""
+    width, kind = config.get("hidden_size", 0), str(config["model_type"])
+    shapes: dict[str, tuple[int, ...]]
+    if kind == "dinov3_vit":
+        registers = {} if config["num_register_tokens"] else {"embeddings.register_tokens": (1, 0, width)}
+        shapes = {"embeddings.mask_token": (1, 1, width), **registers}
+    else:
+        shapes = {"embeddings.mask_token": (1, width)} if kind.startswith("dinov2") else {}
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
 
 def neighbour(
@@ -334,6 +349,7 @@ def _ratio(library: str, config: vit.ViTConfig) -> int:
 
 def _swin_fields(config: swin.SwinConfig, image_size: tuple[int, int]) -> dict[str, Any]:
     refuse("transformers", config, patch_norm=True, shifted=True, extra_norm_every=None)
+    refuse_rule("transformers", config, image_size, "official")
     if config.version == 1 and len(set(swin.stage_windows(config, image_size))) > 1:
         raise UserError(
             f"transformers' Swin has one window, but stages of this one have "

@@ -28,6 +28,7 @@ class Described:
         unknown: the assumed fields for which there is not even a usual value; the user must tell them.
         normalisation: of the input; None if unknown.
         class_names: of the classifier; None if unknown.
+        loss: "softmax" or "sigmoid": what makes probabilities of the logits.
         notes: what was left out on the way.
     """
 
@@ -39,6 +40,7 @@ class Described:
     unknown: tuple[str, ...] = ()
     normalisation: Normalisation | None = None
     class_names: tuple[str, ...] | None = None
+    loss: str = "softmax"
     notes: tuple[str, ...] = ()
 
 
@@ -48,6 +50,7 @@ class Told(NamedTuple):
     fields: dict[str, Any]
     normalisation: Normalisation | None = None
     class_names: tuple[str, ...] | None = None
+    loss: str = "softmax"
 
 
 class Layout(NamedTuple):

@@ -52,6 +52,7 @@ class Header(NamedTuple):
     normalisation: Normalisation
     class_names: tuple[str, ...] | None
     antialias: bool
+    loss: str
 
 
 def read_config(neighbour: Json) -> Header:
@@ -76,6 +77,7 @@ def read_config(neighbour: Json) -> Header:
             found,
             names,
             bool(neighbour.get("antialias")),
+            str(neighbour.get("loss", "softmax")),
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"config.json is no config of this project's weights: {error!r}") from None
@@ -91,6 +93,7 @@ def write_config(weights: Weights) -> dict[str, Any]:
         "num_classes": weights.num_classes,
         "normalisation": {key: value for key, value in fields.items() if key not in ("mean", "std")},
         **({"antialias": True} if weights.antialias else {}),
+        **({"loss": weights.loss} if weights.loss != "softmax" else {}),
         **({"class_names": list(weights.class_names)} if weights.class_names else {}),
     }
 

@@ -1,6 +1,7 @@
 """How pixels become the input that weights were trained on: mean, deviation, resize and crop, read and written."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,6 +51,11 @@ class Normalisation:
     crop_mode: str | None = None
     input_size: tuple[int, int] | None = None
     source: str = "asked for"
+
+    @property
+    def of_timm(self) -> bool:
+        """Whether timm evaluates the weights, by torchvision's crop."""
+        return "pretrained_cfg" in self.source or "timm" in self.source
 
     def __str__(self) -> str:
         name = next((name for name, pair in NAMED.items() if pair == (self.mean, self.std)), None)
@@ -112,12 +118,12 @@ def from_processor(processor: Json) -> Normalisation | None:
     ratio = processor.get("crop_pct")
     if cropped and crop and resized:
         ratio = crop[0] / resized
-    squash = size is not None and size[1] is not None and not cropped and ratio is None
+    squash = size is not None and size[1] is not None and (bool(cropped) or ratio is None)
     final = crop if cropped else (size if size and size[1] is not None else None)
     return dataclasses.replace(
         found,
         interpolation=RESAMPLE.get(processor.get("resample", -1)),
-        crop_ratio=1.0 if squash else ratio,
+        crop_ratio=1.0 if squash and not cropped else ratio,
         crop_mode="squash" if squash else "center" if ratio is not None else None,
         input_size=(final[0], final[1] or final[0]) if final else None,
     )
@@ -139,6 +145,32 @@ def from_timm(pretrained: Json, source: str = "config.json's pretrained_cfg") ->
         crop_ratio=pretrained.get("crop_pct"),
         crop_mode=pretrained.get("crop_mode"),
         input_size=(int(size[1]), int(size[2])) if isinstance(size, list | tuple) and len(size) == 3 else None,
+    )
+
+
+def of_transform(found: Normalisation, transform: Json) -> tuple[Normalisation, str | None]:
+    """Returns (the normalisation with resize and crop of a run's evaluation, what other libraries do not have of it).
+
+    transform: `data.eval_transform` of the run's config.
+    """
+    filters = {"antialias": "bilinear", "bicubic": "bicubic", "lanczos": "lanczos"}
+    crop, resize, size = transform["crop"], transform["resize"], tuple(transform["size"])
+    cuts = "central" in crop
+    ratio = max(size) / transform["resize_to"] if cuts else 1.0
+    if int(max(size) / ratio) != transform["resize_to"] and cuts:
+        ratio = math.nextafter(ratio, 0)  # readers divide by it and cut
+    whole = dataclasses.replace(
+        found,
+        interpolation=filters.get(resize, "bilinear"),
+        crop_ratio=ratio,
+        crop_mode="center" if crop.startswith("central") else "squash",
+        input_size=size,
+    )
+    if crop == "none" or resize in filters:
+        return whole, None
+    return whole, (
+        f"the run's evaluation resizes by {resize!r}, which other libraries do not have: exports say 'bilinear', and "
+        f"predictions there differ a little"
     )
 
 
@@ -168,6 +200,10 @@ def processor(found: Normalisation, image_size: tuple[int, int]) -> dict[str, An
         "image_std": list(found.std),
     }
     if found.crop_mode != "center":
+        if found.crop_ratio is not None and found.crop_ratio < 1:
+            larger = {name: int(side / found.crop_ratio) for name, side in size.items()}
+            crop = {"do_center_crop": True, "crop_size": size, "size": larger}
+            return {"image_processor_type": "DeiTImageProcessor", **common, **crop}
         return {"image_processor_type": "ViTImageProcessor", **common}
     shorter = int(min(image_size) / (found.crop_ratio or 1.0))
     crop = {"do_center_crop": True, "crop_size": size, "size": {"shortest_edge": shorter}}

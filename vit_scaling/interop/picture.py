@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from vit_scaling.interop import imagenet21k
 from vit_scaling.interop.weights import Weights
 from vit_scaling.models import layers, swin, vit
 
@@ -88,7 +89,10 @@ def _network(weights: Weights) -> list[list[str]]:
 def _classes(weights: Weights) -> list[str]:
     if not weights.num_classes:
         return ["features", "(no classifier)"]
-    return [f"{weights.num_classes:,} classes"] + (["from zero: train it"] if weights.fresh_head else [])
+    known = imagenet21k.NUMBERINGS.get(weights.num_classes)
+    return [f"{weights.num_classes:,} classes", *([known] if known else [])] + (
+        ["from zero: train it"] if weights.fresh_head else []
+    )
 
 
 def _has_class(config: vit.ViTConfig) -> bool:

@@ -1,4 +1,4 @@
-"""From a weight file to `Weights`: recognise the layout, describe the network, check every tensor, convert."""
+"""From a weight file or a run to `Weights`: recognise the layout, describe the network, check every tensor, convert."""
 
 import dataclasses
 import functools
@@ -10,14 +10,26 @@ from typing import Any
 import numpy as np
 
 from vit_scaling import UserError, models, names
-from vit_scaling.interop import big_vision, convert, families, files, huggingface, native, normalisation, onnx, timm
+from vit_scaling.interop import (
+    big_vision,
+    convert,
+    families,
+    files,
+    hub,
+    huggingface,
+    native,
+    normalisation,
+    onnx,
+    run,
+    timm,
+)
 from vit_scaling.interop import describe as describing
 from vit_scaling.interop.families import FAMILIES, Family
 from vit_scaling.interop.layout import Described, Layout, Told
 from vit_scaling.interop.normalisation import Normalisation
 from vit_scaling.interop.stored import Stored
-from vit_scaling.interop.weights import Leaves, Target, Weights, abstract
-from vit_scaling.models import ModelConfig, swin
+from vit_scaling.interop.weights import Leaves, Target, Weights, abstract, of_trees
+from vit_scaling.models import ModelConfig
 
 LAYOUTS: dict[str, Layout] = {
     "timm": timm.LAYOUT,
@@ -38,6 +50,8 @@ _HEADS = r"(cls_|distillation_)?classifier\..*"
 
 def read(path: str | Path, target: Target, ignore: Sequence[str]) -> Weights:
     """Implements `interop.read`."""
+    if (checkpoint := run.find_checkpoint(hub.place(path))) is not None:
+        return _read_run(hub.place(path), checkpoint, target.ema).adapted(target)
     tensors, neighbour = files.open_weights(path, target.ema)
     if native.is_native(neighbour):
         assert neighbour is not None
@@ -52,6 +66,8 @@ def read(path: str | Path, target: Target, ignore: Sequence[str]) -> Weights:
 
 def describe(path: str | Path) -> tuple[ModelConfig, tuple[int, int], int | None]:
     """Implements `interop.describe`."""
+    if (checkpoint := run.find_checkpoint(hub.place(path))) is not None:
+        return _of_run(run.record_of(checkpoint))
     tensors, neighbour = files.open_weights(path)
     if native.is_native(neighbour):
         assert neighbour is not None
@@ -73,6 +89,7 @@ def describe_tensors(
     look = describing.Look(family, named)
     network = describing.swin_transformer if "Swin" in family.name else describing.vision_transformer
     found = network(look, told.fields, trained_size)
+    bare = timm.pixels(tensors) if family.layout == "timm" else None
     graph = {key: value for key, value in (neighbour or {}).get(onnx.KEY, {}).items() if key in found.assumed}
     return (
         family,
@@ -82,8 +99,9 @@ def describe_tensors(
             config=dataclasses.replace(found.config, **graph),
             assumed=tuple(field for field in found.assumed if field not in graph),
             unknown=tuple(field for field in found.unknown if field not in graph),
-            normalisation=told.normalisation or found.normalisation,
+            normalisation=told.normalisation or found.normalisation or bare,
             class_names=told.class_names,
+            loss=told.loss,
             notes=notes,
         ),
     )
@@ -95,8 +113,39 @@ def _normalisation(described: Described, processor: Mapping[str, Any] | None) ->
     return told or described.normalisation
 
 
+def _of_run(record: Mapping[str, Any]) -> tuple[ModelConfig, tuple[int, int], None]:
+    """Returns (model config, image size, None) of what config.json of a run says."""
+    height, width = record["config"]["data"]["transform"]["size"]
+    return native.model_config(record["config"]["model"]), (height, width), None
+
+
+def _read_run(path: Path, checkpoint: Any, ema: bool) -> Weights:
+    """Returns the weights of a checkpoint, or of the newest intact one of a run.
+
+    Raises:
+        UserError: there is none, or the run keeps no average of its parameters.
+    """
+    record = run.record_of(checkpoint)
+    config, image_size, _ = _of_run(record)
+    kind = "ema" if ema else "params"
+    checkpoint, parts = run.read_arrays(path, (kind, "statistics"))
+    if not parts[kind]:
+        raise UserError(f"the run of {checkpoint} keeps no average of its parameters; leave ema out")
+    weights = of_trees(config, image_size, parts[kind], parts["statistics"])
+    classes = record.get("classes")
+    assert weights.normalisation is not None
+    found, note = normalisation.of_transform(weights.normalisation, record["config"]["data"]["eval_transform"])
+    return dataclasses.replace(
+        weights,
+        normalisation=found,
+        class_names=tuple(classes) if classes and len(classes) == weights.num_classes else None,
+        loss=record["config"]["loss"]["kind"],
+        notes=(note,) if note else (),
+    )
+
+
 def _read_native(tensors: Mapping[str, Stored], header: native.Header) -> Weights:
-    config, image_size, num_classes, found, class_names, antialias = header
+    config, image_size, num_classes, found, class_names, antialias, loss = header
     _, parameters, statistics = models.split(abstract(config, image_size, num_classes))
     own, running = names.flatten(parameters), names.flatten(statistics)
     shapes = native.named(own, running)
@@ -117,6 +166,7 @@ def _read_native(tensors: Mapping[str, Stored], header: native.Header) -> Weight
         found,
         class_names,
         antialias=antialias,
+        loss=loss,
     )
 
 
@@ -161,16 +211,10 @@ def _read_foreign(
         names_,
         assumed,
         family.name,
-        _notes(family, config, described),
+        described.notes,
         family.layout == "timm" or ("registers" in shapes and family.name == "DINOv2"),
+        "sigmoid" if classes == 1 else described.loss,
     )
-
-
-def _notes(family: Family, config: ModelConfig, described: Described) -> tuple[str, ...]:
-    note = None
-    if family.layout == "timm" and isinstance(config, swin.SwinConfig):
-        note = timm.swin_note(config, described.image_size)
-    return described.notes + (() if note is None else (note,))
 
 
 def _settled(described: Described, hint: ModelConfig | None) -> ModelConfig:

@@ -7,7 +7,7 @@ head.fc). Index and mask buffers of old files are rebuilt from sizes and never r
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from vit_scaling.interop.normalisation import Normalisation
 from vit_scaling.interop.stored import Stored
 from vit_scaling.interop.timm_models import Known
 from vit_scaling.models import ModelConfig, swin, vit
+from vit_scaling.ops import windows
 
 VIT_EPS, SWIN_EPS = 1e-6, 1e-5
 POOLS = {"token": "token", "map": "map", "avg": "gap", "max": "max", "avgmax": "avgmax"}
@@ -32,8 +33,8 @@ _RENAME: tuple[tuple[str, Any], ...] = (
 # Tensors that tell whose a file without a config is, and so its normalisation (keys of normalisation.FAMILIES).
 PIXELS = (
     (r"decoder_embed\.weight", "mae"),
-    (r"mask_token", "dino"),
-    (r"head_dist\.weight|blocks\.0\.gamma_1", "deit"),
+    (r"mask_token|teacher\.backbone\.pos_embed", "dino"),
+    (r"(head_dist\.weight|blocks\.0\.gamma_1)", "deit"),
 )
 # Tensors of networks that timm's names belong to and models here do not have.
 RECOGNISED = (
@@ -87,13 +88,18 @@ def told(neighbour: Json | None, tensors: Tensors, family: Family) -> Told:
     if known is not None and stages != (known.kind in (timm_models.SWIN, timm_models.SWIN2)):
         raise UserError(f"config.json says {known.architecture}, a {known.kind}, and the tensors are of another class")
     if known is None:
-        pixels = next((key for name, key in PIXELS if any(re.fullmatch(name, tensor) for tensor in tensors)), None)
-        fields = {} if stages else _shown(tensors)
-        return Told(fields, None if pixels is None else normalisation.family(pixels))
+        return Told({} if stages else _shown(tensors))
     fields = _swin_fields(known) if stages else _vit_fields(known, tensors)
     if known.image_size:
         fields["image_size"] = known.image_size
     return Told(fields, known.normalisation, known.class_names)
+
+
+def pixels(names: Iterable[str]) -> Normalisation | None:
+    """Returns the normalisation that the names in a file without a config tell, before `canonical` changes them."""
+    joined = "\n".join(names)
+    found = next((key for name, key in PIXELS if re.search(rf"(^|\.)({name})$", joined, re.MULTILINE)), None)
+    return None if found is None else normalisation.family(found)
 
 
 def _shown(tensors: Tensors) -> dict[str, Any]:
@@ -143,6 +149,7 @@ def _swin_fields(known: Known) -> dict[str, Any]:
         window = window[0]
     pretrained = arguments.get("pretrained_window_sizes")
     return {
+        "shift_rule": "timm",
         "window": int(window),
         "pretrained_windows": tuple(pretrained) if pretrained and any(pretrained) else None,
         "gelu": timm_models.gelu(known),
@@ -175,8 +182,7 @@ def neighbour(
     if isinstance(config, vit.ViTConfig):
         architecture, arguments = _vit_arguments(config)
     elif isinstance(config, swin.SwinConfig):
-        if note := swin_note(config, image_size):
-            raise UserError(note)
+        refuse_rule("timm", config, image_size, "timm")
         architecture, arguments = _swin_arguments(config)
     else:
         raise UserError(f"timm's layout is written for ViT and Swin, not for a {type(config).__name__}")
@@ -266,19 +272,15 @@ def _vit_arguments(config: vit.ViTConfig) -> tuple[str, dict[str, Any]]:
     }
 
 
-def swin_note(config: swin.SwinConfig, image_size: tuple[int, int]) -> str | None:
-    """Returns where timm computes a Swin in another way than this project and transformers; None if nowhere.
-
-    timm shifts and then pads a grid that is no multiple of the window, and shifts along a side that is longer than
-    the window even if the other is not; transformers and the official code pad first and shift both or none.
-    """
-    for grid, window in zip(swin.stage_grids(config, image_size), swin.stage_windows(config, image_size), strict=True):
-        if any(side % window for side in grid) or min(grid) <= window < max(grid):
-            return (
-                f"timm shifts the windows of {window} on a grid of {grid[0]}x{grid[1]} in another way than this "
-                f"project, which changes logits a little; take an image size whose grids are multiples of the windows"
-            )
-    return None
+def refuse_rule(layout: str, config: swin.SwinConfig, image_size: tuple[int, int], rule: str) -> None:
+    """Raises UserError where a library's rule of shifted windows would change what a Swin computes."""
+    grids = swin.stage_grids(config, image_size)
+    if config.shift_rule != rule and (other := [g for g in grids if windows.rules_differ(*g, config.window)]):
+        raise UserError(
+            f"{layout} shifts the windows of {config.window} on a grid of {other[0][0]}x{other[0][1]} in another way "
+            f"(model.shift_rule {rule!r}, not {config.shift_rule!r}), which changes logits; take an image size whose "
+            f"grids are multiples of the windows, or set the field to {rule!r} and train again"
+        )
 
 
 def _swin_arguments(config: swin.SwinConfig) -> tuple[str, dict[str, Any]]:

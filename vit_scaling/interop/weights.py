@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from vit_scaling import UserError, models, names
+from vit_scaling.interop import imagenet21k
 from vit_scaling.interop.normalisation import NAMED, Normalisation
 from vit_scaling.models import ModelConfig, adapt, swin
 
@@ -61,6 +62,7 @@ class Weights:
         family: whose names and defaults the file has.
         notes: what was left out on the way, in plain words.
         antialias: whether the library that the weights come from resamples positions with antialiasing.
+        loss: "softmax" makes probabilities of one class of the logits, "sigmoid" of each class by itself.
     """
 
     config: ModelConfig
@@ -76,6 +78,7 @@ class Weights:
     family: str = ""
     notes: tuple[str, ...] = ()
     antialias: bool = False
+    loss: str = "softmax"
 
     def known_normalisation(self) -> Normalisation:
         """Returns the normalisation.
@@ -113,6 +116,36 @@ class Weights:
         """Returns the weights with another classifier of as many classes."""
         return dataclasses.replace(self, leaves=self.leaves | {"head/kernel": kernel, "head/bias": bias})
 
+    def folded(self) -> "Weights":
+        """Returns the same network for pixels in [0, 1]: mean and deviation become part of the patch kernel.
+
+        ((x - mean) / std) K + b = x (K / std) + (b - sum(K mean / std)). Exact where no zeros are padded to the
+        normalised pixels: ViTs, and Swins whose image is a whole number of patches.
+
+        Raises:
+            UserError: the normalisation is unknown, the network pads, or nothing can take up the mean.
+        """
+        found, config = self.known_normalisation(), self.config
+        patch = (config.patch,) * 2 if isinstance(config, swin.SwinConfig) else getattr(config, "patch", None)
+        if patch is None or (isinstance(config, swin.SwinConfig) and any(np.remainder(self.image_size, patch))):
+            raise UserError(
+                f"mean and std cannot be folded into a {type(config).__name__} for images of {self.image_size[0]}x"
+                f"{self.image_size[1]} pixels: it pads normalised pixels with zeros"
+            )
+        holder = next((path for path in ("embedding/bias", "position_embedding") if path in self.leaves), None)
+        if holder is None:
+            raise UserError("mean and std cannot be folded: the patches have no bias and no learned positions")
+        kernel = self.leaves["embedding/kernel"].astype(np.float64) / np.reshape(found.std, (3, 1))
+        bias = -np.einsum("rcxd,x->d", kernel, found.mean)
+        mean, std = NAMED["none"]
+        return dataclasses.replace(
+            self,
+            config=dataclasses.replace(config, mean=mean, std=std),
+            normalisation=dataclasses.replace(found, mean=mean, std=std, source=f"folded into the patches: {found}"),
+            leaves=self.leaves
+            | {"embedding/kernel": kernel.astype(np.float32), holder: (self.leaves[holder] + bias).astype(np.float32)},
+        )
+
     def adapted(self, target: Target) -> "Weights":
         """Returns the weights for another network, image size or set of classes.
 
@@ -140,6 +173,8 @@ class Weights:
             raise UserError("num_classes is 0; a classifier has at least one class")
         if target.class_map is not None and not target.class_map:
             raise UserError("the class map is empty; it names one class of the weights for each new class")
+        if target.class_map is not None:
+            imagenet21k.check_map(target.class_map, self.num_classes)
         class_names = self.class_names if classes == self.num_classes else None
         if target.class_map is not None and self.class_names:
             class_names = tuple(self.class_names[index] for index in target.class_map)
@@ -153,6 +188,7 @@ class Weights:
             fresh_head=fresh,
             normalisation=found,
             class_names=class_names,
+            loss="sigmoid" if classes == 1 else self.loss,
         )
 
     def _config_for(self, image_size: tuple[int, int] | None) -> ModelConfig:

@@ -50,6 +50,8 @@ def write(
         tensors, config = _foreign(weights, layout, found)
     beside = dict(texts or {})
     if layout == "huggingface":
+        if weights.loss == "sigmoid" and weights.num_classes > 1:
+            config["problem_type"] = "multi_label_classification"
         processor = normalisation.processor(found, weights.image_size)
         beside["preprocessor_config.json"] = json.dumps(processor, indent=2) + "\n"
     files.write_folder(path, tensors, config, beside)
@@ -107,5 +109,6 @@ def _foreign(weights: Weights, layout: str, found: Normalisation) -> tuple[dict[
         for entry in convert.entries(library.family_of(model, config), shapes, prefix)
     }
     if layout == "huggingface":
+        tensors |= huggingface.idle_tensors(config)
         tensors = {huggingface.file_name(config, name): tensor for name, tensor in tensors.items()}
     return tensors, config

@@ -66,6 +66,8 @@ def _adapt_swin(
     target_image_size: tuple[int, int],
 ) -> dict[str, np.ndarray]:
     _same(config, target, ("shifted", "patch_norm", "gelu", "norm_eps"))
+    if any(windows.rules_differ(*grid, target.window) for grid in swin.stage_grids(target, target_image_size)):
+        _same(config, target, ("shift_rule",))
     trained = config.pretrained_windows or swin.stage_windows(config, image_size)
     used = target.pretrained_windows or swin.stage_windows(target, target_image_size)
     if config.version == 2 and trained != used:

@@ -63,6 +63,7 @@ class SwinConfig:
     heads: tuple[int, ...] = (3, 6, 12, 24)
     window: int = 7  # side in tokens; smaller where the grid is
     shifted: bool = True  # False leaves the shift out (V1 table 4)
+    shift_rule: str = "official"  # official | timm; see ops.windows.window_and_shift
     patch: int = 4  # side in pixels
     mlp_ratio: int = 4
     patch_norm: bool = True
@@ -95,7 +96,7 @@ def variant(name: str, **fields: object) -> SwinConfig:
 def check(config: SwinConfig) -> None:
     """Raises UserError, in one sentence, for the first field that cannot work."""
     choices = {"version": (1, 2), "gelu": tuple(layers.GELUS), "dtype": layers.DTYPES}
-    choices["remat"] = tuple(layers.REMAT_POLICIES)
+    choices |= {"remat": tuple(layers.REMAT_POLICIES), "shift_rule": windows.RULES}
     positive, rates = ("width", "window", "patch", "mlp_ratio"), ("drop_path", "norm_eps")
     layers.check(config, choices=choices, positive=positive, rates=rates)
     if not config.depths or any(depth < 2 or depth % 2 for depth in config.depths):
@@ -131,7 +132,8 @@ def stage_grids(config: SwinConfig, image_size: tuple[int, int]) -> list[tuple[i
 
 def stage_windows(config: SwinConfig, image_size: tuple[int, int]) -> tuple[int, ...]:
     """Returns the window of each stage: no larger than the grid that the model is built for."""
-    return tuple(windows.window_and_shift(*grid, config.window)[0] for grid in stage_grids(config, image_size))
+    grids = stage_grids(config, image_size)
+    return tuple(windows.window_and_shift(*grid, config.window, config.shift_rule)[0] for grid in grids)
 
 
 class WindowAttention(nnx.Module):
@@ -207,7 +209,7 @@ class Block(nnx.Module):
         self.norm2 = layers.LayerNorm(width, eps=config.norm_eps)
         hidden, zeros = config.mlp_ratio * width, layers.zeros
         self.mlp = layers.Mlp(width, hidden, key=mlp_key, gelu=config.gelu, kernel_init=INIT, bias_init=zeros)
-        self.norm_first = config.version == 1
+        self.norm_first, self.rule = config.version == 1, config.shift_rule
         if not self.norm_first:
             for norm in (self.norm1, self.norm2):
                 norm.scale[...] = jnp.zeros_like(norm.scale[...])
@@ -219,10 +221,10 @@ class Block(nnx.Module):
         x_BHWD = constrain(x_BHWD)
         key1, key2 = (None, None) if key is None else jax.random.split(key)
         height, width = x_BHWD.shape[1:3]
-        regions_Gn = windows.regions(height, width, window, shift) if shift else None
+        regions_Gn = windows.regions(height, width, window, shift, self.rule) if shift else None
         y_BHWD = self.norm1(x_BHWD) if self.norm_first else x_BHWD
-        y_BGnD, weights_BGNnn = self.attention(windows.split(y_BHWD, window, shift), regions_Gn)
-        y_BHWD = windows.join(y_BGnD, height, width, shift)
+        y_BGnD, weights_BGNnn = self.attention(windows.split(y_BHWD, window, shift, self.rule), regions_Gn)
+        y_BHWD = windows.join(y_BGnD, height, width, shift, self.rule)
         x_BHWD += layers.drop_path(y_BHWD if self.norm_first else self.norm1(y_BHWD), rate, key1)
         y_BHWD = self.mlp(self.norm2(x_BHWD)) if self.norm_first else self.norm2(self.mlp(x_BHWD))
         return x_BHWD + layers.drop_path(y_BHWD, rate, key2), weights_BGNnn
@@ -285,7 +287,7 @@ class Stage(nnx.Module):
     ) -> tuple[Float[Array, "B H W D"], Any]:
         """Returns the tokens before the merge and, where `maps`, the attention weights [P, 2, B, G, N, n, n]."""
         height, width = x_BHWD.shape[1:3]
-        window, shift = windows.window_and_shift(height, width, self.window)
+        window, shift = windows.window_and_shift(height, width, self.window, self.config.shift_rule)
         shift = shift if self.config.shifted else 0
 
         def step(x_BHWD: Array, pair: tuple[Pair, Array, Array | None]) -> tuple[Array, Any]:

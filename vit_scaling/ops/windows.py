@@ -19,63 +19,105 @@ from vit_scaling import UserError
 MASKED = -100.0
 
 
-def window_and_shift(height: int, width: int, window: int) -> tuple[int, int]:
+RULES = ("official", "timm")
+
+
+def window_and_shift(height: int, width: int, window: int, rule: str = "official") -> tuple[int, int]:
     """Returns the window that fits a grid of height x width tokens, and the shift of the odd blocks.
 
-    A grid with a side no longer than the window has windows of that side and no shift, as in the published code.
+    "official": a grid with a side no longer than the window has windows of that side and no shift, as in the published
+    code and transformers. "timm": a side no longer than the window is not shifted, whatever the other is (timm 1.0,
+    swin_transformer.py, `_calc_window_shift`). Both agree on grids whose sides are both longer, or equal.
+
+    Raises:
+        UserError: timm would take windows that are no squares.
     """
-    if min(height, width) <= window:
-        return min(height, width), 0
-    return window, window // 2
+    if rule == "official":
+        return (min(height, width), 0) if min(height, width) <= window else (window, window // 2)
+    fitted = {min(side, window) for side in (height, width)}
+    if len(fitted) > 1:
+        raise UserError(
+            f"on a grid of {height}x{width} tokens timm has windows of {min(height, window)}x{min(width, window)}, and "
+            f"models here have square ones: take another image size, or model.shift_rule 'official'"
+        )
+    return fitted.pop(), window // 2 if max(height, width) > window else 0
 
 
-def split(x_BHWD: Float[Array, "B H W D"], window: int, shift: int = 0) -> Float[Array, "B G n D"]:
+def rules_differ(height: int, width: int, window: int) -> bool:
+    """Returns whether the rules give a grid other windows or shifts."""
+    one_window = height != width and min(height, width) <= window
+    return one_window or any(side > window and side % window for side in (height, width))
+
+
+def _sides(height: int, width: int, window: int, shift: int, rule: str) -> tuple[int, int]:
+    """Returns by how many rows and columns a grid is shifted."""
+    if rule == "official":
+        return shift, shift
+    return shift if height > window else 0, shift if width > window else 0
+
+
+def split(
+    x_BHWD: Float[Array, "B H W D"], window: int, shift: int = 0, rule: str = "official"
+) -> Float[Array, "B G n D"]:
     """Returns the windows of a grid that was cyclically shifted by (-shift, -shift).
 
-    Any height and width: the grid is first padded with zeros at the bottom and right to whole windows and *then*
-    rolled, the order of the published detection code, torchvision and transformers (timm rolls, then pads). So
+    Any height and width: the grid is padded with zeros at the bottom and right to whole windows. By the "official" rule
+    it is *then* rolled, as in the published detection code, torchvision and transformers; "timm" rolls, then pads. So
     padded tokens are keys like any other, of value zero before the projections; like the published code, only the
     regions of a shifted block keep them from some of the real tokens.
     """
     B, H, W, D = x_BHWD.shape
     rows, columns = -(-H // window), -(-W // window)
+    down, right = _sides(H, W, window, shift, rule)
     padding = ((0, 0), (0, -H % window), (0, -W % window), (0, 0))
+    if shift and rule == "timm":
+        x_BHWD = jnp.roll(x_BHWD, (-down, -right), axis=(1, 2))
     x_BHWD = jnp.pad(x_BHWD, padding) if any(after for _, after in padding) else x_BHWD
-    x_BHWD = jnp.roll(x_BHWD, (-shift, -shift), axis=(1, 2)) if shift else x_BHWD
+    if shift and rule == "official":
+        x_BHWD = jnp.roll(x_BHWD, (-down, -right), axis=(1, 2))
     x = x_BHWD.reshape(B, rows, window, columns, window, D)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, rows * columns, window * window, D)
 
 
-def join(x_BGnD: Float[Array, "B G n D"], height: int, width: int, shift: int = 0) -> Float[Array, "B H W D"]:
+def join(
+    x_BGnD: Float[Array, "B G n D"], height: int, width: int, shift: int = 0, rule: str = "official"
+) -> Float[Array, "B H W D"]:
     """Returns the grid of height x width tokens of which `split` made these windows: unshifted, padding removed."""
     B, _, n, D = x_BGnD.shape
     window = round(n**0.5)
     rows, columns = -(-height // window), -(-width // window)
+    down, right = _sides(height, width, window, shift, rule)
     x = x_BGnD.reshape(B, rows, columns, window, window, D).transpose(0, 1, 3, 2, 4, 5)
     x_BHWD = x.reshape(B, rows * window, columns * window, D)
-    x_BHWD = jnp.roll(x_BHWD, (shift, shift), axis=(1, 2)) if shift else x_BHWD
+    x_BHWD = x_BHWD[:, :height, :width] if rule == "timm" else x_BHWD
+    x_BHWD = jnp.roll(x_BHWD, (down, right), axis=(1, 2)) if shift else x_BHWD
     return x_BHWD[:, :height, :width]
 
 
-def regions(height: int, width: int, window: int, shift: int) -> Int[np.ndarray, "G n"]:
+def regions(height: int, width: int, window: int, shift: int, rule: str = "official") -> Int[np.ndarray, "G n"]:
     """Returns for each token of the shifted windows the number, 0 to 8, of the image region it came from.
 
     After the roll the last window of a row or column holds pieces that are not adjacent in the image. Tokens attend to
-    each other where their numbers agree (V1 section 3.2, "efficient batch computation").
+    each other where their numbers agree (V1 section 3.2, "efficient batch computation"). timm counts the regions from
+    the padded end, too, where its own order puts the pieces elsewhere.
     """
+    down, right = _sides(height, width, window, shift, rule)
 
-    def part(length: int) -> Int[np.ndarray, " padded"]:
+    def part(length: int, shift: int) -> Int[np.ndarray, " padded"]:
         padded = -(-length // window) * window
         return np.searchsorted([padded - window, padded - shift], np.arange(padded), side="right")
 
-    return tile((3 * part(height)[:, None] + part(width)[None, :]).astype(np.int32), window)
+    return tile((3 * part(height, down)[:, None] + part(width, right)[None, :]).astype(np.int32), window)
 
 
-def places(height: int, width: int, window: int, shift: int) -> Int[np.ndarray, "G n"]:
+def places(height: int, width: int, window: int, shift: int, rule: str = "official") -> Int[np.ndarray, "G n"]:
     """Returns which token of the grid, counted row by row, stands where in the shifted windows; -1 is padding."""
     padding = (0, -height % window), (0, -width % window)
-    place_HW = np.pad(np.arange(height * width, dtype=np.int32).reshape(height, width), padding, constant_values=-1)
-    return tile(np.roll(place_HW, (-shift, -shift), axis=(0, 1)), window)
+    moved = tuple(-side for side in _sides(height, width, window, shift, rule))
+    place_HW = np.arange(height * width, dtype=np.int32).reshape(height, width)
+    place_HW = np.roll(place_HW, moved, axis=(0, 1)) if rule == "timm" else place_HW
+    place_HW = np.pad(place_HW, padding, constant_values=-1)
+    return tile(place_HW if rule == "timm" else np.roll(place_HW, moved, axis=(0, 1)), window)
 
 
 def tile(grid_HW: Int[np.ndarray, "H W"], window: int) -> Int[np.ndarray, "G n"]:

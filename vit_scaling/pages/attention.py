@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import expit, softmax
 
-from vit_scaling import UserError, interop, names, paths
+from vit_scaling import UserError, interop, names
 from vit_scaling.data import mixing
+from vit_scaling.interop import hub
 from vit_scaling.interop import run as checkpoints
 from vit_scaling.pages import families, images, page, quantize
 from vit_scaling.training import initial
@@ -199,14 +200,13 @@ def explore(
         UserError: see `initial.read`, `images.read`, `gaussian_steps` and `write`.
     """
     weights = initial.read(weights_path, interop.Target(image_size=size), ema=ema)
-    checkpointed = initial.find_checkpoint(paths.place(weights_path))
+    checkpointed = initial.find_checkpoint(hub.place(weights_path))
     run = None if checkpointed is None else initial.record_of(checkpointed)["config"]
     chosen = images.read(choice, count, weights, run)
-    steps = gaussian_steps(paths.place(weights_path), ema) if all_steps else []
+    steps = gaussian_steps(hub.place(weights_path), ema) if all_steps else []
     own = getattr(weights, "class_names", None)
     if own and chosen.class_names is None:
         chosen.class_names = tuple(own)
-    loss = "softmax" if run is None else run["loss"]["kind"]
     title = "/".join(Path(weights_path).absolute().parts[-2:])
     with jax.default_matmul_precision("highest"):
-        return write(weights, chosen, path, title=title, loss=loss, steps=steps)
+        return write(weights, chosen, path, title=title, loss=weights.loss, steps=steps)

@@ -196,7 +196,7 @@ def _swin(model: Any, images: Any) -> Found:
     for s, stage in enumerate(computed(model, images, lambda model, images: model.attention_maps(images))):
         own = getattr(model, f"stage{s + 1}")
         H, W = grids[s]
-        window, shift = windows.window_and_shift(H, W, own.window)
+        window, shift = windows.window_and_shift(H, W, own.window, config.shift_rule)
         shift = shift if config.shifted else 0
         cell = (float(config.patch * 2**s),) * 2
         for number, weights in enumerate(np.asarray(stage, np.float32)):
@@ -205,7 +205,7 @@ def _swin(model: Any, images: Any) -> Found:
             attention = _layer(block.attention, number // 2)
             moved = shift if odd else 0
             kind = f"shifted by {moved}" if moved else "plain"
-            rows, places = of_windows(weights, (H, W), window, moved)
+            rows, places = of_windows(weights, (H, W), window, moved, config.shift_rule)
             table = np.asarray(attention.bias_table(), np.float32)
             side = math.isqrt(len(table))
             layers.append(
@@ -227,14 +227,16 @@ def _layer(stack: Any, index: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[index], stack)
 
 
-def of_windows(weights: np.ndarray, grid: tuple[int, int], window: int, shift: int) -> tuple[np.ndarray, np.ndarray]:
+def of_windows(
+    weights: np.ndarray, grid: tuple[int, int], window: int, shift: int, rule: str = "official"
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns ([B, N, H W, n], places [H W, n]) of attention in windows [B, G, N, n, n]: each query's row.
 
     What a query must not see, padding and other regions of a shifted window, has no place.
     """
     H, W = grid
-    places = windows.places(H, W, window, shift)
-    regions = windows.regions(H, W, window, shift) if shift else np.zeros_like(places)
+    places = windows.places(H, W, window, shift, rule)
+    regions = windows.regions(H, W, window, shift, rule) if shift else np.zeros_like(places)
     B, _, N, n, _ = weights.shape
     rows = np.zeros((B, N, H * W, n), np.float32)
     seen = np.full((H * W, n), UNSEEN, np.int16)

@@ -10,70 +10,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_scaling import UserError, interop, paths
+from vit_scaling import UserError, interop
 from vit_scaling.config import Config
 from vit_scaling.data.sources import SourceConfig, open_source
-from vit_scaling.interop import Target, Weights, native
-from vit_scaling.interop.run import find_checkpoint, leaves, numpy_digest, read_arrays, record_of
-from vit_scaling.interop.weights import of_trees
-from vit_scaling.models import ModelConfig
+from vit_scaling.interop import Target, Weights, hub
+from vit_scaling.interop.run import find_checkpoint, leaves, numpy_digest, record_of
 from vit_scaling.training.step import Program, TrainState
 
 
 def run_of(path: str | Path) -> dict[str, Any] | None:
     """Returns the config of the run that a path belongs to, as JSON; None for other weights."""
-    found = find_checkpoint(paths.place(path))
+    found = find_checkpoint(hub.place(path))
     return None if found is None else record_of(found)["config"]
 
 
 def class_names(path: str | Path, weights: Weights) -> tuple[str, ...] | None:
-    """Returns the names of the classes of weights: as the run noted them, else its training set's; None if unknown."""
-    found = find_checkpoint(paths.place(path))
-    if found is None:
+    """Returns the names of the classes of weights: their own, or else their run's training set's; None if unknown."""
+    found = find_checkpoint(hub.place(path))
+    if weights.class_names is not None or found is None:
         return weights.class_names
-    record = record_of(found)
-    names = record.get("classes")
-    if names is None:
-        try:
-            names = open_source(SourceConfig.from_json(record["config"]["data"]["train"])).class_names
-        except (UserError, OSError):
-            return None  # a run of before names were noted, whose set is no longer there
+    try:  # a run of before names were noted
+        names = open_source(SourceConfig.from_json(record_of(found)["config"]["data"]["train"])).class_names
+    except (UserError, OSError):
+        return None
     return tuple(names) if names and len(names) == weights.num_classes else None
 
 
-def describe(path: str | Path) -> tuple[ModelConfig, tuple[int, int], int | None]:
-    """Returns (model config, image size, classes or None) of weights, without reading them.
-
-    Raises:
-        UserError: there are none.
-    """
-    found = find_checkpoint(paths.place(path))
-    if found is None:
-        return interop.describe(path)
-    config = record_of(found)["config"]
-    height, width = config["data"]["transform"]["size"]
-    return native.model_config(config["model"]), (height, width), None
-
-
 def read(path: str | Path, target: Target | None = None, *, ignore: Sequence[str] = (), ema: bool = False) -> Weights:
-    """Reads weights, as `interop.read` does, from a file, a folder, or a checkpoint of a run.
-
-    Args:
-        ema: of a checkpoint, or of a .pth file that has one, its average of the parameters.
-
-    Raises:
-        UserError: as `interop.read`; or the run keeps no average.
-    """
-    found = find_checkpoint(paths.place(path))
-    if found is None:
-        return interop.read(path, dataclasses.replace(target or Target(), ema=ema), ignore=ignore)
-    config, size, _ = describe(found)
-    found, parts = read_arrays(paths.place(path), ("ema" if ema else "params", "statistics"))
-    parameters = parts["ema" if ema else "params"]
-    if not parameters:
-        raise UserError(f"the run of {found} keeps no average of its parameters; leave ema out")
-    weights = of_trees(config, size, parameters, parts["statistics"])
-    return weights if target is None else weights.adapted(target)
+    """Reads weights as `interop.read` does; `ema` takes their average of the parameters."""
+    return interop.read(path, dataclasses.replace(target or Target(), ema=ema), ignore=ignore)
 
 
 def start_of(config: Config, num_classes: int) -> Weights | None:

@@ -4,6 +4,7 @@ The references are Pillow, NumPy written out, and figures measured with TensorFl
 """
 
 import dataclasses
+import io
 import itertools
 
 import cv2
@@ -58,10 +59,15 @@ def test_area_resize_averages(photograph):
 
 def test_central_and_square_crops_take_the_middle(photograph):
     central = transform(TransformConfig((100, 80), crop="central", resize_to=150, resize="antialias"), train=False)
-    reference = Image.fromarray(photograph).resize((201, 150), Image.Resampling.BILINEAR)  # 403 * 150 / 301 = 200.8
+    # 403 * 150 / 301 = 200.8, which torchvision cuts.
+    reference = Image.fromarray(photograph).resize((200, 150), Image.Resampling.BILINEAR)
     np.testing.assert_array_equal(
         central({"image": photograph, "label": 0}, None)["image"], np.asarray(reference)[25:125, 60:140]
     )
+    even = transform(
+        TransformConfig((100, 79), crop="central_torchvision", resize_to=150, resize="antialias"), train=False
+    )({"image": photograph, "label": 0}, None)["image"]
+    np.testing.assert_array_equal(even, np.asarray(reference)[25:125, 60:139])  # half of 200 - 79 is 60.5
     square = transform(
         TransformConfig((100, 80), crop="square_central", resize_to=150, resize="antialias"), train=False
     )
@@ -69,6 +75,21 @@ def test_central_and_square_crops_take_the_middle(photograph):
     np.testing.assert_array_equal(
         square({"image": photograph, "label": 0}, None)["image"], np.asarray(reference)[25:125, 35:115]
     )
+
+
+def test_published_evaluation_has_pillows_pixels(photograph):
+    """Of a large JPEG with colours, whose decoding is halved and quick for any other resize."""
+    large = np.asarray(Image.fromarray(photograph).resize((806, 602), Image.Resampling.BICUBIC))
+    data = encode(large, quality=90)
+    reference = Image.open(io.BytesIO(data)).convert("RGB").resize((80, 80), Image.Resampling.BICUBIC)
+    for resize, equal in (("bicubic", True), ("area", False)):
+        config = TransformConfig((80, 80), crop="resize", resize=resize)
+        shown = transform(config, train=False)({"image": data, "label": 0}, None)["image"]
+        assert np.array_equal(shown, np.asarray(reference)) == equal
+    central = TransformConfig((64, 60), crop="central", resize="bicubic", resize_to=64)
+    shown = transform(central, train=False)({"image": data, "label": 0}, None)["image"]
+    reference = Image.open(io.BytesIO(data)).convert("RGB").resize((85, 64), Image.Resampling.BICUBIC)  # 85.7
+    np.testing.assert_array_equal(shown, np.asarray(reference)[:, 12:72])
 
 
 def test_a_crop_of_a_large_jpeg_is_decoded_small_and_looks_the_same(photograph, monkeypatch):

@@ -79,12 +79,18 @@ def _note(kind: str, text: str) -> None:
 
 
 def decode(
-    data: bytes, header: Header | None = None, *, reduce: int = 1, crop: Box | None = None, alpha: str = "white"
+    data: bytes,
+    header: Header | None = None,
+    *,
+    reduce: int = 1,
+    crop: Box | None = None,
+    alpha: str = "white",
+    exact: bool = False,
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Decodes an image, or a box of it, to uint8 RGB, upright.
 
     JPEG goes through libjpeg-turbo's fast inverse DCT and plain chroma upsampling (a few grey levels from the slow way,
-    where colours have edges).
+    where colours have edges), unless `exact`.
 
     Args:
         data: the encoded file.
@@ -95,6 +101,7 @@ def decode(
             inside the image is returned, equal to the same box of the whole. Of an upright JPEG in one scan little
             else is decoded, and damage below the box goes unnoticed.
         alpha: what is behind transparent pixels, "white" or "black"; "drop" keeps the colours that alpha hides.
+        exact: whether a JPEG has the pixels that Pillow decodes.
 
     Raises:
         CorruptImageError: see the table above.
@@ -104,11 +111,11 @@ def decode(
         height, width = (header.width, header.height) if header.orientation > 4 else (header.height, header.width)
         # The last row and column of blocks may stand for fewer pixels than the others; those do not count.
         height, width = max(height // reduce, 1), max(width // reduce, 1)
-        if crop is not None and header.regions and (library := turbojpeg.load()) is not None:
+        if crop is not None and not exact and header.regions and (library := turbojpeg.load()) is not None:
             top, left = crop[:2]
             bottom, right = min(top + crop[2], height), min(left + crop[3], width)
             return _decode_region(library, data, header, reduce, top, left, bottom, right)
-        image = _decode_jpeg(data, header, reduce)[:height, :width]
+        image = _decode_jpeg(data, header, reduce, exact)[:height, :width]
     elif header.pillow:
         image = _decode_pillow(data, header, alpha)
     else:
@@ -131,12 +138,12 @@ def upright(image: np.ndarray, orientation: int) -> np.ndarray:
 # ---- decoders --------------------------------------------------------------------------------------------------------
 
 
-def _decode_jpeg(data: bytes, header: Header, reduce: int) -> np.ndarray:
+def _decode_jpeg(data: bytes, header: Header, reduce: int, exact: bool) -> np.ndarray:
     height, width = (header.width, header.height) if header.orientation > 4 else (header.height, header.width)
     options = {
         "colorspace": "CMYK" if header.components == 4 else "RGB",
-        "fastdct": True,
-        "fastupsample": True,
+        "fastdct": not exact,
+        "fastupsample": not exact,
         "min_height": -(-height // reduce),
         "min_width": -(-width // reduce),
         "min_factor": reduce,

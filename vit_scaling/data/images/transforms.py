@@ -14,13 +14,16 @@ Crops:
     random                  resize the shorter side to `resize_to`, then a random window
     pad                     pad `pad` black pixels on every side, then a random window: a random shift
     central                 resize the shorter side to `resize_to`, then the central window
+    central_torchvision     as central, but half a pixel is rounded to an even one, as torchvision's CenterCrop does
     square_central          resize to a square of `resize_to`, then the central window (the few-shot protocol)
     resize                  resize to `size`, whatever the aspect
     none                    the image must have `size` already
 
 The first four are random. Resizing: "linear" is OpenCV's bilinear without antialiasing, as TensorFlow's and
 big_vision's training crops; "area" averages when it shrinks (big_vision's resize_small); "antialias" is Pillow's
-bilinear, whose filter widens when it shrinks, as torchvision's; "bicubic" and "lanczos" are Pillow's too.
+bilinear, whose filter widens when it shrinks, as torchvision's; "bicubic" and "lanczos" are Pillow's too. With these
+three, crops that are not random give the pixels of transformers' evaluation, central_torchvision those of torchvision's
+and timm's: the longer side is cut to whole pixels, and JPEGs are decoded at their whole size by the slow exact way.
 """
 
 import dataclasses
@@ -37,7 +40,7 @@ from vit_scaling.data.images import codec, pixels, randaugment
 from vit_scaling.data.images.codec import Box
 
 RANDOM_CROPS = ("inception", "inception_torchvision", "random", "pad")
-CROPS = (*RANDOM_CROPS, "central", "square_central", "resize", "none")
+CROPS = (*RANDOM_CROPS, "central", "central_torchvision", "square_central", "resize", "none")
 _PILLOW = {
     "antialias": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -179,7 +182,7 @@ def validate(config: TransformConfig, train: bool) -> None:
     need(config.scale < 1, f"scale {config.scale} must be below 1: the image would vanish")
     need(min(config.jitter) >= 0, f"jitter {config.jitter} cannot be negative")
     need(config.jitter[3] <= 0.5, f"jitter {config.jitter} turns the hue by more than half a circle, which is 0.5")
-    if config.crop in ("random", "central", "square_central"):
+    if config.crop == "random" or "central" in config.crop:
         need(
             config.resize_to >= max(config.size),
             f"resize_to {config.resize_to} is smaller than size {config.size}: the window does not fit",
@@ -223,29 +226,32 @@ def crop(
     # Every other crop is a box of the image and the size it is resized to; then, for some, a window of that.
     box: Box = (0, 0, h, w)
     target = config.size
+    as_published = config.resize in _PILLOW and config.crop not in RANDOM_CROPS
     if config.crop == "inception":
         box = inception_box(h, w, config.area, config.aspect, rng)
     elif config.crop == "inception_torchvision":
         box = inception_box_torchvision(h, w, config.area, config.aspect, rng)
     elif config.crop == "square_central":
         target = (config.resize_to, config.resize_to)
-    elif config.crop in ("central", "random"):
+    elif config.crop in ("central", "central_torchvision", "random"):
         ratio = config.resize_to / min(h, w)
         target = (max(round(h * ratio), config.resize_to), max(round(w * ratio), config.resize_to))
+        if as_published:
+            target = (config.resize_to * h // min(h, w), config.resize_to * w // min(h, w))
 
     # The JPEG codec can shrink by 2, 4 or 8 inside the inverse DCT: the smallest image that still covers the target.
     covers = min(box[2] // target[0], box[3] // target[1])
     reduce = 1
-    if covers > 1 and isinstance(image, bytes) and header.format == "jpeg":
+    if covers > 1 and not as_published and isinstance(image, bytes) and header.format == "jpeg":
         reduce = min(1 << covers.bit_length() - 1, 8)
         box = _reduced(box, reduce)
-    resized = resize(decode(reduce=reduce, crop=box), target, config.resize, out)
+    resized = resize(decode(reduce=reduce, crop=box, exact=as_published), target, config.resize, out)
     if target == config.size and config.crop != "random":
         return resized
-    return _window(resized, config.size, rng if config.crop == "random" else None)
+    return _window(resized, config.size, rng if config.crop == "random" else None, config.crop == "central_torchvision")
 
 
-def _as_it_is(array: np.ndarray, reduce: int = 1, crop: Box | None = None) -> np.ndarray:
+def _as_it_is(array: np.ndarray, reduce: int = 1, crop: Box | None = None, exact: bool = False) -> np.ndarray:
     return array if crop is None else array[crop[0] : crop[0] + crop[2], crop[1] : crop[1] + crop[3]]
 
 
@@ -322,11 +328,16 @@ def small_affine(config: TransformConfig, image: np.ndarray, rng: np.random.Gene
     return cv2.warpAffine(np.ascontiguousarray(image), matrix, image.shape[1::-1], flags=cv2.INTER_LINEAR)
 
 
-def _window(image: np.ndarray, size: tuple[int, int], rng: np.random.Generator | None) -> np.ndarray:
-    """Cuts `size` from the image: a random window, or without a generator the central one."""
+def _window(
+    image: np.ndarray, size: tuple[int, int], rng: np.random.Generator | None, to_even: bool = False
+) -> np.ndarray:
+    """Cuts `size` from the image: a random window, or without a generator the central one.
+
+    to_even: whether half of an odd margin is rounded to an even number, and not down.
+    """
     rows, columns = image.shape[0] - size[0], image.shape[1] - size[1]
     if rng is None:
-        top, left = rows // 2, columns // 2
+        top, left = (round(rows / 2), round(columns / 2)) if to_even else (rows // 2, columns // 2)
     else:
         top, left = int(rng.random() * (rows + 1)), int(rng.random() * (columns + 1))
     return image[top : top + size[0], left : left + size[1]]
