@@ -148,6 +148,14 @@ def test_published_weights_are_shown_images_as_their_files_say(
     assert (found.size, found.crop, found.resize, found.resize_to) == ((28, 28), crop, resize, resize_to)
 
 
+def test_a_crop_that_is_not_implemented_is_refused(weights: Path) -> None:
+    half = (0.5, 0.5, 0.5)
+    read = dataclasses.replace(initial.read(weights), normalisation=Normalisation(half, half, crop_mode="border"))
+    with pytest.raises(UserError, match="crop_mode 'border', which is not implemented; give --crop="):
+        predict.eval_transform(read)
+    assert predict.eval_transform(read, crop="central").crop == "central"
+
+
 def test_features_are_written_without_holding_them(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
     names = ["a.png", "late\nline.png", "b\udcff.png", "", "\u00e9.png"]

@@ -1,6 +1,7 @@
 """Numbers on the terminal: intervals, deviations beside means, shots in order, a short table of classes."""
 
 import pytest
+import scipy.stats
 
 from vit_scaling.evaluation import scores
 
@@ -10,6 +11,12 @@ def test_the_interval_is_wilsons() -> None:
     assert scores.interval(0.9, 100) == pytest.approx((0.82563, 0.94477), abs=1e-5)
     assert scores.interval(0.0, 10) == pytest.approx((0.0, 0.27753), abs=1e-5)
     assert scores.interval(1.0, 10) == pytest.approx((0.72247, 1.0), abs=1e-5)
+
+
+def test_the_interval_is_that_of_scipy() -> None:
+    for right, count in ((0, 10), (7, 10), (480, 500), (500, 500)):
+        expected = scipy.stats.binomtest(right, count).proportion_ci(method="wilson")
+        assert scores.interval(right / count, count) == pytest.approx((expected.low, expected.high), abs=1e-6)
 
 
 def test_lines_of_an_evaluation() -> None:

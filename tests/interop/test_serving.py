@@ -13,7 +13,7 @@ import pytest
 
 from vit_scaling import UserError, interop, models
 from vit_scaling.data import mixing
-from vit_scaling.interop import serving
+from vit_scaling.interop import onnx_rules, serving
 from vit_scaling.interop import weights as weights_lib
 from vit_scaling.interop.normalisation import IMAGENET
 from vit_scaling.models import attention_cnn, resnet, swin, vit
@@ -109,6 +109,14 @@ def test_a_program_of_other_logits_is_not_written(tmp_path: pathlib.Path, monkey
     with pytest.raises(RuntimeError, match="differ from the model's"):
         serving.write(filled("vit"), tmp_path / "x", layout="stablehlo", input_type="uint8", texts={})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_network_that_onnx_cannot_express_is_refused(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.delitem(onnx_rules.ELEMENTWISE, "tanh")
+    with pytest.raises(UserError, match=r"cannot express this network: the model uses tanh.*--layout=stablehlo can"):
+        interop.write(filled("vit"), tmp_path / "out", layout="onnx")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_input_type_is_refused(tmp_path: pathlib.Path) -> None:

@@ -20,6 +20,7 @@ from vit_scaling import UserError
 from vit_scaling import config as config_lib
 from vit_scaling.data import loader, mixing
 from vit_scaling.data.sources import open_source
+from vit_scaling.evaluation import scores
 from vit_scaling.pages import fed, page, report, runs
 from vit_scaling.parallel import mesh as mesh_lib
 from vit_scaling.training import loop, telemetry
@@ -109,7 +110,7 @@ def test_the_first_screen_says_what_came_of_the_run(workdir: Path, browser: Brow
     text = browser.run("document.querySelector('main').innerText")
     assert "Finished." in text
     assert f"{100 * result['accuracy']:.2f}%" in text
-    low, high = runs.wilson(result["accuracy"], 40)
+    low, high = scores.interval(result["accuracy"], 40)
     assert f"{100 * low:.2f}% to {100 * high:.2f}%" in text
     assert "./run.sh train --config=tiny.py --config.optim.lr=0.003" in text
     changed = browser.run("[...document.querySelectorAll('tr.changed')].map((row) => row.cells[0].textContent)")

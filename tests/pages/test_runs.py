@@ -8,18 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy.stats
 
 from tests import tiny
 from vit_scaling import UserError
 from vit_scaling import config as config_lib
+from vit_scaling.evaluation import scores
 from vit_scaling.pages import page, report, runs
-
-
-def test_wilson_interval_is_that_of_scipy() -> None:
-    for right, count in ((0, 10), (7, 10), (480, 500), (500, 500)):
-        expected = scipy.stats.binomtest(right, count).proportion_ci(method="wilson")
-        np.testing.assert_allclose(runs.wilson(right / count, count), [expected.low, expected.high], atol=1e-6)
 
 
 def test_thin_keeps_ends_and_spikes() -> None:
@@ -97,7 +91,7 @@ def test_headline_prefers_the_test_set_and_needs_the_count_for_an_interval() -> 
     found = runs.headline(rows, {"evaluation.test": 100})
     assert found is not None
     assert (found["name"], found["value"], found["step"]) == ("test/accuracy", 0.4, 5)
-    assert found["interval"] == runs.wilson(0.4, 100)
+    assert found["interval"] == list(scores.interval(0.4, 100))
     found = runs.headline(rows[:1], {})
     assert found is not None
     assert (found["value"], found["interval"]) == (0.1, None)

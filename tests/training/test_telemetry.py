@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from tests import tiny
+from vit_scaling import UserError
+from vit_scaling import config as c
 from vit_scaling.training import figure, telemetry
+from vit_scaling.training.step_log import StepLog
 
 
 def test_rows_after_the_restored_step_are_dropped_and_none_before_it(tmp_path: Path) -> None:
@@ -54,6 +59,20 @@ def test_tensorboard_files_hold_the_values(tmp_path: Path) -> None:
         found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
         data = data[16 + length :]
     assert found == [(5, "loss", 0.25)]
+
+
+def test_skipped_updates_are_said_with_their_count_and_end_the_run(tmp_path: Path) -> None:
+    said: list[str] = []
+    config = tiny.config(log=c.LogConfig(every=c.Duration(100), stop_after_skipped=10))
+    progress = telemetry.Progress(0, 100)
+    progress.say = said.append  # type: ignore[method-assign]
+    log = StepLog(config, tmp_path, 10, telemetry.Writers(), progress, telemetry.Clock(), 0)
+    for step, in_row in enumerate([0, 1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10], start=1):
+        log.dispatched(step, {"loss": jnp.float32(1), "skipped_in_row": jnp.int32(in_row)})
+    with pytest.raises(UserError, match=r"not finite for 10 steps in a row.*up to step 13"):
+        log.drain()
+    assert [line.partition(":")[0] for line in said] == ["step 2", "step 4", "step 5", "step 7", "step 11"]
+    assert "(8 in a row)" in said[-1]
 
 
 class FakeTime:

@@ -63,13 +63,11 @@ def jit_in(mesh: Mesh, dtype: str, function: Callable[..., Any], *static: Any, *
     """Returns `function` of its remaining arguments, jitted, with the mesh visible to `sharding.constrain`.
 
     Args:
-        dtype: of the computation. In "float32", matrix products are computed in float32 on every platform, where JAX
-            would let TPUs round the operands to bfloat16 and GPUs to TensorFloat-32.
+        dtype: of the computation; see `mesh.tracing`.
     """
-    precision = "float32" if dtype == "float32" else None
 
     def traced(*args: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.default_matmul_precision(precision):
+        with mesh_lib.tracing(mesh, dtype):
             return function(*static, *args)
 
     traced.__name__ = function.__name__.strip("_")

@@ -133,10 +133,18 @@ def eval_transform(weights: Weights, run: Mapping[str, Any] | None = None, **ove
             for other weights, whose files may say how they are evaluated; where they do not, the shorter side is
             resized to 256/224 of the size before the central crop.
         override: fields of `TransformConfig`, such as crop and resize_to; those that are None are ignored.
+
+    Raises:
+        UserError: the weights' file names a crop that is not implemented, and `override` has none.
     """
     size = weights.image_size
-    fields = _published(weights.normalisation, size) if run is None else _of_run(run, size)
     given = {name: value for name, value in override.items() if value is not None}
+    mode = None if weights.normalisation is None else weights.normalisation.crop_mode
+    if run is None and "crop" not in given and mode not in (None, "center", "squash"):
+        raise UserError(
+            f"the weights' file asks for crop_mode {mode!r}, which is not implemented; give --crop=central or another"
+        )
+    fields = _published(weights.normalisation, size) if run is None else _of_run(run, size)
     return TransformConfig(**fields | {"size": tuple(size)} | given)
 
 

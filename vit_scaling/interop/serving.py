@@ -44,7 +44,8 @@ def write(weights: Weights, path: str | Path, *, layout: str, input_type: str, t
         texts: further files, by name.
 
     Raises:
-        UserError: the normalisation is unknown, a package is missing, or something is in the way.
+        UserError: the normalisation is unknown, a package is missing, something is in the way, or the layout cannot
+            express the network.
     """
     if input_type not in INPUT_TYPES:
         raise UserError(f"input_type is {input_type!r}; choose one of {', '.join(INPUT_TYPES)}")
@@ -85,13 +86,12 @@ def _function(weights: Weights) -> Callable[[Mapping[str, Any], Any], Any]:
     config, graphdef = weights.config, models.split(weights.abstract())[0]
     cpu = np.array(jax.local_devices(backend="cpu")[:1]).reshape((1,) * len(mesh_lib.AXES))
     mesh = jax.sharding.Mesh(cpu, mesh_lib.AXES)
-    precision = "float32" if config.dtype == "float32" else None
 
     def logits(arrays: Mapping[str, Any], images: Any) -> Any:
         parts: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
         for name, array in arrays.items():
             parts[name.startswith(native.STATISTICS)][name.removeprefix(native.STATISTICS)] = array
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.default_matmul_precision(precision):
+        with mesh_lib.tracing(mesh, config.dtype):
             model = models.merge(graphdef, *map(names.unflatten, parts))
             return model(mixing.to_float(images, config.mean, config.std)).astype(jnp.float32)
 
@@ -150,7 +150,10 @@ def _write_onnx(function: Any, arrays: Any, shape: tuple[int, ...], input_type: 
 
     title = f"vit_scaling {vit_scaling.__version__}"
     held = jax.tree.map(jnp.asarray, arrays)
-    model = onnx_writing.model(lambda images: function(held, images), shape, input_type, title)
+    try:
+        model = onnx_writing.model(lambda images: function(held, images), shape, input_type, title)
+    except NotImplementedError as error:
+        raise UserError(f"--layout=onnx cannot express this network: {error}; --layout=stablehlo can") from error
     path = folder / "model.onnx"
     large = sum(array.nbytes for array in arrays.values()) > LARGE
     onnx.save_model(model, path, save_as_external_data=large, location="model.onnx.data" if large else None)

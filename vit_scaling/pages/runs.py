@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from vit_scaling import UserError
+from vit_scaling.evaluation import scores
 from vit_scaling.training import telemetry
 
 RECORD = "report.json"  # what the report shows and no other file of the workdir holds
@@ -129,16 +130,9 @@ def headline(rows: Sequence[Mapping[str, Any]], examples: Mapping[str, int]) -> 
         found = [row for row in rows if row.get(name) is not None]
         if found:
             accuracy, count = found[-1][name], examples.get("evaluation." + name.split("/")[0].removesuffix("_ema"))
-            interval = None if count is None else wilson(accuracy, count)
+            interval = None if count is None else list(scores.interval(accuracy, count))
             return {"name": name, "value": accuracy, "step": found[-1]["step"], "examples": count, "interval": interval}
     return None
-
-
-def wilson(share: float, count: int, z: float = 1.959964) -> list[float]:
-    """Returns the 95% score interval of a share of `count` independent examples (Wilson 1927)."""
-    center = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return [max(0.0, center - half), min(1.0, center + half)]
 
 
 def notes(

@@ -7,9 +7,10 @@ Axes, slowest network first:
   model    nearest neighbours: splits heads and hidden units (tensor parallelism)
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -81,6 +82,18 @@ def create(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> j
     else:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return jax.sharding.Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+@contextlib.contextmanager
+def tracing(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, dtype: str) -> Iterator[None]:
+    """Shows the mesh to what is traced inside, with matrix products in the dtype of the computation.
+
+    In "float32", products are computed in float32 on every platform, where JAX would let TPUs round the operands to
+    bfloat16 and GPUs to TensorFloat-32.
+    """
+    precision = "float32" if dtype == "float32" else None
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.default_matmul_precision(precision):
+        yield
 
 
 def compiler_options(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> dict[str, str] | None:

@@ -51,7 +51,7 @@ class StepLog:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._progress.advance()
         in_row = int(values.pop("skipped_in_row"))
-        if in_row & (in_row - 1) == 0 and in_row:  # the 1st, 2nd, 4th, 8th, ...: a warning with a count, not a flood
+        if in_row and in_row & (in_row - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...: a warning with a count, not a flood
             self._progress.say(
                 f"step {step}: the update is left out, something in it is not finite or its loss spiked "
                 f"({in_row} in a row)"
@@ -79,9 +79,7 @@ class StepLog:
             values["mfu"] = flops_per_second / self._peak
         self._logged_step, self._logged_seconds = step, dict(self._clock.seconds)
         self._writer.write_scalars(step, values)
-        if not paths.in_bucket(
-            self._workdir
-        ):  # there a write takes longer than a step; the loop notes it when it saves
+        if not paths.in_bucket(self._workdir):  # a write there takes longer than a step; the loop notes it at a save
             workdirs.note_clock(self._workdir, step, self._clock)
         rate = self._config.data.batch_size / seconds
         self._progress.show(step, {"loss": values["loss"], "lr": values["learning_rate"], "images/s": rate})

@@ -375,6 +375,7 @@ def corrupt_files(photograph) -> dict[str, tuple[bytes, str]]:
         "damaged png": (png[:200] + bytes(2000) + png[2200:], "refuses|decoder"),
         "truncated webp": (webp[:-500], "cut off"),
         "truncated gif": (encode(photograph, "gif")[:900], "gif decoder says"),
+        "broken gif": (b"GIF89a" + bytes(40), "gif decoder says: cannot identify image file$"),
         "bmp without pixels": (encode(photograph, "bmp")[:60], "bmp decoder says"),
         "png bomb": (bomb("png"), "30000 x 30000 pixels"),
         "jpeg bomb": (bomb("jpeg"), "30000 x 30000 pixels"),

@@ -42,6 +42,7 @@ from vit_scaling.data.images.header import (
     format_of,
     jpeg_segments,
     open_with_pillow,
+    pillow_failed,
     read_header,
     readable,
 )
@@ -242,7 +243,7 @@ def _decode_pillow(data: bytes, header: Header, alpha: str) -> np.ndarray:
     except CorruptImageError:
         raise
     except Exception as error:  # Pillow's plugins raise whatever the bytes lead them to
-        raise CorruptImageError(f"the {header.format} decoder says: {error}") from None
+        raise pillow_failed(header.format, error) from None
     if seen_through:
         _note("alpha", "alpha is dropped" if alpha == "drop" else f"alpha is composited on {alpha}")
     return rgb

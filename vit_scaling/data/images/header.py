@@ -1,6 +1,7 @@
 """What the first bytes of an image file say: format, size, orientation, and which decoder reads it."""
 
 import io
+import re
 import struct
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -114,6 +115,11 @@ def open_with_pillow(data: bytes, format: str) -> Image.Image:
     return Image.open(io.BytesIO(data), formats=[_PILLOW[format]])
 
 
+def pillow_failed(format: str, error: Exception) -> CorruptImageError:
+    """Returns the error of an image that Pillow cannot read, without the address of the buffer in Pillow's text."""
+    return CorruptImageError(f"the {format} decoder says: {re.sub(r' <_io[^>]*>', '', str(error))}")
+
+
 # Below: height and width as stored.
 
 
@@ -123,7 +129,7 @@ def _pillow_header(data: bytes, format: str) -> Header:
             size = image.size
             orientation = 1 if format == "tiff" else image.getexif().get(0x0112, 1)  # Pillow turns a TIFF itself
     except Exception as error:  # Pillow's plugins raise whatever the bytes lead them to
-        raise CorruptImageError(f"the {format} decoder says: {error}") from None
+        raise pillow_failed(format, error) from None
     return Header(format, size[1], size[0], orientation if orientation in range(1, 9) else 1, pillow=True)
 
 
