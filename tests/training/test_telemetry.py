@@ -63,8 +63,8 @@ def test_tensorboard_files_hold_the_values(tmp_path: Path) -> None:
 
 def test_skipped_updates_are_said_with_their_count_and_end_the_run(tmp_path: Path) -> None:
     said: list[str] = []
-    config = tiny.config(log=c.LogConfig(every=c.Duration(100), stop_after_skipped=10))
-    progress = telemetry.Progress(0, 100)
+    config = tiny.config(200, log=c.LogConfig(every=c.Duration(100), stop_after_skipped=10))
+    progress = telemetry.Progress(0, 200)
     progress.say = said.append  # type: ignore[method-assign]
     log = StepLog(config, tmp_path, 10, telemetry.Writers(), progress, telemetry.Clock(), 0)
     for step, in_row in enumerate([0, 1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10], start=1):
