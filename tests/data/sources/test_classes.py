@@ -80,6 +80,11 @@ def test_a_set_takes_the_numbers_of_the_model():
     assert [several[i]["label"].tolist() for i in range(3)] == [[0, 0, 1], [1, 0, 1], [0, 0, 0]]
 
 
+def test_a_map_counts_also_where_the_names_are_the_same():
+    swapped = match(_Set(MODEL, [0, 1, 2]), MODEL, 3, {MODEL[0]: MODEL[1], MODEL[1]: MODEL[0]})
+    assert [int(swapped[i]["label"]) for i in range(3)] == [1, 0, 2]
+
+
 def test_classes_without_names_are_matched_by_number():
     own, unnamed = _Set(("x", "y", "z"), [2]), _Set(None, [4])
     assert match(own, MODEL, 3, "number") is own

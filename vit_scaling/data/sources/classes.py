@@ -90,7 +90,8 @@ def match(
             )
         names = None if model_names is None else tuple(model_names)
         return MatchedSource(source, np.arange(source.num_classes), names, num_classes)
-    if tuple(map(normal_name, source.class_names)) == tuple(map(normal_name, model_names)):
+    same = tuple(map(normal_name, source.class_names)) == tuple(map(normal_name, model_names))
+    if same and not isinstance(class_map, Mapping):
         return source
     matched = match_classes(model_names, source.class_names, class_map, owners)
     table = np.array([matched.get(number, UNMATCHED) for number in range(source.num_classes)], np.int64)
