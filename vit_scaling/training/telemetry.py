@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import sys
 import tempfile
 import time
@@ -76,7 +77,8 @@ class TensorBoardWriter:
         self._temporary = None if self._target is None else tempfile.TemporaryDirectory(prefix="vit_scaling-")
         self._folder = directory if self._temporary is None else Path(self._temporary.name)
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._writer = EventsWriter(str(self._folder / "events"))
+        # Files are named by the second; in a bucket a start within the same one would replace the file before it.
+        self._writer = EventsWriter(str(self._folder / "events"), filename_suffix=f".{os.urandom(4).hex()}")
         # TensorBoard hides what earlier starts wrote from here on.
         start = 0 if resume_step is None else resume_step + 1
         self._write(step=start, session_log=SessionLog(status=SessionLog.START))
