@@ -125,6 +125,23 @@ def test_cudnn_is_what_is_lowered_for_cuda(tokens, cudnn):
     assert "__cudnn$fmhaSoftmaxBackward(" in text
 
 
+@pytest.mark.parametrize("tokens", [64, 7])
+def test_cudnn_never_sees_a_row_of_very_negative_logits(tokens, monkeypatch):
+    """Its gradient of such rows is NaN (pytorch/pytorch issue 196678). Here every logit is about -120."""
+    plain, seen = jax.nn.dot_product_attention, {}
+
+    def kernel(q, k, v, *, implementation, **lengths):
+        assert implementation == "cudnn"
+        seen["logits"] = jnp.einsum("BLNK,BSNK->BNLS", q, k) / np.sqrt(q.shape[-1])
+        return plain(q, k, v, implementation="xla", **lengths)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    q, k, v = arrays(tokens, tokens)
+    q, k = q.at[..., 0].set(1), k.at[..., 0].set(-120 * np.sqrt(q.shape[-1]))
+    np.testing.assert_allclose(attention.cudnn(q, k, v), oracle(q, k, v), atol=1e-4)
+    assert float(jax.nn.logsumexp(seen["logits"], axis=-1).min()) >= np.log(tokens) - 1e-3
+
+
 @pytest.mark.skipif(
     machines.compiler(machines.topology("v5e:1x1")) is None, reason="libtpu is made for linux x86-64 alone"
 )

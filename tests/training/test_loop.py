@@ -463,3 +463,9 @@ def test_a_set_that_changed_between_two_starts_is_refused(
     workdirs.claim(tmp_path / "run", config, SETS)
     with pytest.raises(UserError, match=sentence):
         workdirs.claim(tmp_path / "run", config, {"data.train": SETS["data.train"] | {field: value}})
+
+
+def test_package_without_metadata(monkeypatch):
+    """A package that was copied into place, without its metadata, does not stop a run."""
+    monkeypatch.setattr(workdirs, "PACKAGES", (*workdirs.PACKAGES, "no-such-package"))
+    assert workdirs.environment()["versions"]["no-such-package"] == "unknown"

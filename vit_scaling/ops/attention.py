@@ -85,7 +85,12 @@ def cudnn(
 
     JAX refuses a gradient through odd lengths, such as the 197 tokens of a ViT with a class token, so these are padded
     by one token that cuDNN is told to leave out.
+
+    The mean key is subtracted first, which changes no softmax. Then the log of the sum of a row's exponentials is at
+    least log S. Where it is below -88, the gradients of cuDNN 9.20 to 9.26 are NaN on H100s at many lengths
+    (pytorch/pytorch issue 196678, NVIDIA/cudnn-frontend issue 1072); a ViT of 64 tokens met that within 400 steps.
     """
+    k_BSNK = _centered(k_BSNK)
     batch, queries, keys = len(q_BLNK), q_BLNK.shape[1], k_BSNK.shape[1]
     if queries % 2 == 0 and keys % 2 == 0:
         return jax.nn.dot_product_attention(q_BLNK, k_BSNK, v_BSNK, implementation="cudnn")
@@ -95,6 +100,11 @@ def cudnn(
         key_value_seq_lengths=jnp.full(batch, keys, jnp.int32),
         implementation="cudnn",
     )[:, :queries]
+
+
+def _centered(k_BSNK: Float[Array, "B S N K"]) -> Float[Array, "B S N K"]:
+    k32_BSNK = k_BSNK.astype(jnp.float32)
+    return (k32_BSNK - jnp.mean(k32_BSNK, axis=1, keepdims=True)).astype(k_BSNK.dtype)
 
 
 def flash(

@@ -88,11 +88,18 @@ def trunk(config: Config) -> Path | None:
 def environment() -> dict[str, Any]:
     """Returns what a process runs with, and must have in common with the others of its run."""
     return {
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+        "versions": {name: _version(name) for name in PACKAGES}
         | {"vit_scaling": __version__, "python": platform.python_version()},
         "git_revision": _git_revision(),
         "device_kind": jax.devices()[0].device_kind,
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # copied into place, without its metadata
+        return "unknown"
 
 
 def agree(config: Config, sets: Mapping[str, Any], weights: str | None = None) -> None:
