@@ -51,7 +51,9 @@ def weights(name: str, num_classes: int = 4) -> interop.Weights:
 def pictures(count: int = 2, class_names: tuple[str, ...] | None = None) -> images.Images:
     generator = np.random.default_rng(3)
     pixels = generator.integers(0, 256, (count, *SIZE, 3), dtype=np.uint8)
-    return images.Images(pixels, [f"picture {i}" for i in range(count)], [i % 4 for i in range(count)], class_names, 0)
+    return images.Images(
+        pixels, [f"picture {i}" for i in range(count)], [str(i % 4) for i in range(count)], class_names, 0
+    )
 
 
 def inputs(chosen: images.Images, config: Any) -> jax.Array:

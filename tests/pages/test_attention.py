@@ -1,5 +1,6 @@
 """What is packed for the attention page equals the model's attention, to the quantization that the page states."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tests.pages.browser import Browser
 from tests.pages.dense import expected_of, looked
 from vit_scaling import UserError
 from vit_scaling.models import resnet
-from vit_scaling.pages import attention, families, page, quantize
+from vit_scaling.pages import attention, families, images, page, quantize
 
 
 @pytest.fixture(params=list(dense.MODELS))
@@ -114,6 +115,32 @@ def test_the_page_grows_coarser_and_then_smaller_until_it_fits(monkeypatch: Any,
     with pytest.raises(UserError, match="the page of one image would be"):
         attention.write(weights, chosen, tmp_path / "none.html", title="t")
     assert not (tmp_path / "none.html").exists()
+
+
+def test_predictions_have_the_models_names_and_labels_those_of_the_set(monkeypatch: Any) -> None:
+    """The set orders its classes in another way than the model does."""
+
+    class Source:
+        class_names, num_classes, multi_label = ("cat", "dog"), 2, False
+
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {"image": np.zeros((*dense.SIZE, 3), np.uint8), "label": np.int32(1)}
+
+        def id(self, index: int) -> str:
+            return f"record {index}"
+
+    monkeypatch.setattr(images, "open_source", lambda _: Source())
+    weights = dataclasses.replace(dense.weights("vit", 2), class_names=("dog", "cat"))
+    read = images.read("folder:pets:test", 1, weights, None)
+    assert (read.labels, read.left_out, read.captions) == (["dog"], 2, ["record 0"])
+    data, _, _ = attention.contents(looked("vit")[2], read, np.array([[3.0, 0.0]]), 1, 255, "softmax")
+    assert data["images"][0]["label"] == "dog"
+    assert [name for name, _ in data["images"][0]["predictions"]] == ["dog", "cat"]
+    nameless = dataclasses.replace(weights, class_names=None)
+    assert images.read("folder:pets:test", 1, nameless, None).class_names is None  # numbers, no guess
 
 
 def test_signed_rows_are_within_half_a_step() -> None:

@@ -137,32 +137,34 @@ def contents(
         arrays["filters"] = found.filters
     if found.centers is not None and found.covariances is not None:
         arrays |= {"centers": found.centers.astype(np.float32), "covariances": found.covariances.astype(np.float32)}
-    # Weights without a classifier predict nothing.
-    probabilities = softmax(logits, axis=1) if loss == "softmax" and logits.shape[1] else expit(logits)
-    class_names = families.names_of(logits.shape[1], chosen.class_names)
-    if len(class_names) < logits.shape[1]:
-        class_names += [str(number) for number in range(len(class_names), logits.shape[1])]
-    shown = []
-    for i in range(count):
-        best = np.argsort(-probabilities[i], kind="stable")[:TOP]
-        label = chosen.labels[i]
-        shown.append(
-            {
-                "picture": page.picture(chosen.pixels[i]),
-                "caption": chosen.captions[i],
-                "label": None if label is None else class_names[label] if label < len(class_names) else str(label),
-                "predictions": [[class_names[c], float(probabilities[i, c])] for c in best],
-            }
-        )
     data = {
         "extra": list(found.extra),
         "layers": layers,
         "maps": maps,
-        "images": shown,
+        "images": _shown(chosen, logits, count, loss),
         "levels": levels,
         "error": max(errors),
     }
     return data, arrays, max(errors)
+
+
+def _shown(chosen: images.Images, logits: np.ndarray, count: int, loss: str) -> list[dict[str, Any]]:
+    """Returns the first `count` images with their labels and most probable classes; none without a classifier."""
+    probabilities = softmax(logits, axis=1) if loss == "softmax" and logits.shape[1] else expit(logits)
+    class_names = list(chosen.class_names or ())
+    class_names += [str(number) for number in range(len(class_names), logits.shape[1])]
+    shown = []
+    for i in range(count):
+        best = np.argsort(-probabilities[i], kind="stable")[:TOP]
+        shown.append(
+            {
+                "picture": page.picture(chosen.pixels[i]),
+                "caption": chosen.captions[i],
+                "label": chosen.labels[i],
+                "predictions": [[class_names[c], float(probabilities[i, c])] for c in best],
+            }
+        )
+    return shown
 
 
 def gaussian_steps(workdir: Path, ema: bool) -> list[tuple[int, dict[str, Any]]]:
@@ -204,9 +206,6 @@ def explore(
     run = None if checkpointed is None else initial.record_of(checkpointed)["config"]
     chosen = images.read(choice, count, weights, run)
     steps = gaussian_steps(hub.place(weights_path), ema) if all_steps else []
-    own = getattr(weights, "class_names", None)
-    if own and chosen.class_names is None:
-        chosen.class_names = tuple(own)
     title = "/".join(Path(weights_path).absolute().parts[-2:])
     with jax.default_matmul_precision("highest"):
         return write(weights, chosen, path, title=title, loss=weights.loss, steps=steps)

@@ -6,7 +6,7 @@ size, n tokens of a window, T checkpoints.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -317,8 +317,3 @@ def gaussians(centers: np.ndarray, spreads: np.ndarray) -> tuple[np.ndarray, np.
     values, vectors = np.linalg.eigh(precision)
     inverse = 1 / np.maximum(values, 1e-12)
     return centers, np.einsum("...ij,...j,...kj->...ik", vectors, np.minimum(inverse, 1e12), vectors)
-
-
-def names_of(count: int, names: Sequence[str] | None) -> list[str]:
-    """Returns the names of classes, or their numbers where there are no names."""
-    return list(names) if names else [str(number) for number in range(count)]

@@ -18,13 +18,22 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".
 
 @dataclasses.dataclass
 class Images:
-    """Images for a model: pixels [B, H, W, 3] uint8, a caption for each, and their labels where they are known."""
+    """Images for a model.
+
+    Attributes:
+        pixels: [B, H, W, 3] uint8.
+        captions: of each image.
+        labels: names of their classes in the set that they come from, which may order its classes in another way than
+            the model does; None where they are not known.
+        class_names: of the model's classes, by which predictions are named; None if they are not known.
+        left_out: images of the set or the folder that are not shown.
+    """
 
     pixels: np.ndarray
     captions: list[str]
-    labels: list[int | None]
+    labels: list[str | None]
     class_names: tuple[str, ...] | None
-    left_out: int  # images of the set or the folder that are not shown
+    left_out: int
 
 
 def read(choice: str | None, count: int, weights: interop.Weights, run: dict[str, Any] | None) -> Images:
@@ -41,7 +50,7 @@ def read(choice: str | None, count: int, weights: interop.Weights, run: dict[str
         UserError: there is no such folder or set, or it holds no image.
     """
     prepare = transform(predict.eval_transform(weights, run), train=False)
-    class_names = _class_names(run)
+    class_names = weights.class_names or _class_names(run)
     if choice is not None and choice != "builtin" and ":" not in choice:
         folder = paths.local(choice)
         files = _files(folder)
@@ -56,12 +65,11 @@ def read(choice: str | None, count: int, weights: interop.Weights, run: dict[str
         return Images(np.stack(pixels), captions, [None] * len(chosen), class_names, len(files) - len(chosen))
     source = open_source(_source(choice, run))
     examples = [prepare(source[index], None) for index in range(min(count, len(source)))]
-    labels = [None if source.multi_label else int(example["label"]) for example in examples]
+    names = source.class_names or tuple(map(str, range(source.num_classes)))
+    labels = [None if source.multi_label else names[int(example["label"])] for example in examples]
     captions = [source.id(index) for index in range(len(examples))]
-    names = source.class_names if source.class_names is not None else class_names
-    return Images(
-        np.stack([example["image"] for example in examples]), captions, labels, names, len(source) - len(examples)
-    )
+    stacked = np.stack([example["image"] for example in examples])
+    return Images(stacked, captions, labels, class_names, len(source) - len(examples))
 
 
 def _files(folder: Path) -> list[Path]:
