@@ -138,6 +138,29 @@ def test_names_tell_whose_pixels(names: tuple[str, ...], whose: str | None) -> N
     assert timm.pixels(names) == expected
 
 
+@pytest.mark.parametrize(
+    ("shapes", "named"),
+    [
+        (
+            {"beit.encoder.layer.0.lambda_1": (8,), "beit.embeddings.patch_embeddings.projection.weight": (8, 3, 4, 4)},
+            "BEiT",
+        ),
+        (
+            {"blocks.0.attn.q_bias": (8,), "blocks.0.gamma_1": (8,), "patch_embed.proj.weight": (8, 3, 4, 4)},
+            "BEiT; models here do not have that",
+        ),
+        ({"embeddings.patch_embedding.weight": (8, 48)}, "SigLIP 2 NaFlex, with images of any aspect ratio"),
+    ],
+)
+def test_networks_that_are_not_here_are_named(
+    shapes: dict[str, tuple[int, ...]], named: str, tmp_path: pathlib.Path
+) -> None:
+    """And not by the first tensor that is missing."""
+    path = write(tmp_path / "file", {name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
+    with pytest.raises(UserError, match=f"the tensors are those of {named}"):
+        interop.read(path)
+
+
 def test_the_crop_of_a_run_is_exported() -> None:
     """timm divides the size by crop_pct and cuts; squash with a share below 1 is resized to a square and cropped."""
     base = Normalisation(*IMAGENET, source="x")

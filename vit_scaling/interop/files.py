@@ -22,6 +22,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
+from absl import logging
 
 from vit_scaling import UserError, paths
 from vit_scaling.interop import hub, onnx
@@ -251,6 +252,8 @@ def _open_torch(path: Path, ema: bool) -> dict[str, Stored]:
     averages = [key for key in AVERAGES if isinstance(value, Mapping) and isinstance(value.get(key), Mapping)]
     if ema and not averages:
         raise UserError(f"{path} holds no average of its parameters ({' or '.join(AVERAGES)}); leave ema out")
+    if averages and not ema:
+        logging.warning("%s also holds an average of its parameters (%s); --ema takes it", path, averages[0])
     for key in averages if ema else CONTAINERS:
         if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
             value = value[key]
