@@ -11,7 +11,7 @@
    names what cannot be decoded. The names of the classes are kept in runs/birds/config.json.
 4. Evaluate:   ./run.sh evaluate --weights=runs/birds --output=runs/birds/evaluation
    Predict:    ./run.sh predict --weights=runs/birds new_photo.jpg
-   Export:     ./run.sh weights export runs/birds EXPORT --layout=timm
+   Export:     ./run.sh weights export --input=runs/birds --output=birds_timm --layout=timm
 
 Fewer than some 50,000 images hardly train a ViT from random weights: `configs/finetune.py:WEIGHTS,/data/birds` starts
 from published ones and nearly always wins.
@@ -25,7 +25,7 @@ The first word is the set: a folder, a set that `prepare` wrote, or KIND:NAME su
 
 Recipe:   that of vit_imagenet.py ("Better plain ViT baselines", arXiv 2205.01580) in float32 without few-shot
           evaluation; batch at most 1024, learning rate 1e-3 at that batch, less in proportion to its root.
-Run by us: Debian's openclipart-png, in small and unfinished, see docs/data.md.
+Run by us: Debian's openclipart-png, see docs/data.md.
 """
 
 from vit_scaling import UserError

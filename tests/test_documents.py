@@ -1,4 +1,6 @@
-"""Every command and every Python snippet of README.md and docs/, in its cheapest form: parsed, shown, or traced."""
+"""Every command and every Python snippet of README.md and docs/, and every command in the docstrings of configs and
+commands, in its cheapest form: parsed, shown, or traced.
+"""
 
 import ast
 import contextlib
@@ -38,21 +40,33 @@ def command_lines(path: Path) -> list[str]:
     return [line for line in lines if re.search(r"(^|[ =])(\./run\.sh|python|vit-scaling)\b", line)]
 
 
+def docstring_lines(path: Path) -> list[str]:
+    """Returns every command that stands on a line of its own in a module's docstring, after a "Word:" or not."""
+    text = (ast.get_docstring(ast.parse(path.read_text())) or "").replace("\\\n", " ")
+    return re.findall(r"^\s*(?:\w+: +)?(\./run\.sh .*)$", text, re.MULTILINE)
+
+
 LINES = [(path.name, line) for path in DOCUMENTS for line in command_lines(path)]
+LINES += [
+    (path.name, line)
+    for folder in ("configs", "vit_scaling")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    for line in docstring_lines(path)
+]
 RUNS = sorted({line[line.index("./run.sh") :] for _, line in LINES if "./run.sh" in line})
 SNIPPETS = [(path.name, text) for path in DOCUMENTS for language, text in fences(path) if language == "python"]
 
 
 def test_commands_are_found() -> None:
-    assert len(RUNS) >= 20
+    assert len(RUNS) >= 80
     assert len(SNIPPETS) >= 4
 
 
 @pytest.mark.parametrize("line", RUNS)
 def test_a_documented_command_is_understood(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flags, configs and overrides are parsed by the command's own parser; launchers show what they would do."""
-    words = [word for word in shlex.split(line, comments=True)[1:] if word not in ("&", ">") and "$" not in word]
-    words = words[: words.index(";")] if ";" in words else words
+    words = [word for word in shlex.split(line, comments=True)[1:] if word != "&" and "$" not in word]
+    words = list(itertools.takewhile(lambda word: word not in (";", ">"), words))
     command, arguments = (words or ["smoke"])[0], words[1:]
     assert re.search(rf"^([\w| -]*\b)?{re.escape(command)}\b[\w| -]*\)", RUN_SH, re.MULTILINE), f"no command {command}"
     if command in LAUNCHERS and "..." not in line:
@@ -66,21 +80,23 @@ def test_a_documented_command_is_understood(line: str, tmp_path: Path, monkeypat
     configs = [word for word in arguments if word.startswith("--config=")]
     if "--help" in arguments or not arguments or "..." in line or any(PLACEHOLDER.search(word) for word in configs):
         return  # nothing to parse, or a pattern for the reader to fill in
-    with contextlib.suppress(MissingWeightsError):
+    with contextlib.suppress(MissingFileError):
         parse(command, *arguments)
 
 
-class MissingWeightsError(Exception):
-    """A command names weights of the reader's, which are not here."""
+class MissingFileError(Exception):
+    """A command names weights or images of the reader's, which are not here."""
 
 
 def parse(command: str, *arguments: str) -> None:
     try:
         commands.parse(command, *arguments)
     except UserError as error:
-        if not re.search(r"there is no file or folder|no ViT size is called", str(error)):
+        if not re.search(
+            r"there is no file or folder|is neither a file nor a folder|no ViT size is called", str(error)
+        ):
             raise
-        raise MissingWeightsError from error
+        raise MissingFileError from error
 
 
 def test_documents_use_one_way_to_give_commands() -> None:
