@@ -24,6 +24,7 @@ usage() {
 ./run.sh install [X]    make the environment, with an extra: tpu or cuda
 ./run.sh test [ARGS]    run the tests; arguments go to pytest
 ./run.sh lint           check format, style and types
+./run.sh docs           make the documentation as a site, in site/
 ./run.sh mutants [NAME] put known mistakes into a copy of the code and check that tests notice them
 ./run.sh faults ARGS    disturb a small run in many ways and check that nothing is lost
 ./run.sh python         print the Python that is used
@@ -120,6 +121,11 @@ lint)
   .venv/bin/ruff format --check .
   .venv/bin/ruff check .
   .venv/bin/mypy
+  ;;
+docs)
+  environment docs
+  NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
+  say "open site/index.html"
   ;;
 python) find_python ;;
 help | --help | -h) usage ;;

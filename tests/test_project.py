@@ -139,6 +139,8 @@ def test_run_sh_runs_the_checks(copy: Path) -> None:
     assert start(copy, "test", "-k", "x") == (0, ["-m pytest --numprocesses=2 --dist=loadfile -k x"])
     assert start(copy, "mutants", "a") == (0, ["-m tests.mutants a"])
     assert start(copy, "faults", "--seed=1") == (0, ["-m tests.faults --seed=1"])
+    start(copy, "install", "docs")
+    assert start(copy, "docs") == (0, ["-m mkdocs build --strict"])
     assert start(copy, "lint") == (0, ["ruff format --check .", "ruff check .", "mypy "])
     for bad, said in (("format", 1), ("check", 2), ("", 3)):
         (copy / "bad").write_text(bad)
