@@ -12,6 +12,7 @@ import pytest
 from tests.pages.browser import Browser
 from tests.pages.test_controls import saved, touch, values_of
 from tests.pages.test_report import figure_of
+from vit_scaling.evaluation import scores
 from vit_scaling.pages import report, runs
 
 
@@ -114,7 +115,7 @@ def test_axes_become_logarithmic_and_linear(made: Path, browser: Browser) -> Non
 def test_the_first_screen_and_the_time_bar_tell_the_files_numbers(made: Path, browser: Browser) -> None:
     browser.open(made / report.PAGE)
     text = browser.run("document.querySelector('main').innerText")
-    low, high = runs.wilson(0.8, 40)
+    low, high = scores.interval(0.8, 40)
     for told in (
         "Not finished. Step 40 of 80.",
         f"{100 * low:.2f}% to {100 * high:.2f}%",
