@@ -8,6 +8,7 @@ is the host's time for each step, of which an accelerator hides what it computes
 
 Checkpoints: a state of the given size is saved as `train` saves. "save" is the time until the checkpoint is complete;
 "stall" is how long the loop waits before it goes on, also as a share of the save. "restore" reads it and verifies it.
+"digest" is the part of each that computes the digests of the arrays. The state is random, which hardly compresses.
 """
 
 import argparse
@@ -75,7 +76,9 @@ def host():
 def checkpoints(megabytes):
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
+    from vit_scaling.interop import run
     from vit_scaling.parallel import mesh as mesh_lib
     from vit_scaling.training import checkpoint, step
 
@@ -83,25 +86,32 @@ def checkpoints(megabytes):
     mesh = mesh_lib.create(config.mesh, jax.devices()[:1])
     program = step.build(config, num_classes=10, total_steps=STEPS, mesh=mesh)
     state = program.init()
-    state.opt_state = [jnp.ones((2**18, megabytes // 8), jnp.float32) * i for i in range(8)]
-    saves, stalls, restores = [], [], []
+    random = np.random.default_rng(0)
+    state.opt_state = [jnp.asarray(random.standard_normal((2**18, megabytes // 8), np.float32)) for _ in range(8)]
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    run.digests(state)  # compiles
+    times = {"save": [], "stall": [], "restore": [], "digest": []}
+
+    def timed(name, function, begin=None):
+        begin = time.perf_counter() if begin is None else begin
+        function()
+        times[name].append(time.perf_counter() - begin)
+        return begin
+
     with tempfile.TemporaryDirectory() as folder:
         for number in range(ROUNDS):
-            keeper = checkpoint.Checkpoints(Path(folder) / str(number), keep=1, permanent=0)
+            path = Path(folder) / str(number)
+            keeper = checkpoint.Checkpoints(path, keep=1, permanent=0)
             state.step = jnp.int32(1)
-            begin = time.perf_counter()
-            keeper.save(1, state, {})
-            stalls.append(time.perf_counter() - begin)
-            keeper.close()
-            saves.append(time.perf_counter() - begin)
-            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-            begin = time.perf_counter()
-            jax.block_until_ready(checkpoint.restore(Path(folder) / str(number) / "1", shapes)[0])
-            restores.append(time.perf_counter() - begin)
-    save, stall, restore = (statistics.median(times) for times in (saves, stalls, restores))
+            begin = timed("stall", lambda: keeper.save(1, state, {}))  # noqa: B023
+            timed("save", keeper.close, begin)
+            timed("restore", lambda: jax.block_until_ready(checkpoint.restore(path / "1", shapes)[0]))  # noqa: B023
+            timed("digest", lambda: run.digests(state))
+    save, stall, restore, digest = (statistics.median(each) for each in times.values())
     print(
-        f"{megabytes:5} MB: save {save:.3f} s, stall {stall:.3f} s ({100 * stall / save:.0f}% of the save), "
-        f"restore {restore:.3f} s"
+        f"{megabytes:5} MB: save {save:.3f} s, stall {stall:.3f} s ({100 * stall / save:.0f}% of the save), restore "
+        f"{restore:.3f} s, digest {digest:.3f} s ({100 * digest / save:.1f}% of the save, "
+        f"{100 * digest / restore:.1f}% of the restore)"
     )
 
 
