@@ -135,12 +135,15 @@ def interrupted() -> None:
     raise KeyboardInterrupt
 
 
+MEND = "free space or repair the disk, and start again"
+
+
 @pytest.mark.parametrize(
     ("fault", "code", "sentence"),
     [
         (user_error, 2, "error: optim.lr is 0\n"),
         (transient, 1, "error: worker 3 died\n"),
-        (disk_full, 1, "error: the disk is full: /scratch/run cannot be written; free space and start again\n"),
+        (disk_full, 1, f"error: a file cannot be read or written (No space left on device: /scratch/run); {MEND}\n"),
         (interrupted, 130, "stopped\n"),
         (numpy_error, 1, None),
     ],

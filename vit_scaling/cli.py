@@ -321,7 +321,9 @@ def _fault_of_the_machine(error: BaseException) -> str | None:
     if isinstance(error, TransientError):
         return str(error)
     fault = paths.fault_of_disk(error)
-    return None if fault is None else f"a disk is full or fails: {fault}"
+    return (
+        f"a file cannot be read or written ({fault}); free space or repair the disk, and start again" if fault else None
+    )
 
 
 def _exit(code: int) -> NoReturn:
