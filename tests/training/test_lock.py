@@ -96,6 +96,6 @@ def test_the_owner_counts_heartbeats() -> None:
 
     clock = FakeClock(3)
     with lock._beating(beat, clock):
-        clock.over.wait()
+        clock.over.wait(20.0)
     assert beats == [1, 2, 3]
     assert clock.waits == [lock.HEARTBEAT_SECONDS] * 4
