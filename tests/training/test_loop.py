@@ -408,7 +408,7 @@ def test_the_result_comes_after_its_checkpoint(tmp_path: Path, monkeypatch: pyte
         (ValueError("Error writing: [os_error_code='28']"), "the disk of RUN is full; there is no checkpoint yet"),
         (OSError(errno.EROFS, "x", "a"), "a file cannot be read or written (Read-only file system: a); there is no c"),
         (ValueError("UNKNOWN: [os_error_code='5']"), "a file cannot be read or written (Input/output error); there is"),
-        (FileNotFoundError(errno.ENOENT, "x", "a"), "RUN is gone: it was renamed or deleted while the run went on"),
+        (FileNotFoundError(errno.ENOENT, "x", "a"), None),
         (ValueError("a bug"), None),
         (UserError("a mistake"), None),
     ],
@@ -423,6 +423,15 @@ def test_a_disk_that_fails_is_one_sentence_and_a_bug_keeps_its_traceback(
     with pytest.raises(expected) as caught, loop._fault_of_disk_is_a_sentence(run):
         raise last
     assert caught.value is error or str(caught.value).startswith((sentence or "?").replace("RUN", str(run)))
+
+
+def test_a_workdir_that_is_renamed_meanwhile_is_one_sentence(tmp_path: Path) -> None:
+    missing = ValueError("NOT_FOUND: [os_error_code='2']")
+    with pytest.raises(TransientError, match="is gone: it was"), loop._gone_workdir_is_a_sentence(tmp_path):
+        raise missing
+    (tmp_path / "config.json").touch()
+    with pytest.raises(ValueError, match="NOT_FOUND"), loop._gone_workdir_is_a_sentence(tmp_path):
+        raise missing
 
 
 def test_a_claim_that_was_killed_is_made_again_and_the_first_start_is_kept(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ def train(config: Config, workdir: Path, after_evaluation: AfterEvaluation | Non
             if not past["finished"]:
                 workdirs.keep_compilations(workdir)
                 processes.say(workdirs.describe(setup.config, setup.program, setup.source))
+                last.enter_context(_gone_workdir_is_a_sentence(workdir))
                 return _train(setup, workdir, identity, past, stop, clock, after_evaluation, last)
             processes.say(f"{workdir} holds this run, finished; delete it or name another --workdir to run it again")
             return processes.first(lambda: workdirs.read_result(workdir))
@@ -270,14 +271,12 @@ def _first_state(
 
 @contextlib.contextmanager
 def _fault_of_disk_is_a_sentence(workdir: Path) -> Iterator[None]:
-    """Raises TransientError where anything inside failed because the disk is full or fails, or the workdir is gone."""
+    """Raises TransientError where anything inside failed because the disk is full or fails."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        if paths.is_missing_file(error) and not paths.in_bucket(workdir) and not workdir.exists():
-            raise TransientError(f"{workdir} is gone: it was renamed or deleted while the run went on") from error
         if (fault := paths.fault_of_disk(error)) is None:
             raise
         try:
@@ -288,6 +287,18 @@ def _fault_of_disk_is_a_sentence(workdir: Path) -> Iterator[None]:
         is_full = fault.startswith((os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)))
         what = f"the disk of {workdir} is full" if is_full else f"a file cannot be read or written ({fault})"
         raise TransientError(f"{what}; {rest}") from error
+
+
+@contextlib.contextmanager
+def _gone_workdir_is_a_sentence(workdir: Path) -> Iterator[None]:
+    """Raises TransientError where anything inside failed because the run's folder has been renamed or deleted."""
+    try:
+        yield
+    except Exception as error:
+        # Libraries make folders anew, but not the file by which the workdir is the run's.
+        if not paths.is_missing_file(error) or (workdir / "config.json").exists():
+            raise
+        raise TransientError(f"{workdir} is gone: it was renamed or deleted while the run went on") from error
 
 
 def measured(state: TrainState) -> dict[str, Any]:
