@@ -130,7 +130,7 @@ def test_the_loss_travels(tmp_path: pathlib.Path) -> None:
         (("teacher.backbone.pos_embed", "student.module.backbone.pos_embed"), "dino"),
         (("blocks.0.gamma_1", "blocks.0.attn.qkv.bias"), "deit"),
         (("module.head_dist.weight",), "deit"),
-        (("pos_embed", "blocks.0.ls1.gamma", "my_mask_tokens"), None),
+        (("pos_embed", "blocks.0.ls1.gamma", "my_mask_token"), None),
     ],
 )
 def test_names_tell_whose_pixels(names: tuple[str, ...], whose: str | None) -> None:
