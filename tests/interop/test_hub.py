@@ -15,7 +15,8 @@ import pytest
 
 from tests.interop.test_interop import VIT, assert_same, make
 from vit_scaling import TransientError, UserError, interop, paths
-from vit_scaling.interop import hub
+from vit_scaling.interop import card, hub
+from vit_scaling.interop.weights import of_module
 
 constants = pytest.importorskip("huggingface_hub.constants")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -27,6 +28,7 @@ class _Hub(http.server.BaseHTTPRequestHandler):
     repositories: dict[str, dict[str, bytes]]
     private: dict[str, bool]
     status = 0  # of every answer, where it is not 0
+    breaks = False  # whether uploads get no answer
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -52,12 +54,16 @@ class _Hub(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if "Authorization" not in self.headers:
             return self._json({"error": "Invalid credentials"}, 401)
+        if self.breaks:
+            raise ConnectionAbortedError
         if self.path == "/api/repos/create":
             told = json.loads(body)
             name = f"{told['organization']}/{told['name']}"
             self.repositories.setdefault(name, {})
             self.private[name] = told.get("private", False) or told.get("visibility") == "private"
             return self._json({"url": f"{constants.ENDPOINT}/{name}", "id": name})
+        if self.path == "/api/validate-yaml":  # of a model card
+            return self._json({"errors": [], "warnings": []})
         name = "/".join(self.path.split("/")[3:5])
         if "/preupload/" in self.path:
             files = [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
@@ -88,6 +94,7 @@ class _Hub(http.server.BaseHTTPRequestHandler):
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Hub]]:
     handler = type("Handler", (_Hub,), {"repositories": {}, "private": {}})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        running.handle_error = lambda *_: None  # type: ignore[method-assign]
         threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
         address = f"http://127.0.0.1:{running.server_address[1]}"
         monkeypatch.setattr(constants, "ENDPOINT", address)
@@ -103,14 +110,18 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Hu
 
 def test_a_model_goes_there_and_comes_back(server: type[_Hub], tmp_path: Path) -> None:
     model = make(VIT)
-    interop.save(model, tmp_path / "export", layout="huggingface")
+    weights = of_module(model)
+    text = card.card(weights, layout="huggingface", source="runs/birds", command="weights push")
+    interop.write(weights, tmp_path / "export", layout="huggingface", texts={card.CARD: text})
     assert hub.push(tmp_path / "export", "birds/vit", public=False).endswith("birds/vit")
     files = {path.name: path.read_bytes() for path in (tmp_path / "export").iterdir()}
     assert {name: data for name, data in server.repositories["birds/vit"].items() if name != ".gitattributes"} == files
     assert server.private == {"birds/vit": True}
     server.repositories["birds/vit"] |= {"pytorch_model.bin": b"code", "onnx/model.safetensors": b"?", "run.py": b"?"}
     assert_same(interop.load("hf://birds/vit"), model)
-    assert sorted(path.name for path in hub.place("hf://birds/vit@main").iterdir()) == sorted(files)
+    assert sorted(path.name for path in hub.place("hf://birds/vit@main").iterdir()) == sorted(
+        files.keys() - {card.CARD}
+    )
     assert interop.describe(f"hf://birds/vit@{COMMIT}")[1] == model.image_size
 
 
@@ -119,13 +130,14 @@ def test_a_model_goes_there_and_comes_back(server: type[_Hub], tmp_path: Path) -
     [
         ("hf://birds/none", UserError, "the Hub shows no such repository to these credentials"),
         ("hf://birds/empty", UserError, r"holds no weight file that is read here \(\*\.safetensors, \*\.npz"),
+        ("hf://birds/nothing", UserError, "hf://birds/nothing holds no weight file"),
         ("hf://birds/empty@v9", UserError, "the repository has no such revision"),
         ("hf://birds", UserError, "names no repository; write hf://OWNER/NAME"),
         ("hf://birds/vit/config.json", UserError, "names no repository"),
     ],
 )
 def test_what_is_not_there(path: str, kind: type[Exception], sentence: str, server: type[_Hub]) -> None:
-    server.repositories["birds/empty"] = {"config.json": b"{}"}
+    server.repositories |= {"birds/empty": {"config.json": b"{}"}, "birds/nothing": {}}
     with pytest.raises(kind, match=sentence):
         hub.place(path)
 
@@ -140,7 +152,10 @@ def test_a_hub_that_fails_is_tried_again_later(
     with pytest.raises(UserError, match=r"birds/vit: .*401"):
         hub.push(tmp_path / "x", "birds/vit", public=True)
     monkeypatch.setenv("HF_TOKEN", "hf_of_the_test")
-    server.status = 507
+    server.breaks = True
+    with pytest.raises(TransientError, match="birds/vit: the connection to the Hub failed"):
+        hub.push(tmp_path / "x", "birds/vit", public=True)
+    server.breaks, server.status = False, 507
     with pytest.raises(TransientError, match="birds/vit: the Hub answers 507"):
         hub.push(tmp_path / "x", "birds/vit", public=True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -53,7 +53,7 @@ def _download(path: str) -> Path:
                     library_version=vit_scaling.__version__,
                 )
             )
-            if any(file.match(pattern) for file in folder.iterdir() for pattern in patterns):
+            if folder.is_dir() and any(file.match(pattern) for file in folder.iterdir() for pattern in patterns):
                 return folder
     raise UserError(f"{path} holds no weight file that is read here ({', '.join(sum(_WANTED, ()))})")
 
@@ -121,3 +121,7 @@ def _said(what: str) -> Iterator[None]:
         raise kind(f"{what}: the Hub answers {status} ({text})") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
         raise TransientError(f"{what}: the Hub cannot be reached, and no download is kept ({error})") from None
+    except Exception as error:  # of the library that carries the requests, whichever it is
+        if not type(error).__module__.startswith(("httpx", "httpcore")):
+            raise
+        raise TransientError(f"{what}: the connection to the Hub failed ({type(error).__name__}: {error})") from None
