@@ -78,8 +78,8 @@ def test_a_mistake_on_the_command_line_is_one_sentence(mistake: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["shwo", "x"], "'shwo' is not a command; choose one of import, export, show"),
-        (["--input=x"], "name a command, one of import, export, show"),
+        (["shwo", "x"], "'shwo' is not a command; choose one of import, export, push, show"),
+        (["--input=x"], "name a command, one of import, export, push, show"),
         (["show", "--input=x", "y"], "'y' is not a flag"),
         (["show"], "--input must be given"),
     ],
