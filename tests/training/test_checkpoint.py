@@ -73,6 +73,8 @@ def test_unfinished_checkpoints_are_ignored(saved: tuple[Path, Any], tmp_path: P
     (directory / "10.orbax-checkpoint-tmp-1" / "state").mkdir(parents=True)  # being written
     shutil.copytree(directory / "5", directory / "11")
     shutil.rmtree(directory / "11" / "state")  # half gone
+    shutil.copytree(directory / "5", directory / "12")
+    (directory / "12" / run.MARKER).unlink()  # all but the end
     assert checkpoint.steps(directory) == [2, 4, 5]
     with pytest.raises(ValueError, match="holds no complete checkpoint"):
         checkpoint.restore(directory / "9", program(1).state_shape)
