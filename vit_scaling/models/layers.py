@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vit_scaling import UserError
 from vit_scaling.ops import attention as attention_ops
-from vit_scaling.ops import rotary
+from vit_scaling.ops import kernels, rotary
 
 Initializer = Callable[[PRNGKeyArray, tuple[int, ...]], Array]
 
@@ -163,9 +163,13 @@ class Linear(nnx.Module):
         kernel = self.kernel[...].astype(x.dtype)
         inputs, outputs = kernel.shape[: self.input_dims], kernel.shape[self.input_dims :]
         leading = x.shape[: x.ndim - self.input_dims]
-        # As matrices, because for the kernel's gradient XLA transposes arrays of more axes in memory on a CPU.
-        y = x.reshape(-1, math.prod(inputs)) @ kernel.reshape(math.prod(inputs), -1)
-        y = y.reshape(*leading, *outputs)
+        if kernels.platform() == "tpu":
+            # Merging axes that do not fill the TPU's tiles, such as 196 tokens, would copy the array.
+            y = jnp.tensordot(x, kernel, self.input_dims)
+        else:
+            # As matrices, because for the kernel's gradient XLA transposes arrays of more axes in memory on a CPU.
+            y = x.reshape(-1, math.prod(inputs)) @ kernel.reshape(math.prod(inputs), -1)
+            y = y.reshape(*leading, *outputs)
         return y if self.bias is None else y + expand(self.bias[...].astype(x.dtype), y.ndim)
 
 
