@@ -542,11 +542,10 @@ def test_tokens_are_merged_for_products_except_on_tpus(platform: str, merges: bo
     """On a TPU the merged 196 tokens fill no tile: compiled for v5e, ViT-S/16 then moves 33.5 in place of 18.1 GB."""
     device = AbstractDevice(device_kind=platform, num_cores=None, platform=platform)
     mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
-    linear = layers.Linear(8, (2, 3), key=jax.random.key(0))
+    linear = layers.Linear(8, (2, 3), key=jax.random.key(0), bias=False)
     x = jax.random.normal(jax.random.key(1), (2, 5, 8))
     with jax.sharding.use_abstract_mesh(mesh):
         traced = jax.make_jaxpr(linear)(x)
     assert ("reshape" in str(traced)) == merges
     (y,) = jax.core.eval_jaxpr(traced.jaxpr, traced.consts, x)
-    expected = np.einsum("btc,cnk->btnk", x, linear.kernel[...]) + linear.bias[...]
-    np.testing.assert_allclose(y, expected, atol=1e-5)
+    np.testing.assert_allclose(y, np.einsum("btc,cnk->btnk", x, linear.kernel[...]), atol=1e-5)
