@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vit_scaling import TransientError, UserError
+from vit_scaling import TransientError, UserError, interop
 from vit_scaling import config as c
 from vit_scaling.data import order
 from vit_scaling.data.images.codec import CorruptImageError
@@ -28,7 +28,7 @@ from vit_scaling.data.sources import open_source
 from vit_scaling.data.sources.arrays import BuiltinSource
 from vit_scaling.evaluation.suite import Suite
 from vit_scaling.parallel import mesh as mesh_lib
-from vit_scaling.training import checkpoint, figure, loop, step_log, telemetry
+from vit_scaling.training import checkpoint, figure, initial, loop, step_log, telemetry
 from vit_scaling.training import workdir as workdirs
 from vit_scaling.training.step import build
 
@@ -225,6 +225,32 @@ def test_a_finished_run_is_not_run_again(uninterrupted: Path, capsys: pytest.Cap
     assert "finished" in capsys.readouterr().out
     changed = [path.name for path, at in before.items() if path.stat().st_mtime_ns != at]
     assert changed == ["lock"]
+
+
+def test_a_result_without_its_checkpoint_is_not_the_end(uninterrupted: Path, tmp_path: Path) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    assert workdirs.past(tmp_path / "run", 8)["finished"]
+    (tmp_path / "run" / "checkpoints" / "8" / "commit_success.txt").unlink()
+    assert not workdirs.past(tmp_path / "run", 8)["finished"]
+
+
+def test_processes_that_read_other_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = c.resolve(tiny.config(), 100)
+    monkeypatch.setattr(workdirs.processes, "tell", lambda own: own | {"weights": "0123"})
+    with pytest.raises(UserError, match=r"process 0 \(there\) and process 0 \(here\).*weights"):
+        workdirs.agree(config, {}, "4567")
+    workdirs.agree(config, {}, "0123")
+
+
+def test_the_digest_of_weights_sees_every_number(uninterrupted: Path) -> None:
+    weights = interop.read(uninterrupted)
+    digest = initial.digest(weights)
+    assert digest == initial.digest(interop.read(uninterrupted))
+    for array in (weights.parameters["head"]["bias"], weights.parameters["norm"]["scale"]):
+        before, array.flat[-1] = array.flat[-1], 0.5
+        assert initial.digest(weights) not in (digest, None)
+        array.flat[-1] = before
+    assert initial.digest(weights) == digest
 
 
 def test_a_workdir_of_another_config_is_refused_and_left_alone(uninterrupted: Path, tmp_path: Path) -> None:
