@@ -44,6 +44,14 @@ def test_what_is_no_number_is_written_as_null(tmp_path: Path) -> None:
     assert telemetry.read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None, "norm": None, "lr": 0.5}]
 
 
+def test_event_files_of_two_starts_within_a_second_are_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telemetry.time, "time", lambda: 1e9)
+    for step in (1, 2):
+        writer = telemetry.TensorBoardWriter(tmp_path, resume_step=step)
+        writer.close()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_tensorboard_files_hold_the_values(tmp_path: Path) -> None:
     from tensorboardX.event_file_writer import EventsWriter  # noqa: F401  the writer needs no TensorFlow
     from tensorboardX.proto import event_pb2

@@ -132,7 +132,7 @@ def _train(
     after_evaluation: AfterEvaluation | None,
     last: contextlib.ExitStack,
 ) -> dict[str, Any]:
-    config, source, program, total_steps = setup.config, setup.source, setup.program, setup.total_steps
+    config, source, total_steps = setup.config, setup.source, setup.total_steps
     # ---- The state, where this run or its trunk left it, or a new one; then what follows from its step.
     state, resumed, origin = _first_state(setup, workdir, identity, past, clock)
     step = int(jax.device_get(state.step))
@@ -148,12 +148,9 @@ def _train(
         progress.say(f"continuing from {origin}")
     progress.doing("compiling", line=True)
     with clock.book("compile"):
-        shapes = batch_shape(config, source.num_classes, source.multi_label, program.mesh)
-        train_step = program.train_step.lower(program.state_shape, shapes).compile()
-    on = sharding.batch_sharding(program.mesh)
-    shard = loader.Shard(*sharding.batch_parts(on))
-    batches = loader.train_batches(source, setup.augment, config.data, seed=config.seed, start_step=step, shard=shard)
-    on_devices = loader.to_device(batches, on, ahead=1)
+        train_step = _compiled(setup)
+    batches = _batches(setup, step)
+    on_devices = loader.to_device(batches, sharding.batch_sharding(setup.program.mesh), ahead=1)
     log = StepLog(config, workdir, source.num_classes, writer, progress, clock, step)
     watchdog, profiler = Watchdog(config.log.watchdog), Profiler(config.log, workdir)
     evaluate = _Evaluator(setup, after_evaluation, stop, clock, writer, progress, watchdog, best, batches)
@@ -217,7 +214,7 @@ class _Evaluator:
     progress: telemetry.Progress
     watchdog: Watchdog
     best: checkpoint.Best
-    batches: Any  # of training, with the counts of events while images were read
+    batches: loader.Batches  # of training, with the counts of events while images were read
     values: dict[str, float] | None = None  # of the newest evaluation; before the first, evaluations may compile
 
     def __call__(self, step: int, state: TrainState) -> bool:
@@ -250,6 +247,22 @@ class _Evaluator:
         self.watchdog.beat(compiles=self.values is None)
         if self.stop.asked():
             raise Stopped
+
+
+def _compiled(setup: _Setup) -> Any:
+    """Returns the train step, compiled for the shapes of the run's state and batches."""
+    program, source = setup.program, setup.source
+    batch = batch_shape(setup.config, source.num_classes, source.multi_label, program.mesh)
+    return program.train_step.lower(program.state_shape, batch).compile()
+
+
+def _batches(setup: _Setup, step: int) -> loader.Batches:
+    """Returns this process's shard of the batches from a step on."""
+    config = setup.config
+    shard = loader.Shard(*sharding.batch_parts(sharding.batch_sharding(setup.program.mesh)))
+    return loader.train_batches(
+        setup.source, setup.augment, config.data, seed=config.seed, start_step=step, shard=shard
+    )
 
 
 def _first_state(
