@@ -68,15 +68,11 @@ _own = threading.local()
 
 def take_notes() -> list[Note]:
     """Returns the notes (the last 100) of the calling thread's `decode` calls since the last call, and forgets them."""
-    notes = getattr(_own, "notes", ())
-    _own.notes = deque(maxlen=100)
-    return list(notes)
+    return list(vars(_own).pop("notes", ()))
 
 
 def _note(kind: str, text: str) -> None:
-    if not hasattr(_own, "notes"):
-        take_notes()
-    _own.notes.append(Note(kind, text))
+    vars(_own).setdefault("notes", deque(maxlen=100)).append(Note(kind, text))
 
 
 def decode(

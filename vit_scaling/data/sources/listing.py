@@ -54,22 +54,22 @@ class Place(NamedTuple):
             OSError: the file cannot be read.
         """
         descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
-        with open(descriptor, "rb", buffering=0) as stream:
+        try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise CorruptImageError("it is not a regular file")
             size = status.st_size - self.offset if self.size is None else self.size
             if size > max_bytes:
                 raise CorruptImageError(f"its {size} bytes are more than max_bytes = {max_bytes}")
-            if self.offset:
-                stream.seek(self.offset)
             parts, left = [], size
-            while left > 0 and (part := stream.read(left)):
+            while left > 0 and (part := os.pread(descriptor, left, self.offset + size - left)):
                 parts.append(part)
                 left -= len(part)
-            if left > 0:
-                raise OSError(f"{self.path} ended {left} bytes early: it was changed while it was read")
-            return parts[0] if len(parts) == 1 else b"".join(parts)
+        finally:
+            os.close(descriptor)
+        if left > 0:
+            raise OSError(f"{self.path} ended {left} bytes early: it was changed while it was read")
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 @dataclasses.dataclass
