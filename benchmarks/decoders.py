@@ -6,7 +6,8 @@ Reads with both, turns upright, composites alpha on white, and prints for each f
 within the tolerance, differ, or are refused by one or both; then each file that differs or is refused here alone, with
 the reason. Tolerance: for JPEG a mean difference of 3 grey levels (the inverse DCT and the chroma upsampling are the
 fast ones), for 16-bit files and lossy WebP 1, else none. Sets to try: the tests of Pillow's source distribution,
-and Debian's sources of exiv2, libimage-exiftool-perl and libpng1.6.
+and Debian's sources of exiv2, libimage-exiftool-perl and libpng1.6. A process of its own decodes each file once more,
+and the file that raised its memory most is named.
 """
 
 import argparse
@@ -64,6 +65,26 @@ def compare(data: bytes) -> tuple[str, str]:
     return "close" if mean <= allowed else "differs", f"mean difference {mean:.2f}, largest {difference.max()}"
 
 
+def memory(data: bytes) -> int:
+    """Returns the KiB by which decoding raises the peak memory of a copy of this process."""
+    reader, writer = os.pipe()
+    if not (child := os.fork()):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            codec.decode(data)
+        except codec.CorruptImageError:
+            pass
+        os.write(writer, str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before).encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as answer:
+        text = answer.read()
+    _, status = os.waitpid(child, 0)
+    if status or not text:
+        raise RuntimeError(f"decoding ended its process with status {status}")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path)
@@ -72,12 +93,14 @@ def main() -> None:
     warnings.simplefilter("ignore")
     table: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     notes: collections.Counter[str] = collections.Counter()
+    largest = 0, ""
     for path in sorted(path for folder in arguments.folders for path in folder.rglob("*")):
         if not path.is_file():
             continue
         data = path.read_bytes()
         if (format := codec.format_of(data[:32])) is None:
             continue
+        largest = max(largest, (memory(data), os.fspath(path)))
         outcome, reason = compare(data)
         notes.update(note.kind for note in codec.take_notes())
         table[format][outcome] += 1
@@ -86,7 +109,7 @@ def main() -> None:
     print(f"\n{'format':10s}" + "".join(f"{outcome:>19s}" for outcome in OUTCOMES))
     for format, counts in sorted(table.items()):
         print(f"{format:10s}" + "".join(f"{counts[outcome]:19d}" for outcome in OUTCOMES))
-    print(f"notes: {dict(notes)}; peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+    print(f"notes: {dict(notes)}; most memory above the idle process: {largest[0] / 1024:.0f} MiB for {largest[1]}")
 
 
 if __name__ == "__main__":

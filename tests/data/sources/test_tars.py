@@ -58,6 +58,15 @@ def test_a_damaged_header_costs_its_sample_alone_where_it_may_be_skipped(shard):
     assert f"damaged header at byte {offsets[2]}" in found[0]
 
 
+def test_a_damaged_shard_that_is_read_in_place_is_an_error_with_the_command_that_goes_on(shard):
+    path, offsets = shard
+    damaged = bytearray(path.read_bytes())
+    damaged[offsets[2]] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match=rf"header at byte {offsets[2]} .* --input={path.parent} .*--on_corrupt=skip`"):
+        open_source(SourceConfig("webdataset", str(path.parent)))
+
+
 def test_a_zeroed_header_is_an_error(shard):
     path, offsets = shard
     whole = path.read_bytes()

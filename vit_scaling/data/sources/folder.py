@@ -65,7 +65,15 @@ class WebdatasetSource(ListedSource):
                     f"{shown(os.path.join(folder, shard))} is compressed, so its images cannot be read at random; "
                     f"decompress it, or write a set with `./run.sh prepare --input={shown(config.name)} --output=SET`"
                 )
-        super().__init__(config, tars.list_tars(folder))
+        try:
+            listing = tars.list_tars(folder)
+        except UserError as error:
+            # Which images there are fixes the order of a run, so a read option such as on_corrupt cannot decide it.
+            raise UserError(
+                f"{error}; to go on without what is damaged, write a set with `./run.sh prepare "
+                f"--input={shown(config.name)} --output=SET --on_corrupt=skip`"
+            ) from None
+        super().__init__(config, listing)
 
     @staticmethod
     def splits(config: SourceConfig) -> list[str]:
