@@ -12,6 +12,7 @@ and the file that raised its memory most is named.
 
 import argparse
 import collections
+import contextlib
 import io
 import os
 import resource
@@ -70,10 +71,8 @@ def memory(data: bytes) -> int:
     reader, writer = os.pipe()
     if not (child := os.fork()):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        try:
+        with contextlib.suppress(codec.CorruptImageError):
             codec.decode(data)
-        except codec.CorruptImageError:
-            pass
         os.write(writer, str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before).encode())
         os._exit(0)
     os.close(writer)

@@ -47,11 +47,14 @@ def get_config(arg: str | None = None) -> c.Config:
         raise UserError(f"own_images.py takes no {unknown[0]!r}; it takes model=S/16, res=224, epochs=90 and smoke")
     size = c.image_size("own_images.py's res", settings.get("res", "224"))
     found = own.find(words[0])
-    epochs = settings.get("epochs", str(min(90, 90_000_000 / found.images)))
     try:
-        sizes = own.sizes(found.images, float(epochs), most=1024)
-    except (ValueError, OverflowError):
-        raise UserError(f"own_images.py's epochs is {epochs!r}; give a positive number") from None
+        asked = float(settings["epochs"]) if "epochs" in settings else None
+    except ValueError:
+        raise UserError(f"own_images.py's epochs is {settings['epochs']!r}; give a positive number") from None
+    default = min(90, 90_000_000 / found.images)
+    sizes = own.sizes(
+        found.images, default if asked is None else asked, most=1024, least_steps=100 if asked is None else 1
+    )
     every = c.Duration(max(sizes.steps // 20, 1))
     config = c.Config(
         model=vit.variant(settings.get("model", "S/16"), pool="gap", position="sincos2d"),

@@ -61,7 +61,7 @@ def test_a_set_that_is_not_there_is_named(tmp_path):
 def test_sizes_follow_from_the_number_of_images(capsys, count, epochs, batch_size, steps, warmup):
     sizes = own.sizes(count, epochs, most=512)
     assert (sizes.batch_size, sizes.steps, sizes.warmup) == (batch_size, steps, warmup)
-    assert f"batch {batch_size}: the largest power of two up to 512" in capsys.readouterr().err
+    assert f"batch {batch_size}: the largest power of two from 8 to 512" in capsys.readouterr().err
 
 
 def test_finetune_and_own_images_take_a_folder(tmp_path):
@@ -71,10 +71,18 @@ def test_finetune_and_own_images_take_a_folder(tmp_path):
     assert (tuned.data.batch_size, tuned.duration.amount, tuned.evaluation.test) == (8, 1250, None)  # 50 epochs of 200
     assert tuned.data.transform.size == (64, 64)
     whole = own_images.get_config(f"{folder},model=mu/4,res=32,epochs=4")
-    assert (whole.data.train.split, whole.duration.amount, whole.model.patch) == ("train", 100, (4, 4))
+    assert (whole.data.train.split, whole.duration.amount, whole.model.patch) == (
+        "train",
+        100,
+        (4, 4),
+    )  # 4 epochs of 200, 8 in a step
     assert whole.optim.lr == pytest.approx(1e-3 * (8 / 1024) ** 0.5)
     with pytest.raises(UserError, match="takes no 'size'"):
         own_images.get_config(f"{folder},size=3")
+    assert own_images.get_config(f"{folder},epochs=1").duration.amount == 25  # what was asked for, also below 100 steps
+    for epochs in ("0", "-3", "nan", "inf"):
+        with pytest.raises(UserError, match=f"epochs is {epochs} and must be a positive number"):
+            own_images.get_config(f"{folder},epochs={epochs}")
     with pytest.raises(UserError, match="epochs is 'many'; give a positive number"):
         own_images.get_config(f"{folder},epochs=many")
 

@@ -1,6 +1,7 @@
 """An own set, as configs name it: its splits, found or made, and the sizes that follow from its number of images."""
 
 import dataclasses
+import math
 import sys
 
 from vit_scaling import UserError
@@ -83,7 +84,12 @@ def sizes(images: int, epochs: float, most: int, least_steps: int = 100) -> Size
         epochs: to train for.
         most: the recipe's batch size, which is not exceeded.
         least_steps: for the smallest sets, however many epochs that is.
+
+    Raises:
+        UserError: `epochs` is not a positive number.
     """
+    if not 0 < epochs < math.inf:
+        raise UserError(f"epochs is {epochs:g} and must be a positive number")
     batch_size = 8
     while batch_size * 2 <= min(most, images // 20):  # at least 20 steps in an epoch
         batch_size *= 2
@@ -91,7 +97,8 @@ def sizes(images: int, epochs: float, most: int, least_steps: int = 100) -> Size
     steps = max(round(epochs * images / batch_size), least_steps)
     warmup = min(max(steps // 10, 1), 500)
     _say(
-        f"batch {batch_size}: the largest power of two up to {most} with 20 steps in an epoch of {images:,} images; "
+        f"batch {batch_size}: the largest power of two from 8 to {most} that leaves 20 steps in an epoch of {images:,} "
+        f"images, or the least; "
         f"{steps:,} steps: {steps * batch_size / images:.0f} epochs; warmup {warmup}: a tenth of them, at most 500"
     )
     return Sizes(batch_size, steps, warmup, workers=0 if images < 20_000 else 8)
