@@ -3,7 +3,7 @@
 # that end are started again, after a growing pause, until the run is finished or the trainer refuses what it was given.
 #
 #   ./run.sh k8s --name=NAME --image=IMAGE --hosts=N --chips=RESOURCE=COUNT
-#       --select=LABEL=VALUE [--select=...] --claim=CLAIM --workdir=DIR
+#       --select=LABEL=VALUE [--select=...] [--claim=CLAIM] --workdir=DIR
 #       [--namespace=SPACE] [--dry-run]
 #       -- --config=FILE.py:VARIANT [flags of the trainer]
 #
@@ -15,7 +15,8 @@
 #              cloud.google.com/gke-tpu-topology=4x4
 #   --claim    a PersistentVolumeClaim that all pods may write; it is mounted
 #              at /run/vit_scaling
-#   --workdir  a folder in it, such as /run/vit_scaling/s16
+#   --workdir  a folder in it, such as /run/vit_scaling/s16; or gs://BUCKET/PATH,
+#              which needs no claim, and the extra gcs in the image
 #   --dry-run  print the manifest and apply nothing
 #
 # Watch it with kubectl logs --follow job/NAME, stop it with kubectl delete job NAME; the same command continues it.
@@ -25,12 +26,14 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 read_flags "name image hosts chips select claim workdir namespace" "$@"
-need name image hosts chips select claim workdir
+need name image hosts chips select workdir
+[[ ${flag[workdir]} == gs://* ]] || need claim
 need_config
 [[ ${flag[name]} =~ ^[a-z0-9]([a-z0-9-]*[a-z0-9])?$ ]] || fail "--name is ${flag[name]}; Kubernetes wants a-z, 0-9 and -"
 [[ ${flag[hosts]} =~ ^[1-9][0-9]*$ ]] || fail "--hosts is ${flag[hosts]}; it must be a number of hosts, 1 or more"
 [[ ${flag[chips]} =~ ^[^=]+=[1-9][0-9]*$ ]] || fail "--chips is ${flag[chips]}; it must be RESOURCE=COUNT"
-[[ ${flag[workdir]} == /run/vit_scaling/* ]] || fail "--workdir is ${flag[workdir]}; it must lie in /run/vit_scaling, where --claim is mounted"
+[[ ${flag[workdir]} == gs://* || ${flag[workdir]} == /run/vit_scaling/* ]] ||
+  fail "--workdir is ${flag[workdir]}; it must lie in /run/vit_scaling, where --claim is mounted, or in a bucket, gs://..."
 
 mapfile -t labels <<<"${flag[select]}"
 for label in "${labels[@]}"; do
@@ -79,11 +82,11 @@ spec:
       terminationGracePeriodSeconds: 180
       nodeSelector:
 $(for label in "${labels[@]}"; do echo "        ${label%%=*}: \"${label#*=}\""; done)
-      volumes:
+${flag[claim]:+      volumes:
       - name: runs
         persistentVolumeClaim:
           claimName: ${flag[claim]}
-      containers:
+}      containers:
       - name: train
         image: ${flag[image]}
         ports:
@@ -91,10 +94,10 @@ $(for label in "${labels[@]}"; do echo "        ${label%%=*}: \"${label#*=}\""; 
         resources:
           limits:
             ${chips%%=*}: ${chips#*=}
-        volumeMounts:
+${flag[claim]:+        volumeMounts:
         - name: runs
           mountPath: /run/vit_scaling
-        command:
+}        command:
         - bash
         - -c
         - |

@@ -22,6 +22,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 VARIANTS: dict[str, tuple[str, ...]] = {
     "smoke": ("",),
     "vit_imagenet": ("S/16", "B/16"),
+    "vit_imagenet21k": ("B/16", "L/16"),
     "vit_jft": ("g/14", "G/14"),
     "vit_fashion_mnist": ("", "tfds"),
     "swin_imagenet": ("T", "v2-B"),

@@ -97,12 +97,16 @@ def test_what_launchers_write_passes_shellcheck(command: str, tmp_path: Path) ->
         ("pod", POD, "the trainer's flags must follow --, with --config=FILE at least"),
         ("slurm", ["--nodes=many", "--time=1", "--workdir=x", *TRAIN], "--nodes is many"),
         ("pod", [*(a for a in POD if "acc" not in a), "--accelerator=v9:2x2", *TRAIN], "--accelerator is v9:2x2"),
+        ("pod", [*POD, "--slices=0", *TRAIN], "--slices is 0"),
+        ("pod", [*POD, "--price-per-chip-hour=a", *TRAIN], "--price-per-chip-hour is a"),
+        ("pod", [*(a for a in POD if "acc" not in a), "--accelerator=v5e", *TRAIN], "--accelerator is v5e; write"),
         ("slurm", ["--nodes=1", "--time=1", "--workdir=x", "--ntasks=4", *TRAIN], "--ntasks is set by this launcher"),
         ("slurm", ["--nodes=1", "--time=1", "--workdir=x", "--gpus-per-node=a", *TRAIN], "--gpus-per-node is a"),
         ("slurm", ["--time=1", "--workdir=x", *TRAIN], "--nodes=... is missing"),
         ("k8s", [*K8S, "--claim=", "--select=a", "--dry-run", *TRAIN], "--select is a; it must be LABEL=VALUE"),
         ("k8s", [*K8S[1:], "--name=S_16", *TRAIN], "--name is S_16"),
         ("k8s", [*K8S[:-1], "--workdir=/tmp/x", *TRAIN], "--workdir is /tmp/x; it must lie in /run/vit_scaling"),
+        ("k8s", [*K8S[:-2], K8S[-1], *TRAIN], "--claim=... is missing"),
     ],
 )
 def test_mistakes_are_one_sentence(command: str, arguments: list[str], sentence: str) -> None:
@@ -118,20 +122,23 @@ def fake(folder: Path, name: str, text: str) -> None:
     (folder / name).chmod(0o755)
 
 
-def gcloud(tmp_path: Path, states: str, codes: str) -> str:
+def gcloud(tmp_path: Path, states: str, codes: str, fails: str = "") -> str:
     """Makes stand-ins for gcloud and sleep, and returns a PATH with them.
 
     gcloud notes what it is asked in `log`. The slice has one of `states` after the other; a run on it ends with one of
-    `codes` after the other, "-" where the host is gone; a pod that is still running is not modelled.
+    `codes` after the other, "-" where the host is gone; a pod that is still running is not modelled. Calls that are
+    named in `fails`, such as "create 2" for the second create, fail.
     """
     log, tools = tmp_path / "log", tmp_path / "bin"
     (tmp_path / "states").write_text(states)
+    (tmp_path / "fails").write_text(fails)
     (tmp_path / "codes").write_text("\n".join(codes.split()) + "\n")
     fake(tools, "sleep", f"echo $1 >>{tmp_path}/slept")
     fake(
         tools,
         "gcloud",
         f"""echo "$4 $*" | cut -d' ' -f1,6- >>{log}
+        if grep -qx "$4 $(grep -c "^$4" {log})" {tmp_path}/fails; then echo "ERROR: no $4" >&2; exit 1; fi
         case $4 in
         describe) sed -n "$(grep -c ^describe {log})p" {tmp_path}/states ;;
         ssh)
@@ -186,6 +193,101 @@ def test_a_pod_that_cannot_work_stops_and_says_what_it_costs(
     assert done.stderr.rstrip().endswith(DELETE)
     if rounds > 1:
         assert [int(word) for word in (tmp_path / "slept").read_text().split()] == [10, 20, 40, 80, *[120] * 5]
+
+
+@pytest.mark.parametrize("command", ["slurm", "k8s"])
+def test_a_bucket_reaches_the_trainer_as_it_is(command: str, tmp_path: Path) -> None:
+    """And a script asks the bucket whether the run is finished, and makes no folder "gs:"."""
+    given = [word for word in ARGUMENTS[command] if not word.startswith(("--workdir", "--claim"))]
+    shown = launch(command, *given, "--workdir=gs://bucket/runs/s16", "--dry-run", *TRAIN)
+    assert shown.returncode == 0, shown.stderr
+    assert "-m vit_scaling.train --workdir=gs://bucket/runs/s16 --config=" in shown.stdout
+    assert "paths.place(sys.argv[1])" in shown.stdout
+    assert "result.json 2>/dev/null" not in shown.stdout
+    if command == "k8s":
+        yaml = pytest.importorskip("yaml")
+        _, job = yaml.safe_load_all(shown.stdout)
+        pod = job["spec"]["template"]["spec"]
+        assert "volumes" not in pod
+        assert "volumeMounts" not in pod["containers"][0]
+        return
+    tools = tmp_path / "bin"
+    fake(tools, "srun", f"echo $* >>{tmp_path}/calls; exit 1")
+    fake(tools, "scontrol", f"echo $* >>{tmp_path}/calls")
+    fake(tools, "sleep", "true")
+    fake(tools, "python", "exit 1")  # not finished
+    environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    script = shown.stdout.replace(str(ROOT), str(tmp_path)).replace("module load cuda", "true")
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, timeout=60, check=True)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert " --workdir=gs://bucket/runs/s16 " in calls[0]
+    assert calls[1] == "requeue 7"
+    assert {path.name for path in tmp_path.iterdir()} == {"bin", "calls", "s16.tries"}
+
+
+TWO = [*POD, "--slices=2"]
+ROUND_OF_TWO = ["ssh", *["scp"] * 2, *["ssh"] * 6]
+
+
+def test_two_slices_are_one_queued_resource_and_one_run(tmp_path: Path) -> None:
+    """It waits for capacity, is asked for again after a preemption, and is deleted when the run is finished."""
+    states = "\nWAITING_FOR_RESOURCES\nPROVISIONING\nPROVISIONING\nACTIVE\nSUSPENDED\nACTIVE\n"
+    path = gcloud(tmp_path, states, "- 0")
+    done = launch("pod", *TWO, "--delete", *TRAIN, path=path)
+    assert done.returncode == 0, done.stderr
+    assert asked(tmp_path) == [
+        *("describe", "create", *["describe"] * 4, *ROUND_OF_TWO),
+        *("describe", "delete", "create", "describe", *ROUND_OF_TWO, "delete"),
+    ]
+    assert done.stderr.count("my-slice is PROVISIONING; looking again each minute") == 1
+    lines = (tmp_path / "log").read_text().splitlines()
+    place = "my-slice --project=my-project --zone=my-zone"
+    version = "--runtime-version=v2-alpha-tpuv5-lite --node-count=2 --node-prefix=my-slice --spot"
+    assert f"create {place} --accelerator-type=v5litepod-16 {version}" in lines
+    assert lines[-1] == f"delete {place} --force --quiet"
+    starts = [line for line in lines if "host.sh" in line]
+    assert sorted(line.split()[1] for line in starts[:2]) == ["my-slice-0", "my-slice-1"]
+    assert all("--config.mesh.replica=2 " in line for line in starts)
+    assert "costs" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("states", "codes", "fails", "exit_code", "sentence", "calls"),
+    [
+        ("\n", "", "create 1", 2, "gcloud did not create my-slice, as it says above; with --queued", ["create"]),
+        ("READY\n", "0", "delete 1", 1, "my-slice could not be deleted", [*ROUND, "delete"]),
+        ("READY\n", "2", "", 2, "error: the trainer refused its flags", [*ROUND, "delete"]),
+        ("PREEMPTED\n\n", "0", "create 1", 0, "deleted my-slice", ["delete", "create", "describe", "create", *ROUND]),
+        ("FAILED\n", "", "", 2, "error: the request for my-slice failed", []),
+    ],
+)
+def test_slices_that_cannot_be_made_or_deleted(
+    tmp_path: Path, states: str, codes: str, fails: str, exit_code: int, sentence: str, calls: list[str]
+) -> None:
+    path = gcloud(tmp_path, states, codes, fails)
+    done = launch("pod", *POD, "--delete", "--price-per-chip-hour=1.2", *TRAIN, path=path)
+    assert done.returncode == exit_code
+    assert sentence in done.stderr
+    assert asked(tmp_path)[1 : 1 + len(calls)] == calls
+    undeleted = fails == "delete 1"
+    assert ("my-slice costs 19.20 an hour (16 chips) until it is deleted" in done.stderr) == undeleted
+
+
+def test_a_run_that_may_go_on_keeps_its_slices(tmp_path: Path) -> None:
+    """The hosts cannot be reached: that is no sign that the run has ended."""
+    done = launch("pod", *POD, "--delete", *TRAIN, path=gcloud(tmp_path, "READY\n" * 20, "- " * 20))
+    assert done.returncode == 2
+    assert "delete" not in asked(tmp_path)
+    assert done.stderr.rstrip().endswith(DELETE)
+
+
+def test_a_queued_slice_in_a_bucket(tmp_path: Path) -> None:
+    """The hosts install what a bucket needs, and its name reaches the trainer as it is."""
+    given = [word for word in POD if not word.startswith("--workdir")]
+    shown = launch("pod", *given, "--workdir=gs://bucket/runs/s16", "--queued", "--dry-run", *TRAIN).stdout
+    assert " --runtime-version=v2-alpha-tpuv5-lite --node-id=my-slice --spot\n" in shown
+    assert "vit_scaling/run.sh install tpu,gcs" in shown
+    assert "launch/host.sh gs://bucket/runs/s16 --config=" in shown
 
 
 @pytest.mark.parametrize(

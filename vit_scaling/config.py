@@ -121,6 +121,7 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
     guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
+    export: tuple[str, ...] = ()  # layouts of `weights export`, written to workdir/export at the end
     seed: int = 0
 
 
@@ -139,7 +140,7 @@ BEFORE = {
 # model.remat and model.scan change its rounding. (on_corrupt "skip" passes what "error" passes, so a run that stopped
 # at a corrupt image can go on without it.)
 MAY_CHANGE = (
-    *("mesh", "evaluation", "checkpoint", "log", "model.remat", "model.scan"),
+    *("mesh", "evaluation", "checkpoint", "log", "export", "model.remat", "model.scan"),
     *("data.workers", "data.threads", "data.prefetch", "data.timeout", "data.on_corrupt"),
 )
 

@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
 def _fit_points(path: Path) -> None:
     """Fits and reports a table of runs; a table that supports no law at all is an error."""
     from vit_scaling.pages import study as study_page
-    from vit_scaling.studies import findings, points, report
+    from vit_scaling.studies import findings, points, report, summary
 
     try:
         budgets = [float(budget) for budget in _BUDGETS.value]
@@ -96,10 +96,9 @@ def _fit_points(path: Path) -> None:
         some |= any(law is not None for law in (found.law, found.joint, found.repeated))
         problems += found.problems
         if group:
-            print(f"{group}: {len(own)} runs, report: {written} and {shown}", flush=True)
-        else:
-            print(written.read_text().split("\n## ")[1])
-            print(f"report: {written} and {shown}\nlaws:   {written.parent / 'laws'}")
+            print(f"{group}: {len(own)} runs", flush=True)
+        print(summary.text(found, own, budgets))
+        print(f"report: {written} and {shown}\nlaws:   {written.parent / 'laws'}")
     if not some:
         raise UserError(f"{path} supports no law: {' '.join(problems[:3])}")
 
@@ -107,7 +106,7 @@ def _fit_points(path: Path) -> None:
 def _run_study(workdir: Path, study: Any) -> None:
     # Heavy imports wait until the flags are known to be good, so that a typo is answered at once.
     from vit_scaling.pages import study as study_page
-    from vit_scaling.studies import findings, grid, report, runner, scaling
+    from vit_scaling.studies import findings, grid, report, runner, scaling, summary
     from vit_scaling.studies import table as runs
 
     if not isinstance(study, scaling.StudyConfig | grid.GridConfig):
@@ -136,7 +135,7 @@ def _run_study(workdir: Path, study: Any) -> None:
     if isinstance(study, grid.GridConfig):
         text = grid.table(study, jobs, workdir)
         (workdir / "table.md").write_text(text)
-        print(f"{text}table: {workdir / 'table.md'}")
+        print(f"{grid.summary(study, jobs, workdir)}\ntable: {workdir / 'table.md'}")
         _leave_if(failed, len(jobs))
         return
     table = scaling.gather(study, jobs, workdir)
@@ -146,7 +145,7 @@ def _run_study(workdir: Path, study: Any) -> None:
     title = f"Scaling study {workdir.name}"
     path = report.write(workdir, title, table, found, budgets=study.budgets, unfinished=unfinished)
     shown = study_page.write(workdir, title, table, unfinished, found)
-    print(path.read_text().split("\n## ")[1])
+    print(summary.text(found, table, study.budgets))
     print(f"report:  {path} and {shown}\ntable:   {workdir / 'runs.csv'}\nfigures: {workdir / 'figures'}")
     _leave_if(failed, len(jobs))
 

@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
         result = loop.train(_CONFIG.value, workdir, reporter)
     if "accuracy" not in result or not processes.is_first():
         return
-    for line in scores.lines(result["metrics"]):
+    for line in scores.lines(result["metrics"], result.get("set_sizes")):
         print(line)
     if result["accuracy"] is not None:
         print(f"accuracy: {100 * result['accuracy']:.2f}%")

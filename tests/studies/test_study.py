@@ -16,7 +16,7 @@ from vit_scaling import config as config_lib
 from vit_scaling.data.sources import open_source
 from vit_scaling.optim.schedule import Duration
 from vit_scaling.parallel import mesh
-from vit_scaling.studies import findings, report, runner, scaling
+from vit_scaling.studies import findings, report, runner, scaling, summary
 from vit_scaling.studies import table as runs
 from vit_scaling.studies.scaling import Comparison
 from vit_scaling.studies.table import SWEEP, Run
@@ -258,13 +258,17 @@ def test_table_survives_the_file(tmp_path):
         runs.read(tmp_path / "runs.csv")
 
 
-def test_report_answers_for_a_budget(tmp_path):
+@pytest.fixture(scope="module")
+def noisy():
+    """Returns runs with noise, and what they say."""
     table = known_runs(np.random.default_rng(0))
-    table.append(dataclasses.replace(table[-1], name="gap_d6", group="gap", error=0.25))
+    return table, findings.find(table)
+
+
+def test_report_answers_for_a_budget(tmp_path, noisy):
+    table = [*noisy[0], dataclasses.replace(noisy[0][-1], name="gap_d6", group="gap", error=0.25)]
     budget = 3e11
-    path = report.write(
-        tmp_path, "Digits", table, findings.find(table), budgets=[budget], unfinished={"d9_trunk": "out of memory"}
-    )
+    path = report.write(tmp_path, "Digits", table, noisy[1], budgets=[budget], unfinished={"d9_trunk": "out of memory"})
     text = path.read_text()
     row = next(line for line in text.splitlines() if line.startswith("| 3.00e+11"))
     params = float(row.split("|")[2].split()[0].replace(",", ""))
@@ -276,6 +280,25 @@ def test_report_answers_for_a_budget(tmp_path):
         assert f"figures/{name}.png" in text
         assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 10_000
         assert (tmp_path / "figures" / f"{name}.svg").stat().st_size > 10_000
+
+
+def test_the_terminal_shows_exponents_intervals_and_advice(noisy):
+    """In 80 columns; the true exponents and irreducible error of `known_runs` lie in the intervals shown."""
+    table, found = noisy
+    text = summary.text(found, table, [3e11])
+    assert max(map(len, text.splitlines())) <= 80
+    for line, truth in (("exponent of size   alpha", 0.5), ("exponent of images beta ", 0.6), ("error  e ", 0.02)):
+        shown = next(each for each in text.splitlines() if line in each)
+        low, high = (float(number) for number in re.search(r"95%: ([\d.]+)%? to ([\d.]+)", shown).groups())
+        assert low < truth < high
+    best = found.joint.optimum(3e11)
+    advice = " ".join(text.partition("what to train:\n")[2].split())
+    assert advice.startswith(f"3.00e+11 of compute: {float(f'{best.params:.3g}'):,.0f} parameters on ")
+    assert f"error {best.error:.4g} (" in advice
+    assert "  delta = 5 is the largest value tried: the error does not fall" in text
+    too_few = summary.text(findings.find(table[:2]), table[:2])
+    assert "laws that these runs do not determine:\n  No law of compute: " in too_few
+    assert summary.text(findings.find([]), []) == "no run of the sweep has finished yet"
 
 
 def test_law_of_size_and_images_leaves_the_small_data_out():

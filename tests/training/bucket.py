@@ -3,7 +3,8 @@
     python -m tests.training.bucket
 
 runs a small experiment in the bucket, kills it with SIGKILL at each of `MOMENTS`, lets it go on, and compares it with a
-run on the local disk.
+run on the local disk. Then two processes run it together in one workdir in the bucket, and are compared with two on the
+local disk; another start in that workdir is refused meanwhile, and so is a process that sees another workdir.
 """
 
 import contextlib
@@ -12,11 +13,13 @@ import http.server
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -120,11 +123,19 @@ def serve() -> Iterator[Bucket]:
         server.wait()
 
 
-def start(bucket: Bucket, workdir: str, **variables: str) -> subprocess.Popen[str]:
-    """Starts the experiment of `tiny.config` in another process."""
-    environment = os.environ | bucket.environment | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"} | variables
-    command = [sys.executable, "-m", "tests.training.bucket", workdir]
+def start(bucket: Bucket, workdir: str, *pair: str) -> subprocess.Popen[str]:
+    """Starts the experiment of `tiny.config` in another process; of two, with the coordinator and its own number."""
+    environment = os.environ | bucket.environment | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.training.bucket", workdir, *pair]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def start_two(bucket: Bucket, *workdirs: str) -> list[subprocess.Popen[str]]:
+    """Starts the experiment in two processes, each with its own idea of the workdir."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{listener.getsockname()[1]}"
+    return [start(bucket, workdir, coordinator, str(number)) for number, workdir in enumerate(workdirs)]
 
 
 def kill_at(bucket: Bucket, workdir: str, moment: str) -> None:
@@ -157,16 +168,21 @@ def finish(bucket: Bucket, workdir: str) -> None:
     assert child.returncode == 0, text[-3000:]
 
 
-def train(workdir: str) -> dict[str, Any]:
-    """Runs the experiment in this process, to its end."""
+def train(workdir: str, coordinator: str | None = None, number: str = "0") -> dict[str, Any]:
+    """Runs the experiment in this process to its end, alone or as one of two."""
     import jax
 
     from tests import tiny
+    from vit_scaling import config as c
     from vit_scaling import paths
     from vit_scaling.parallel import mesh as mesh_lib
+    from vit_scaling.parallel import processes
     from vit_scaling.training import lock, loop
 
-    lock.HEARTBEAT_SECONDS = 0.5
+    lock.HEARTBEAT_SECONDS, lock.VISIBLE_SECONDS = 0.5, 5.0
+    if coordinator is not None:
+        processes.start(coordinator, 2, int(number))
+        return loop.train(tiny.config(mesh=c.MeshConfig(replica=2, data=1)), paths.place(workdir))
     create = mesh_lib.create
     mesh_lib.create = lambda config, devices=None: create(config, jax.devices()[:1])  # type: ignore[assignment]
     try:
@@ -189,7 +205,13 @@ def copied(bucket: Bucket, workdir: str, folder: Path) -> Path:
 
 def main() -> None:
     if len(sys.argv) > 1:
-        train(sys.argv[1])
+        from vit_scaling.parallel import processes
+
+        try:
+            train(*sys.argv[1:])
+        except Exception:
+            traceback.print_exc()
+            processes.leave(1)
         return
     import tests.conftest  # noqa: F401  the compiler options, which processes started here inherit
     from tests import tiny
@@ -205,7 +227,49 @@ def main() -> None:
         train(f"{folder}/local")
         there = copied(bucket, "gs://bucket/run", Path(folder) / "copy")
         test_loop.assert_same_run(Path(folder) / "local", there, 8, tiny.config())
-        print(f"the same, bit for bit; {len(bucket.requests)} requests")
+        print(f"the same, bit for bit; {len(bucket.requests)} requests", flush=True)
+        two_processes(bucket, Path(folder))
+
+
+def two_processes(bucket: Bucket, folder: Path) -> None:
+    """Compares two processes in one workdir in the bucket with two on the local disk, and tries what is refused."""
+    import numpy as np
+
+    from tests.training import test_loop
+    from vit_scaling.interop import run
+
+    refused: list[str] = []
+
+    def rule(request: str) -> None:
+        if "name=two/config.json" in request and not refused:  # process 0 holds the lock
+            refused.append("")
+            refused[0] = start(bucket, "gs://bucket/two").communicate(timeout=300)[0]
+
+    bucket.rule = rule
+    there = start_two(bucket, "gs://bucket/two", "gs://bucket/two")
+    texts = [child.communicate(timeout=300)[0] for child in there]
+    bucket.rule = None
+    assert [child.returncode for child in there] == [0, 0], "\n".join(texts)[-3000:]
+    assert "gs://bucket/two is in use by process" in refused[0], refused[0][-3000:]
+    print("a third start in their workdir was refused", flush=True)
+    here = start_two(bucket, f"{folder}/two", f"{folder}/two")
+    texts = [child.communicate(timeout=300)[0] for child in here]
+    assert [child.returncode for child in here] == [0, 0], "\n".join(texts)[-3000:]
+    copy = copied(bucket, "gs://bucket/two", folder / "copy_of_two")
+    assert test_loop.rows_of(copy) == test_loop.rows_of(folder / "two")
+    one, other = (
+        run.leaves(run.read_arrays(each / "checkpoints" / "8", ("params", "ema"))[1]) for each in (copy, folder / "two")
+    )
+    assert one.keys() == other.keys()
+    for name, leaf in one.items():
+        np.testing.assert_array_equal(leaf, other[name])
+    print("two processes in the bucket equal two on the local disk, bit for bit", flush=True)
+    apart = start_two(bucket, "gs://bucket/three", "gs://bucket/four")
+    texts = [child.communicate(timeout=300)[0] for child in apart]
+    assert all(child.returncode for child in apart)
+    assert "gs://bucket/four" in texts[1], texts[1][-3000:]
+    assert "is not the folder that process 0 sees" in texts[1], texts[1][-3000:]
+    print("a process that sees another workdir was refused", flush=True)
 
 
 if __name__ == "__main__":

@@ -313,6 +313,10 @@ def test_the_sweep_ends_with_a_table_of_the_best(tmp_path: Path) -> None:
         ["run001", "0.03", "random", "0.5000"],
         ["run000", "0.01", "random", "0.2500"],
     ]
+    shown = grid.summary(sweep_config, jobs, tmp_path).splitlines()
+    assert shown[0] == "2 of 2 runs have finished; the best by validation/accuracy:"
+    assert shown[1].split()[:3] == ["run001", "50.00%", "optim.lr=0.03,"]
+    assert max(map(len, shown)) <= 80
     with pytest.raises(ValueError, match="metric is 'x', but runs measured"):
         grid.table(dataclasses.replace(sweep_config, metric="x"), jobs, tmp_path)
     with pytest.raises(ValueError, match=r"a study's config has no field 'optim.rate'"):

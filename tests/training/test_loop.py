@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import tiny
+from tests import test_extras, tiny
 from vit_scaling import TransientError, UserError, interop
 from vit_scaling import config as c
 from vit_scaling.data import order
@@ -157,7 +157,8 @@ def test_kill_nine_at_any_moment_changes_nothing(uninterrupted: Path, tmp_path: 
     code = (
         "import sys, jax; from pathlib import Path; from tests import tiny; from vit_scaling.training import loop;"
         "from vit_scaling.parallel import mesh as m; create = m.create;"
-        "m.create = lambda config: create(config, jax.devices()[:1]); loop.train(tiny.config(), Path(sys.argv[1]))"
+        "m.create = lambda config: create(config, jax.devices()[:1]); loop.train(tiny.config(), Path(sys.argv[1]));"
+        f"found = {test_extras.OPTIONAL} & set(sys.modules); assert not found, found"
     )
     command = [sys.executable, "-c", code, str(workdir)]
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}

@@ -5,7 +5,7 @@ serving.json beside them says shapes, class names, and how far the written progr
 """
 
 import dataclasses
-import importlib
+import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +23,7 @@ from vit_scaling.interop.weights import Weights
 from vit_scaling.parallel import mesh as mesh_lib
 
 INPUT_TYPES = ("uint8", "float32")
+PACKAGES = {"stablehlo": ("flatbuffers",), "onnx": ("onnx", "onnxruntime")}
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 DESCRIPTION = "serving.json"
 # A protocol buffer is smaller than 2 GiB; the tensors of a larger model go into a file of their own.
@@ -49,6 +50,7 @@ def write(weights: Weights, path: str | Path, *, layout: str, input_type: str, t
     """
     if input_type not in INPUT_TYPES:
         raise UserError(f"input_type is {input_type!r}; choose one of {', '.join(INPUT_TYPES)}")
+    require(layout)
     found = weights.known_normalisation()
     config: Any = dataclasses.replace(weights.config, mean=found.mean, std=found.std)
     # Kernels for one kind of device stay out, and ONNX runtimes lack bfloat16 on CPUs.
@@ -115,20 +117,17 @@ def _difference(run: Logits, function: Any, arrays: Any, shape: tuple[int, ...],
     return difference
 
 
-def _require(*packages: str, layout: str) -> None:
-    """Raises UserError if a package that a layout needs is not installed."""
-    for package in packages:
-        try:
-            importlib.import_module(package)
-        except ImportError:
+def require(layout: str) -> None:
+    """Raises UserError if a package that a layout needs is not installed; layouts of weights need none."""
+    for package in PACKAGES.get(layout, ()):
+        if importlib.util.find_spec(package) is None:
             raise UserError(
-                f"--layout={layout} needs the package {package}, which is not installed: pip install "
+                f"the layout {layout} needs the package {package}, which is not installed: pip install "
                 f"'vit_scaling[serving]'"
-            ) from None
+            )
 
 
 def _write_stablehlo(function: Any, arrays: Any, shape: tuple[int, ...], input_type: str, folder: Path) -> Logits:
-    _require("flatbuffers", layout="stablehlo")
     from jax import export
 
     (batch,) = export.symbolic_shape("batch")
@@ -144,7 +143,6 @@ def _write_stablehlo(function: Any, arrays: Any, shape: tuple[int, ...], input_t
 
 
 def _write_onnx(function: Any, arrays: Any, shape: tuple[int, ...], input_type: str, folder: Path) -> Logits:
-    _require("onnx", "onnxruntime", layout="onnx")
     import onnx
     import onnxruntime
 

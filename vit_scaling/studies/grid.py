@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from vit_scaling import UserError
 from vit_scaling.config import Config
 from vit_scaling.data.sources import open_source
+from vit_scaling.evaluation import scores
 from vit_scaling.names import render_table
 from vit_scaling.studies import runner, scaling
 from vit_scaling.studies.runner import Job
@@ -59,6 +61,37 @@ def table(grid: GridConfig, jobs: Sequence[Job], workdir: Path) -> str:
     Raises:
         UserError: a run did not measure the metric.
     """
+    rows = _ranked(grid, jobs, workdir)
+    measured = [grid.metric, *sorted({name for *_, metrics in rows for name in metrics} - {grid.metric})]
+    header = ["run", *(field for field, _ in grid.fields), *measured]
+    lines = []
+    for _, job, metrics in rows:
+        values = [str(scaling.value_of(job.config, field)) for field, _ in grid.fields]
+        lines.append([job.name, *values, *(f"{metrics[name]:.4f}" if name in metrics else "" for name in measured)])
+    return render_table(header, lines, markdown=True) + "\n"
+
+
+def summary(grid: GridConfig, jobs: Sequence[Job], workdir: Path, show: int = 5) -> str:
+    """Returns the best runs in 80 columns, for the terminal.
+
+    Raises:
+        UserError: as `table`.
+    """
+    rows, short = _ranked(grid, jobs, workdir), grid.metric.rpartition("/")[2]
+    lines = [f"{len(rows)} of {len(jobs)} runs have finished; the best by {grid.metric}:"]
+    for value, job, _ in rows[:show]:
+        fields = ", ".join(f"{field}={scaling.value_of(job.config, field)}" for field, _ in grid.fields)
+        lines += textwrap.wrap(
+            f"{job.name}  {scores.number(short, value):>8s}  {fields}",
+            80,
+            initial_indent="  ",
+            subsequent_indent=" " * 20,
+        )
+    return "\n".join(lines)
+
+
+def _ranked(grid: GridConfig, jobs: Sequence[Job], workdir: Path) -> list[tuple[float, Job, dict[str, float]]]:
+    """Returns (metric, job, all metrics) of each finished run, best first."""
     rows = []
     for job in jobs:
         if not runner.done(job, workdir):
@@ -67,11 +100,4 @@ def table(grid: GridConfig, jobs: Sequence[Job], workdir: Path) -> str:
         if grid.metric not in metrics:
             raise UserError(f"metric is {grid.metric!r}, but runs measured {', '.join(sorted(metrics))}")
         rows.append((metrics[grid.metric], job, metrics))
-    rows.sort(key=lambda row: (-row[0], row[1].name))
-    measured = [grid.metric, *sorted({name for *_, metrics in rows for name in metrics} - {grid.metric})]
-    header = ["run", *(field for field, _ in grid.fields), *measured]
-    lines = []
-    for _, job, metrics in rows:
-        values = [str(scaling.value_of(job.config, field)) for field, _ in grid.fields]
-        lines.append([job.name, *values, *(f"{metrics[name]:.4f}" if name in metrics else "" for name in measured)])
-    return render_table(header, lines, markdown=True) + "\n"
+    return sorted(rows, key=lambda row: (-row[0], row[1].name))

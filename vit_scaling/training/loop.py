@@ -26,7 +26,7 @@ from vit_scaling.interop import Weights, run
 from vit_scaling.parallel import mesh as mesh_lib
 from vit_scaling.parallel import processes, sharding
 from vit_scaling.parallel.interrupts import Stopped, StopRequest, Watchdog
-from vit_scaling.training import checkpoint, initial, loggers, telemetry
+from vit_scaling.training import checkpoint, export, initial, loggers, telemetry
 from vit_scaling.training import workdir as workdirs
 from vit_scaling.training.lock import locked
 from vit_scaling.training.profiler import Profiler
@@ -98,6 +98,7 @@ def _set_up(config: Config, workdir: Path) -> _Setup:
     begins = processes.first(lambda: not run.steps(workdir / "checkpoints"))
     with processes.together():
         loggers.check(config.log.writers)
+        export.check(config)
         source = open_source(config.data.train)
         config = resolve(config, len(source))
         sets.check_trainable(source, config.loss)
@@ -195,7 +196,8 @@ def _train(
     if stop.granted:
         processes.say(f"stopped at step {step}; the same command continues from there")
         return {"interrupted": step}
-    # ---- The result speaks of the last checkpoint, so it is written after it.
+    # ---- The result speaks of the last checkpoint, so it is written after it; and last, because it ends the run.
+    export.write_all(config, workdir, workdir / "checkpoints" / str(step))
     processes.first(lambda: workdirs.finish(workdir, config, source, setup.suite, evaluate.values, clock))
     result = processes.first(lambda: workdirs.read_result(workdir))
     writer.finish(result)

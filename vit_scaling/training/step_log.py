@@ -82,7 +82,7 @@ class StepLog:
         if not paths.in_bucket(self._workdir):  # a write there takes longer than a step; the loop notes it at a save
             workdirs.note_clock(self._workdir, step, self._clock)
         rate = self._config.data.batch_size / seconds
-        self._progress.show(step, {"loss": values["loss"], "lr": values["learning_rate"], "images/s": rate})
+        self._progress.show(step, {"loss": values["loss"], "images/s": rate, "lr": values["learning_rate"]})
 
     def _since_row(self, name: str) -> float:
         """Returns the seconds booked on `name` since the last row."""

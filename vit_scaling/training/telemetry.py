@@ -237,13 +237,17 @@ class Clock:
         return self.seconds.get("step", 0.0) / max(self.total, 1e-9)
 
 
+# What the run does, how far it is and how long that will take; the values come last, where a narrow terminal cuts them.
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+
+
 class Progress:
     """A bar with the time left where a person watches, plain lines where a log is kept."""
 
     def __init__(self, step: int, total: int):
         self._start_step, self._total, self._start = step, total, time.perf_counter()
         watched = sys.stderr.isatty() and jax.process_index() == 0
-        self._bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True) if watched else None
+        self._bar = tqdm(total=total, initial=step, bar_format=_BAR, dynamic_ncols=True) if watched else None
 
     def advance(self) -> None:
         if self._bar is not None:
@@ -266,10 +270,10 @@ class Progress:
             print(text, file=sys.stderr, flush=True)
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows the newest values: beside the bar, or as a line with the step and the time left."""
+        """Shows the newest values, the most important first: beside the bar, or in a line with the time left."""
         if jax.process_index() != 0:
             return
-        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        text = ", ".join(f"{name} {value:{',.0f' if abs(value) >= 1000 else '.4g'}}" for name, value in values.items())
         if self._bar is not None:
             self._bar.set_postfix_str(text)
             return

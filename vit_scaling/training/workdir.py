@@ -276,13 +276,20 @@ def describe(config: Config, program: Program, source: Source) -> str:
         decay = "frozen" if rule.frozen else f"{rule.decay:g}"
         factored = "yes" if rule.factored else "muon" if rule.orthogonalised else "-"
         rate = "-".join(f"x{value:.3g}" for value in sorted(set(rule.rates)))
-        table.append((row.path, row.shape, decay, rate, factored, row.split, f"{row.bytes_per_device / 1e6:.3f}"))
+        shape, size = "x".join(map(str, row.shape)), f"{row.bytes_per_device / 1e6:.3f}"
+        table.append((row.path, shape, size, decay, rate, factored, row.split))
+    # What is the same for all parameters is said once, so that the table fits a terminal.
+    header = ("parameter", "shape", "MB", "decay", "lr", "factored", "split over")
+    same = {name: column[0] for name, *column in zip(header, *table, strict=True) if len(set(column)) == 1}
+    rows = [[cell for name, cell in zip(header, row, strict=True) if name not in same] for row in table]
+    of_all = "; ".join(f"{name} {value}" for name, value in same.items() if value != "-")
     steps = int(config.duration.amount)
     epochs = steps * config.data.batch_size / len(source)
     axes = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if axis != "fold" or size > 1)
     return "\n".join(
         [
-            render_table(("parameter", "shape", "decay", "lr", "factored", "split over", "MB per device"), table),
+            render_table([name for name in header if name not in same], rows),
+            f"MB are per device{'; all parameters: ' if of_all else ''}{of_all}",
             "",
             f"parameters: {sum(leaf.size for leaf in jax.tree.leaves(params)):,}",
             f"devices:    {program.mesh.size} x {program.mesh.devices.flat[0].device_kind}; mesh: {axes}",
@@ -331,6 +338,7 @@ def finish(
             "examples": steps * config.data.batch_size,
             "epochs": steps * config.data.batch_size / len(source),
             "metrics": values,
+            "set_sizes": suite.counts,
             "seconds": {name: round(seconds, 1) for name, seconds in clock.seconds.items()},
             "checkpoint": str(end),
             "metrics_file": str(workdir / "metrics.jsonl"),

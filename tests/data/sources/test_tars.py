@@ -246,7 +246,7 @@ def test_zstandard_shards(tmp_path, monkeypatch):
     path.write_bytes(b"\x28\xb5\x2f\xfd" + bytes(10))
     with monkeypatch.context() as patch:
         patch.setitem(__import__("sys").modules, "zstandard", None)
-        with pytest.raises(UserError, match="install the package zstandard, or decompress it"):
+        with pytest.raises(UserError, match=r"decompress it, or: pip install 'vit_scaling\[zstd\]'"):
             tars.list_tars(path.parent)
     zstandard = pytest.importorskip("zstandard")
     half = len(raw) // 2

@@ -6,9 +6,11 @@ from typing import NamedTuple
 from vit_scaling import UserError
 from vit_scaling.data.sources import SourceConfig, open_source
 
-# Examples and classes of whole training sets, from TFDS's catalogue; JFT-3B's classes from big_vision's g/14 config.
+# Examples and classes of whole training sets, from TFDS's catalogue; ImageNet-21k's release of fall 2011 from
+# image-net.org; JFT-3B's classes from big_vision's g/14 config.
 PUBLISHED: dict[str, tuple[int | None, int]] = {
     "imagenet2012": (1_281_167, 1000),
+    "imagenet21k": (14_197_122, 21_841),
     "cifar10": (50_000, 10),
     "cifar100": (50_000, 100),
     "oxford_iiit_pet": (3_680, 37),

@@ -286,7 +286,7 @@ def open_shard(path: str) -> Any:
     """Opens a shard as a stream of its uncompressed bytes that can seek forward.
 
     Raises:
-        UserError: it is compressed with Zstandard, and no package reads that.
+        UserError: it is compressed with Zstandard, and the extra that reads that is not installed.
     """
     kind = compression(path)
     if kind == "gzip":
@@ -296,7 +296,7 @@ def open_shard(path: str) -> Any:
             import zstandard
         except ImportError:
             raise UserError(
-                f"{shown(path)} is compressed with Zstandard; install the package zstandard, or decompress it"
+                f"{shown(path)} is compressed with Zstandard; decompress it, or: pip install 'vit_scaling[zstd]'"
             ) from None
         return zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True)
     return open(path, "rb")
