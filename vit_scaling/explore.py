@@ -6,15 +6,18 @@
     ./run.sh explore --weights=runs/heads --checkpoints=all --output=heads.html
     ./run.sh explore --compare runs/a runs/b --output=comparison.html
     ./run.sh explore --fed=runs/smoke --steps=0,1000 --output=fed.html
+    ./run.sh explore --fed=runs/smoke --steps=0,1000 --seed=7 --output=fed7.html
 
 Weights are a run, a checkpoint, or a weight file or folder of any layout. Without --images a run's own test set is
 shown, else the built-in digits. --fed writes the training images of some steps before and after mixing, as the run sees
-them, and the same as PNG beside the page. Every run writes its own report.html while it trains.
+them or as a run with another --seed would, and the same as PNG beside the page. Every run writes its own report.html
+while it trains.
 """
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -37,7 +40,14 @@ _COMPARE = flags.DEFINE_multi(
 )
 _FED = flags.DEFINE(cli.PathParser(bucket=True), "fed", None, "Run whose augmented training images are shown.")
 _STEPS = flags.DEFINE_list("steps", ["0"], "Of --fed: the steps.")
+_SEED = flags.DEFINE_integer("seed", None, "Of --fed: the seed, where it is not the run's own.", 0)
 _OUTPUT = flags.DEFINE(cli.PathParser(), "output", None, "HTML file to write.", required=True)
+# Which flags each mode reads.
+_READS: dict[str, tuple[flags.FlagHolder[Any], ...]] = {
+    "--weights": (_IMAGES, _COUNT, _IMAGE_SIZE, _EMA, _CHECKPOINTS),
+    "--compare": (),
+    "--fed": (_COUNT, _STEPS, _SEED),
+}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -45,6 +55,9 @@ def main(argv: Sequence[str]) -> None:
     modes = {"--weights": _WEIGHTS.value, "--compare": _COMPARE.value, "--fed": _FED.value}
     if len(given := [name for name, value in modes.items() if value]) != 1:
         raise UserError(f"give one of {', '.join(modes)}; {' and '.join(given) or 'none of them'} is given")
+    unread = {flag.name for read in _READS.values() for flag in read} - {flag.name for flag in _READS[given[0]]}
+    if ignored := sorted(f"--{name}" for name in unread if flags.FLAGS[name].present):
+        raise UserError(f"{given[0]} does not read {' and '.join(ignored)}; leave that out")
     output = Path(_OUTPUT.value)
     if output.suffix != ".html":
         raise UserError(f"--output is {str(output)!r}; name a file that ends in .html")
@@ -64,7 +77,8 @@ def main(argv: Sequence[str]) -> None:
 
         if wrong := [step for step in _STEPS.value if not step.isdigit()]:
             raise UserError(f"--steps has {wrong[0]!r}; give steps as whole numbers, such as 0,1000")
-        picture = fed.write(paths.place(_FED.value), [int(step) for step in _STEPS.value], _COUNT.value, output)
+        steps = [int(step) for step in _STEPS.value]
+        picture = fed.write(paths.place(_FED.value), steps, _COUNT.value, output, seed=_SEED.value)
         print(f"page:    {output}\npicture: {picture}")
         return
     from vit_scaling.pages import attention

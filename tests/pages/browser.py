@@ -148,6 +148,16 @@ class Browser:
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=end[0], y=end[1], button="left", buttons=1)
         self.call("Input.dispatchMouseEvent", type="mouseReleased", x=end[0], y=end[1], button="left", clickCount=1)
 
+    def double_click(self, x: float, y: float) -> None:
+        for count in (1, 2):
+            for kind in ("mousePressed", "mouseReleased"):
+                self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=count)
+
+    def wheel(self, x: float, y: float, by: float, ctrl: bool = False) -> None:
+        """Turns the wheel at a place, down where `by` is positive."""
+        about = {"x": x, "y": y, "deltaX": 0, "deltaY": by, "modifiers": 2 if ctrl else 0}
+        self.call("Input.dispatchMouseEvent", type="mouseWheel", **about)
+
     def press(self, key: str) -> None:
         """Presses and releases a key, such as "ArrowLeft", "Tab", "Enter" or "a"."""
         codes = {"Tab": 9, "Enter": 13, "Escape": 27, "PageUp": 33, "PageDown": 34, "End": 35, "Home": 36}
@@ -160,8 +170,12 @@ class Browser:
 
     def box(self, selector: str) -> dict[str, float]:
         """Scrolls the first element that a selector finds into view; returns its x, y, width and height there."""
+        return self.box_of(f"document.querySelector({json.dumps(selector)})")
+
+    def box_of(self, element: str) -> dict[str, float]:
+        """As `box`, of the element that is the value of a JavaScript expression."""
         return self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+            f"(() => {{ const e = {element};"
             "e.scrollIntoView({block: 'center'});"
             "const b = e.getBoundingClientRect(); return {x: b.x, y: b.y, width: b.width, height: b.height}; })()"
         )

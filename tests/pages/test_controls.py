@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import os
+import re
 import subprocess
 import time
 import types
@@ -51,6 +52,41 @@ def values_of(browser: Browser, figure: str) -> np.ndarray:
         f"[...{figure}.querySelectorAll('details tbody tr')].map((row) => [...row.cells].at(-1).textContent)"
     )
     return np.array([np.nan if cell == "–" else float(cell.replace(",", "")) for cell in cells])
+
+
+def told_by(browser: Browser, figure: str) -> list[float]:
+    """Returns the numbers in the line under a picture."""
+    text = browser.run(f"{figure}.querySelector('[aria-live]').textContent")
+    return [float(word) for word in re.findall(r"-?\d[\d.]*(?:e[-+]?\d+)?", text)]
+
+
+def magnification(browser: Browser, frame: str) -> float:
+    """Returns how many times wider than its frame the picture in it is drawn."""
+    return browser.run(f"((frame) => frame.firstChild.getBoundingClientRect().width / frame.clientWidth)({frame})")
+
+
+def assert_zooms(browser: Browser, frame: str, drags: bool = True) -> None:
+    """Keys, Ctrl with the wheel, and a drag over the middle half zoom; 0, Escape and a double click show all."""
+    box = browser.box_of(frame)
+    quarter, middle, most = ((box["x"] + s * box["width"], box["y"] + s * box["height"]) for s in (0.25, 0.5, 0.75))
+    browser.run(f"{frame}.focus()")
+    assert magnification(browser, frame) == pytest.approx(1, rel=0.01)
+    browser.press("+")
+    assert magnification(browser, frame) == pytest.approx(2, rel=0.01)
+    browser.press("-")
+    assert magnification(browser, frame) == pytest.approx(1, rel=0.01)
+    browser.wheel(*middle, -200, ctrl=True)
+    assert magnification(browser, frame) == pytest.approx(2, rel=0.01)
+    browser.press("0")
+    assert magnification(browser, frame) == pytest.approx(1, rel=0.01)
+    browser.drag(quarter, most)
+    assert magnification(browser, frame) == pytest.approx(2 if drags else 1, rel=0.02)
+    browser.press("+")
+    browser.press("Escape")
+    assert magnification(browser, frame) == pytest.approx(1, rel=0.01)
+    browser.press("+")
+    browser.double_click(*middle)
+    assert magnification(browser, frame) == pytest.approx(1, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["vit", "vit_map"])
@@ -193,6 +229,125 @@ def test_contours_of_gaussian_heads_hold_their_share(browser: Browser, tmp_path:
                 assert squared == pytest.approx(-2 * math.log(1 - share), rel=1e-3)
 
 
+def test_every_head_of_a_layers_contours_is_read(browser: Browser, tmp_path: Path) -> None:
+    page_of("attention_cnn", tmp_path / "page.html")
+    browser.open(tmp_path / "page.html")
+    found = looked("attention_cnn")[2]
+    assert found.centers is not None
+    assert found.covariances is not None
+    layer = "document.querySelectorAll('.gaussian-row > div')[1]"
+    frame = f"{layer}.querySelector('.picture')"
+    browser.box_of(frame)
+    browser.run(f"{frame}.focus()")
+
+    def is_read(head: int) -> bool:
+        told = told_by(browser, layer)
+        wanted = [*found.centers[0, 1, head], *np.sqrt(np.diagonal(found.covariances[0, 1, head]))]
+        return told[0] == head + 1 and told[1:] == pytest.approx(wanted, rel=5e-3)
+
+    for head in (0, 1, 2, 2):
+        browser.press("ArrowRight")
+        assert is_read(head)
+    for head in (0, 1, 2):
+        ellipse = f"{layer}.querySelectorAll('ellipse')[{2 * head}].getBoundingClientRect()"
+        x, y = browser.run(f"((b) => [b.x + b.width / 2, b.y + b.height / 2])({ellipse})")
+        browser.point(x, y)
+        assert is_read(head)
+    assert_zooms(browser, frame)
+    assert browser.problems == []
+
+
+@pytest.mark.parametrize(
+    ("name", "title"), [("swin", "Head 2"), ("sasa", "Content, q·k"), ("vit", "Its first 16 principal components")]
+)
+def test_a_picture_is_read_cell_by_cell_and_zooms(name: str, title: str, browser: Browser, tmp_path: Path) -> None:
+    page_of(name, tmp_path / "page.html")
+    browser.open(tmp_path / "page.html")
+    found = looked(name)[2]
+    layer = found.layers[-1]
+    if name == "swin":
+        assert layer.table is not None
+        wanted = layer.table[1]
+    elif name == "sasa":
+        H, W = layer.grid  # the query is in the middle, where the page starts
+        wanted = layer.terms["content"][0, 0, H // 2 * W + W // 2].reshape(3, 3)
+    else:
+        assert found.filters is not None
+        wanted = found.filters[0]
+    rows, columns = wanted.shape[:2]
+    figure = figure_of(title)
+    frame = f"{figure}.querySelector('.picture')"
+    box = browser.box_of(frame)
+
+    def is_read(row: int, column: int) -> bool:
+        value = np.atleast_1d(wanted[row, column])
+        told = told_by(browser, figure)
+        return told[-len(value) :] == pytest.approx(list(value), rel=1e-3, abs=0.01 * float(np.abs(wanted).max()))
+
+    def point_at(y: float, x: float) -> None:
+        browser.point(box["x"] + x * box["width"], box["y"] + y * box["height"])
+
+    browser.run(f"{frame}.focus()")
+    for key in ("ArrowRight", "ArrowRight", "ArrowDown"):  # the first of them reads the first cell
+        browser.press(key)
+    assert is_read(1, 1)
+    point_at(0.1, 0.95)
+    assert is_read(int(0.1 * rows), columns - 1)
+    assert_zooms(browser, frame)
+    # Of the middle half, shown twice as large, a tenth from the corner is 0.25 + 0.1 / 2 of the whole.
+    corners = [(box["x"] + share * box["width"], box["y"] + share * box["height"]) for share in (0.25, 0.75)]
+    browser.drag(*corners)
+    point_at(0.1, 0.1)
+    assert is_read(int(0.3 * rows), int(0.3 * columns))
+    # Keys take the part that is shown along.
+    for _ in range(columns):
+        browser.press("ArrowRight")
+    assert is_read(int(0.3 * rows), columns - 1)
+    inside = f"((a, b) => a.right <= b.right + 1 && a.left >= b.left - 1)({frame}.lastChild.getBoundingClientRect(),"
+    assert browser.run(f"{inside} {frame}.getBoundingClientRect())")
+    # Enlarged it is larger, and Escape first shows all of it and then closes.
+    browser.run(f"{figure}.querySelector('[aria-label^=Enlarge]').click()")
+    large = "document.querySelector('dialog[open] .picture')"
+    assert browser.run(f"{large}.getBoundingClientRect().width") > 1.2 * box["width"]
+    browser.run(f"{large}.focus()")
+    browser.press("Escape")
+    assert magnification(browser, large) == pytest.approx(1, rel=0.01)
+    browser.press("Escape")
+    assert browser.until("document.querySelector('dialog') === null")
+    assert browser.problems == []
+
+
+def test_the_chosen_map_zooms_and_its_query_follows(browser: Browser, tmp_path: Path) -> None:
+    page_of("vit", tmp_path / "page.html")
+    browser.open(tmp_path / "page.html")
+    stage = "document.querySelector('.stage')"
+    assert_zooms(browser, stage, drags=False)
+    box = browser.box_of(stage)
+    browser.wheel(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, -200, ctrl=True)
+    place = (box["x"] + 0.1 * box["width"], box["y"] + 0.9 * box["height"])  # 0.3 and 0.7 of the whole
+    browser.drag(place, place)  # a click
+    assert chosen(browser)["query"] == 2 + 4 * 2 + 1
+    for _ in range(3):
+        browser.press("ArrowUp")
+    assert chosen(browser)["query"] == 2 + 1
+    canvas, frame = (browser.run(f"{node}.getBoundingClientRect().top") for node in (f"{stage}.firstChild", stage))
+    assert canvas == pytest.approx(frame, abs=1)  # the part that is shown has moved up with the query
+    browser.press("0")
+    browser.call("Emulation.setTouchEmulationEnabled", enabled=True, maxTouchPoints=2)
+    try:
+        for kind, apart in (("touchStart", 0.1), ("touchMove", 0.2), ("touchMove", 0.3)):
+            points = [
+                {"x": box["x"] + (0.5 + side * apart) * box["width"], "y": box["y"] + 0.5 * box["height"], "id": n}
+                for n, side in enumerate((-1, 1))
+            ]
+            browser.call("Input.dispatchTouchEvent", type=kind, touchPoints=points)
+        browser.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+        assert magnification(browser, stage) == pytest.approx(3, rel=0.05)
+    finally:
+        browser.call("Emulation.setTouchEmulationEnabled", enabled=False)
+    assert browser.problems == []
+
+
 def test_a_touch_moves_the_query(browser: Browser, tmp_path: Path) -> None:
     page_of("vit", tmp_path / "page.html")
     browser.open(tmp_path / "page.html", width=390)
@@ -210,7 +365,7 @@ def test_a_touch_moves_the_query(browser: Browser, tmp_path: Path) -> None:
 def test_the_chosen_map_is_saved_as_csv(browser: Browser, tmp_path: Path) -> None:
     page_of("vit", tmp_path / "page.html")
     browser.open(tmp_path / "page.html")
-    header, *rows = saved(browser, "The chosen map in numbers", tmp_path)
+    header, *rows = saved(browser, "The chosen map", tmp_path)
     assert header == ["row", "column", "weight"]
     drawn = numbers(browser)
     np.testing.assert_allclose([float(row[2]) for row in rows], drawn, rtol=1e-4)

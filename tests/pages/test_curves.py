@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.pages.browser import Browser
-from tests.pages.test_controls import saved, touch, values_of
+from tests.pages.test_controls import assert_zooms, saved, touch, values_of
 from tests.pages.test_report import figure_of
 from vit_scaling.evaluation import scores
 from vit_scaling.pages import report, runs
@@ -155,6 +155,57 @@ def test_a_report_is_read_with_the_keyboard_alone(made: Path, browser: Browser) 
     browser.press("Tab")  # numbers as a table
     browser.press("Enter")
     assert browser.until(f"{figure_of('Loss')}.querySelectorAll('details tbody tr').length === 40")
+
+
+def test_a_chart_zooms_about_the_value_that_is_read(made: Path, browser: Browser) -> None:
+    browser.open(made / report.PAGE)
+    figure = figure_of("Learning rate")
+    chart = f"{figure}.querySelector('svg.chart')"
+    box = browser.box_of(chart)
+    middle = (box["x"] + 54 + (box["width"] - 66) / 2, box["y"] + box["height"] / 2)  # of the steps from 1 to 40
+
+    def shown() -> list[float]:
+        """The steps at both ends of the axis, from where the curve's points are drawn."""
+        points = browser.run(f"{chart}.querySelector('.series').getAttribute('points')").split()
+        first, last = (float(point.split(",")[0]) for point in (points[0], points[-1]))
+        return [1 + (pixel - first) / (last - first) * 39 for pixel in (54, box["width"] - 12)]
+
+    def told() -> str:
+        return browser.run(f"{figure}.querySelector('.legend').textContent")
+
+    assert shown() == pytest.approx([1, 40], abs=0.1)
+    browser.wheel(*middle, -200, ctrl=True)
+    assert shown() == pytest.approx([10.75, 30.25], abs=0.2)
+    browser.point(middle[0] - (box["width"] - 66) / 4, middle[1])  # step 15.6 of them
+    assert "0.016" in told()
+    assert "step 16" in told()
+    browser.run(f"{chart}.focus()")
+    browser.press("Home")  # outside the part that is shown: it moves there
+    assert "0.001" in told()
+    assert shown() == pytest.approx([1, 20.5], abs=0.2)
+    browser.press("+")
+    assert shown() == pytest.approx([1, 10.75], abs=0.2)
+    browser.double_click(*middle)
+    assert shown() == pytest.approx([1, 40], abs=0.1)
+
+
+def test_the_time_bar_is_read_part_by_part_and_zooms(made: Path, browser: Browser) -> None:
+    browser.open(made / report.PAGE)
+    figure = figure_of("Where the time went")
+    frame = f"{figure}.querySelector('.picture')"
+    box = browser.box_of(frame)
+    browser.run(f"{frame}.focus()")
+    told = f"{figure}.querySelector('[aria-live]').textContent"
+    for text in ("data: 1 min, 75.0%", "step: 20 s, 20.0%", "lost: 5 s, 5.0%", "lost: 5 s, 5.0%"):
+        browser.press("ArrowRight")
+        assert browser.run(told) == text
+    for share, text in ((0.5, "data"), (0.76, "step"), (0.96, "lost")):
+        browser.point(box["x"] + share * box["width"], box["y"] + 5)
+        assert browser.run(told).startswith(text)
+    parts = browser.run(f"[...{frame}.querySelectorAll('.stack > div')].map((e) => e.getBoundingClientRect().height)")
+    assert min(parts) > 20  # pixels: its colours are seen
+    assert_zooms(browser, frame)
+    assert browser.problems == []
 
 
 def test_a_touch_reads_a_chart(made: Path, browser: Browser) -> None:

@@ -19,6 +19,7 @@ from tests.pages.browser import Browser
 from vit_scaling import UserError
 from vit_scaling import config as config_lib
 from vit_scaling.data import loader, mixing
+from vit_scaling.data.images.transforms import transform
 from vit_scaling.data.sources import open_source
 from vit_scaling.evaluation import scores
 from vit_scaling.pages import fed, page, report, runs
@@ -144,7 +145,7 @@ def test_a_chart_zooms_and_tells_values_by_pointer_and_by_keys(workdir: Path, br
     browser.press("ArrowRight")
     rows = telemetry.read_jsonl(workdir / "metrics.jsonl")
     value = next(row["learning_rate"] for row in rows if row["step"] == 2 and "learning_rate" in row)
-    readout = browser.run(f'document.querySelector("{chart}").nextSibling.textContent')
+    readout = browser.run(f'document.querySelector("{chart}").parentNode.nextSibling.textContent')
     assert f"{value:.4g}" in readout
     assert "step 2" in readout
 
@@ -251,6 +252,32 @@ def test_the_network_is_fed_the_pixels_that_the_page_shows(
     assert np.abs(127.5 * (images + 1) - mixed).max() <= 0.5 + 1e-3
     np.testing.assert_allclose(targets, labels, atol=1e-6)
     assert np.abs(mixed.astype(int) - plain["image"]).max() > 10  # something was mixed
+
+    # Another seed: the page shows what the loop of a run with that seed reads and what its step makes of it.
+    mixed_run = copy_of(workdir, tmp_path / "mixed")
+    record = json.loads((mixed_run / "config.json").read_text())
+    record["config"]["data"]["mixing"]["mixup"] = 0.8
+    (mixed_run / "config.json").write_text(json.dumps(record))
+    recipe.config = config = dataclasses.replace(config, seed=7)
+    setup: Any = types.SimpleNamespace(
+        config=config,
+        source=open_source(config.data.train),
+        augment=transform(config.data.transform, train=True),
+        program=types.SimpleNamespace(mesh=mesh_lib.create(config.mesh, jax.devices()[:1])),
+    )
+    batches = inspect.unwrap(loop._batches)(setup, 5)
+    seventh = next(iter(batches))
+    batches.close()
+    with pytest.raises(HeardError) as heard:
+        inspect.unwrap(step_lib._train_step)(recipe, state, {name: jnp.asarray(part) for name, part in seventh.items()})
+    fed.write(mixed_run, [5], 2, tmp_path / "seventh.html", seed=7)
+    shown, _ = page.unpack((tmp_path / "seventh.html").read_text())
+    assert (shown["seed"], shown["own_seed"]) == (7, config_lib.from_dict(record["config"]).seed)
+    after = np.rint(127.5 * (np.asarray(heard.value.args[0][:2]) + 1)).clip(0, 255).astype(np.uint8)
+    for number in (0, 1):
+        assert shown["images"][number]["before"] == page.picture(seventh["image"][number])
+        assert shown["images"][number]["after"] == page.picture(after[number])
+    assert np.abs(seventh["image"].astype(int) - plain["image"]).max() > 10
 
     picture = fed.write(workdir, [0, 5], 3, tmp_path / "fed.html")
     assert picture.exists()

@@ -3,14 +3,15 @@
 import json
 import logging
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests import tiny
-from vit_scaling import UserError
+from tests import commands, tiny
+from vit_scaling import UserError, cli
 from vit_scaling import config as config_lib
 from vit_scaling.evaluation import scores
 from vit_scaling.pages import page, report, runs
@@ -159,3 +160,18 @@ def test_a_report_that_fails_ends_no_run(tmp_path: Path, monkeypatch: Any) -> No
 
     monkeypatch.setattr(report, "write", broken)
     report.Reporter(tmp_path, ["python"]).finish()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--fed=r", "--images=x", "--ema"], "--fed does not read --ema and --images; leave that out"),
+        (["--weights=w", "--seed=3"], "--weights does not read --seed; leave that out"),
+        (["--compare=a", "--compare=b", "--count=3"], "--compare does not read --count; leave that out"),
+    ],
+)
+def test_a_flag_that_a_page_does_not_read_is_refused(words: list[str], sentence: str) -> None:
+    with commands.loaded("explore", *words, "--output=page.html") as explore:
+        cli.parse(sys.argv)
+        with pytest.raises(UserError, match=sentence):
+            explore.main([])

@@ -1,5 +1,6 @@
 """What the network is fed: the training images of some steps of a run, before and after mixing, with their labels."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,7 +51,7 @@ def batch(config: Config, source: Source, step: int) -> tuple[dict[str, np.ndarr
     return plain, mixed, np.asarray(targets)
 
 
-def write(workdir: Path, steps: Sequence[int], count: int, path: Path) -> Path:
+def write(workdir: Path, steps: Sequence[int], count: int, path: Path, *, seed: int | None = None) -> Path:
     """Writes the page of a run's training images, and a PNG of them beside it, whose path is returned.
 
     Args:
@@ -58,6 +59,7 @@ def write(workdir: Path, steps: Sequence[int], count: int, path: Path) -> Path:
         steps: how many steps were made before each batch, from 0.
         count: images of each batch, the first ones.
         path: of the page.
+        seed: of order, augmentation and mixing; the run's own without one.
 
     Raises:
         UserError: the folder holds no run, or a step is not one of it.
@@ -66,6 +68,8 @@ def write(workdir: Path, steps: Sequence[int], count: int, path: Path) -> Path:
     if not record.exists():
         raise UserError(f"{workdir} holds no run of this project: it has no config.json")
     config = config_lib.from_dict(json.loads(record.read_text())["config"])
+    own_seed = config.seed
+    config = config if seed is None else dataclasses.replace(config, seed=seed)
     total = int(config.duration.amount)
     if wrong := [step for step in steps if not 0 <= step < total]:
         raise UserError(f"--steps has {wrong[0]}; the run has the steps 0 to {total - 1}")
@@ -91,6 +95,7 @@ def write(workdir: Path, steps: Sequence[int], count: int, path: Path) -> Path:
     data = {
         "title": workdir.name,
         "seed": config.seed,
+        "own_seed": own_seed,
         "batch_size": config.data.batch_size,
         "mixing": config.data.mixing.mixup > 0 or config.data.mixing.cutmix > 0,
         "images": shown,

@@ -21,7 +21,7 @@ import numpy as np
 
 from vit_scaling import paths
 
-_COMMON = ("core.js", "chart.js", "maps.js")
+_COMMON = ("core.js", "plot.js", "chart.js", "maps.js")
 _DTYPES = {"uint8", "int8", "uint16", "int16", "int32", "float32"}
 
 

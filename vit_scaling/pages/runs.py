@@ -183,6 +183,11 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
+def command_of(workdir: Path) -> list[str] | None:
+    """Returns the words of the command that a run was started with; None where its record holds none."""
+    return _json(workdir / RECORD, {}).get("command")
+
+
 def overridden(command: Sequence[str]) -> set[str]:
     """Returns the fields of the config that a command line sets by --config.FIELD=VALUE."""
     return {

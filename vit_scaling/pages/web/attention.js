@@ -39,10 +39,11 @@ start((main, data, arrays) => {
       tabindex: 0,
       role: "application",
       "aria-label":
-        "The image with the attention of the chosen head. Arrow keys move the query, [ and ] change the head, page up and page down the layer, n and p the image, c chooses the class token.",
+        "The image with the attention of the chosen head. Arrow keys move the query, [ and ] change the head, page up and page down the layer, n and p the image, c chooses the class token, plus and minus zoom, 0 shows all.",
     },
     canvas,
   );
+  stage.style.setProperty("--ratio", size[1] / size[0]);
   const readout = el("div", { class: "readout" });
   const live = el("div", { class: "live", "aria-live": "polite" });
   const captions = el("div", { class: "note" });
@@ -203,10 +204,17 @@ start((main, data, arrays) => {
     redraw();
   }
 
+  const view = zoomable(stage, {
+    area: () => stage.getBoundingClientRect(),
+    changed: () => magnify(canvas, view),
+    reading: () => ({ x: state.x, y: state.y }),
+    drags: false, // a drag moves the query
+  });
   const point = (event) => {
-    const box = canvas.getBoundingClientRect();
-    state.y = Math.min(0.9999, Math.max(0, (event.clientY - box.top) / box.height));
-    state.x = Math.min(0.9999, Math.max(0, (event.clientX - box.left) / box.width));
+    if (view.pinching) return;
+    const { x, y } = view.at(event);
+    state.y = clamp(y, 0, 0.9999);
+    state.x = clamp(x, 0, 0.9999);
     state.extra = null;
     update();
   };
@@ -226,7 +234,7 @@ start((main, data, arrays) => {
       event.metaKey ||
       event.altKey ||
       ["INPUT", "SELECT"].includes(event.target.tagName) ||
-      document.querySelector("dialog[open]")
+      (document.querySelector("dialog[open]") && event.target !== stage)
     )
       return;
     const each = shape(),
@@ -237,6 +245,7 @@ start((main, data, arrays) => {
       state.y = ((Math.min(each.H - 1, Math.max(0, r + arrow[0])) + 0.5) * each.cell[0]) / size[0];
       state.x = ((Math.min(each.W - 1, Math.max(0, c + arrow[1])) + 0.5) * each.cell[1]) / size[1];
       state.extra = null;
+      view.follow({ x: state.x, y: state.y });
       redraw();
     } else if (event.key === "]" || event.key === "[")
       choose({ head: (head() + (event.key === "]" ? 1 : shape().heads - 1)) % shape().heads });
@@ -276,24 +285,22 @@ start((main, data, arrays) => {
         choose({ extra }),
       )
     : null;
-  const numbersFigure = figure(
-    "The chosen map in numbers",
-    el("p", { class: "note" }, "Of the chosen layer, head and query."),
-    {
-      numbers: () => {
-        const each = shape(),
-          values = valuesOf(each, head());
-        return {
-          header: ["row", "column", "weight"],
-          rows: Array.from(values, (value, i) => [
-            Math.floor(i / each.W) + 1,
-            (i % each.W) + 1,
-            Number.isNaN(value) ? null : value,
-          ]),
-        };
-      },
+  const large = el("div", {}, title, stage, live, readout, scale);
+  large.redraw = () => drawLarge();
+  const numbersFigure = figure("The chosen map", large, {
+    numbers: () => {
+      const each = shape(),
+        values = valuesOf(each, head());
+      return {
+        header: ["row", "column", "weight"],
+        rows: Array.from(values, (value, i) => [
+          Math.floor(i / each.W) + 1,
+          (i % each.W) + 1,
+          Number.isNaN(value) ? null : value,
+        ]),
+      };
     },
-  );
+  });
 
   main.append(
     topBar(
@@ -304,6 +311,7 @@ start((main, data, arrays) => {
       "p",
       { class: "note" },
       "Move over the image. For the place under the pointer every layer and head shows where it looks; choose one to see it large. Click holds the place. ",
+      `${PLOT_HELP} On this image a drag moves the query. `,
       `Weights are drawn in ${data.levels} steps of their root, to within ${Number((100 * data.error).toPrecision(2))}% of the largest weight of each query and head.`,
       data.left_out ? ` ${data.left_out.toLocaleString("en-US")} more images are not shown.` : "",
     ),
@@ -315,11 +323,7 @@ start((main, data, arrays) => {
         { class: "chosen" },
         el("div", { class: "thumbs", role: "group", "aria-label": "Images" }, thumbs),
         captions,
-        title,
-        stage,
-        live,
-        readout,
-        scale,
+        numbersFigure,
         el(
           "div",
           { class: "bar" },
@@ -345,7 +349,6 @@ start((main, data, arrays) => {
         ),
         data.images[0].predictions.length ? el("h3", {}, "Prediction") : "",
         probabilities,
-        numbersFigure,
       ),
       el(
         "div",

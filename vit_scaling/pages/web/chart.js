@@ -1,8 +1,6 @@
-// A line chart in SVG: hover, drag to zoom, keys, logarithmic or linear axes. One chart, one object.
+// A line chart in SVG: hover, zoom, keys, logarithmic or linear axes. One chart, one object.
 
 const DASHES = ["", "6 4", "2 3", "10 3 2 3", "12 5"];
-const CHART_HELP =
-  "Drag to zoom, double-click to see all. With a chart in focus: arrow keys read values, + and − zoom, 0 shows all.";
 const MARGIN = { left: 54, right: 12, top: 8, bottom: 30 };
 
 // Ticks at 1, 2 or 5 times a power of ten; on a logarithmic axis at powers of ten, or linear where there are too few.
@@ -72,14 +70,26 @@ function nearest(sorted, target) {
 // [{ name, x, y, points, band: [[low], [high]], colour, framed (false: the vertical axis need not hold it) }].
 // Returns an element with .set(options), .redraw() and .numbers().
 function chart(options) {
-  const state = { zoom: null, cursor: null };
+  const state = { cursor: null };
   const drawing = svg("svg", { class: "chart", tabindex: 0, role: "application" });
+  const frame = el("div", { class: "frame" }, drawing);
   const legend = el("div", { class: "legend", "aria-live": "polite" });
-  const node = el("div", {}, drawing, legend);
+  const node = el("div", {}, frame, legend);
   const box = () => ({ width: drawing.clientWidth || 400, height: drawing.clientHeight || 230 });
   const format = (value) => (options.percent ? percent(value, 2) : number(value));
-  let scale = null,
-    selection = null;
+  let scale = null;
+  const fx = (value) => (options.xLog ? Math.log(value) : value);
+  const fy = (value) => (options.yLog ? Math.log(value) : value);
+  const view = zoomable(frame, {
+    area: () => {
+      const { left, top, width, height } = drawing.getBoundingClientRect();
+      const inner = { width: width - MARGIN.left - MARGIN.right, height: height - MARGIN.top - MARGIN.bottom };
+      return { left: left + MARGIN.left, top: top + MARGIN.top, ...inner };
+    },
+    changed: redraw,
+    reading: () => (scale && state.cursor !== null ? scale.point(state.cursor) : null),
+    axes: "x",
+  });
 
   const usable = (series) => {
     const points = [];
@@ -100,7 +110,17 @@ function chart(options) {
         x0 = Math.min(x0, x);
         x1 = Math.max(x1, x);
       }
-    if (state.zoom) [x0, x1] = state.zoom;
+    if (!(x1 >= x0)) return null;
+    if (x1 === x0) x1 = options.xLog ? x0 * 1.01 : x0 + 1;
+    const whole = [x0, x1];
+    // The value at a share of the whole axis, and the share of a value.
+    const back = (share) => {
+      if (share === 0 || share === 1) return whole[share];
+      const value = fx(whole[0]) + share * (fx(whole[1]) - fx(whole[0]));
+      return options.xLog ? Math.exp(value) : value;
+    };
+    const point = (x) => ({ x: (fx(x) - fx(whole[0])) / (fx(whole[1]) - fx(whole[0])), y: 0.5 });
+    [x0, x1] = view.x.map(back);
     all.forEach((points, s) => {
       if (options.series[s].framed === false) return;
       for (const [x, y, i] of points) {
@@ -112,10 +132,8 @@ function chart(options) {
         y1 = Math.max(y1, high);
       }
     });
-    if (!(x1 >= x0)) return null;
     // What differs by rounding alone is one value: an axis over it would have no ticks that differ.
     const same = (low, high) => high - low <= 1e-7 * Math.max(Math.abs(low), Math.abs(high));
-    if (x1 === x0) x1 = options.xLog ? x0 * 1.01 : x0 + 1;
     if (!(y1 >= y0)) [y0, y1] = options.yLog ? [0.1, 1] : [0, 1];
     if (same(y0, y1)) {
       const pad = Math.abs(y0) * 0.1 || 1;
@@ -132,7 +150,7 @@ function chart(options) {
       y1 += pad;
       y0 -= y0 >= 0 && y0 - pad < 0 ? y0 : pad;
     }
-    return { x0, x1, y0, y1 };
+    return { x0, x1, y0, y1, back, point };
   }
 
   function redraw() {
@@ -145,21 +163,15 @@ function chart(options) {
       `${options.label ?? options.yLabel ?? "chart"}: left and right move, plus and minus zoom, 0 shows all`,
     );
     if (!range) {
+      scale = null;
       drawing.append(svg("text", { x: width / 2, y: height / 2, "text-anchor": "middle" }, "no values yet"));
       legend.replaceChildren();
       return;
     }
-    const forward = (log) => (log ? Math.log : (v) => v);
-    const fx = forward(options.xLog),
-      fy = forward(options.yLog);
     const inner = { w: width - MARGIN.left - MARGIN.right, h: height - MARGIN.top - MARGIN.bottom };
     const px = (x) => MARGIN.left + ((fx(x) - fx(range.x0)) / (fx(range.x1) - fx(range.x0))) * inner.w;
     const py = (y) => MARGIN.top + inner.h - ((fy(y) - fy(range.y0)) / (fy(range.y1) - fy(range.y0))) * inner.h;
-    const back = (p) => {
-      const t = fx(range.x0) + ((p - MARGIN.left) / inner.w) * (fx(range.x1) - fx(range.x0));
-      return options.xLog ? Math.exp(t) : t;
-    };
-    scale = { px, py, back, range };
+    scale = { px, back: range.back, point: range.point };
 
     const clip = `clip${Math.random().toString(36).slice(2)}`;
     drawing.append(
@@ -297,50 +309,17 @@ function chart(options) {
       drawCursor();
     }
   };
-  const place = (event) => event.clientX - drawing.getBoundingClientRect().left;
-
-  drawing.addEventListener("pointermove", (event) => {
-    if (!scale) return;
-    moveTo(scale.back(place(event)));
-    if (selection) {
-      selection.to = place(event);
-      drawing.querySelector(".select")?.remove();
-      drawing.append(
-        svg("rect", {
-          class: "select",
-          x: Math.min(selection.from, selection.to),
-          width: Math.abs(selection.to - selection.from),
-          y: MARGIN.top,
-          height: box().height - MARGIN.top - MARGIN.bottom,
-        }),
-      );
-    }
-  });
-  drawing.addEventListener("pointerdown", (event) => {
-    if (event.button === 0) {
-      if (scale) moveTo(scale.back(place(event)));
-      selection = { from: place(event), to: place(event) };
-      drawing.setPointerCapture(event.pointerId);
-    }
-  });
-  drawing.addEventListener("pointerup", () => {
-    drawing.querySelector(".select")?.remove();
-    if (selection && scale && Math.abs(selection.to - selection.from) > 8) {
-      state.zoom = [scale.back(selection.from), scale.back(selection.to)].sort((a, b) => a - b);
-      redraw();
-    }
-    selection = null;
-  });
-  drawing.addEventListener("pointerleave", (event) => {
+  const readPointer = (event) => {
+    if (scale) moveTo(scale.back(view.at(event).x));
+  };
+  frame.addEventListener("pointermove", readPointer);
+  frame.addEventListener("pointerdown", readPointer);
+  frame.addEventListener("pointerleave", (event) => {
     // A finger that is lifted leaves the value that it pointed at.
-    if (!selection && event.pointerType !== "touch") {
+    if (event.pointerType !== "touch") {
       state.cursor = null;
       drawCursor();
     }
-  });
-  drawing.addEventListener("dblclick", () => {
-    state.zoom = null;
-    redraw();
   });
   drawing.addEventListener("keydown", (event) => {
     const all = abscissas();
@@ -352,33 +331,18 @@ function chart(options) {
       Home: 0,
       End: all.length - 1,
     }[event.key];
-    if (go !== undefined) {
-      state.cursor = all[go];
-      drawCursor();
-      event.preventDefault();
-      return;
-    }
-    if (event.key === "0" || event.key === "Escape") {
-      if (state.zoom) event.stopPropagation();
-      state.zoom = null;
-      redraw();
-      return;
-    }
-    const factor = { "+": 0.5, "=": 0.5, "-": 2 }[event.key];
-    if (factor && scale) {
-      const middle = state.cursor ?? (scale.range.x0 + scale.range.x1) / 2;
-      state.zoom = [middle - (middle - scale.range.x0) * factor, middle + (scale.range.x1 - middle) * factor];
-      if (state.zoom[0] <= all[0] && state.zoom[1] >= all.at(-1)) state.zoom = null;
-      if (options.xLog && state.zoom && state.zoom[0] <= 0) state.zoom[0] = all[0];
-      redraw();
-    }
+    if (go === undefined) return;
+    state.cursor = all[go];
+    drawCursor();
+    if (scale) view.follow(scale.point(state.cursor));
+    event.preventDefault();
   });
   new ResizeObserver(redraw).observe(drawing);
 
   node.redraw = redraw;
   node.set = (changes) => {
-    if ("xLabel" in changes && changes.xLabel !== options.xLabel) {
-      state.zoom = null;
+    if (["xLabel", "xLog"].some((name) => name in changes && changes[name] !== options[name])) {
+      view.reset();
       state.cursor = null;
     }
     Object.assign(options, changes);

@@ -164,7 +164,7 @@ function curveSection(runs) {
       control("y ", "Vertical scale", "scale", ["auto", "linear", "log"]),
       el("label", { class: "control" }, "smoothing ", amount),
     ),
-    el("p", { class: "note" }, `${CHART_HELP} Dashed verticals are restarts.`),
+    el("p", { class: "note" }, `${PLOT_HELP} Dashed verticals are restarts.`),
     el(
       "div",
       { class: "figures" },
@@ -182,14 +182,31 @@ function timeBar(run) {
   if (!total) return el("p", { class: "soft" }, "No time has been noted yet.");
   const bar = el(
     "div",
-    { class: "stack", role: "img", "aria-label": parts.map(([name, s]) => `${name} ${duration(s)}`).join(", ") },
-    parts.map(([name, seconds], i) => {
-      const part = el("div", { title: `${name}: ${duration(seconds)}, ${percent(seconds / total)}` });
+    { class: "stack" },
+    parts.map(([, seconds], i) => {
+      const part = el("div", {});
       part.style.width = `${(100 * seconds) / total}%`;
       part.style.background = `var(--s${i % 6})`;
       return part;
     }),
   );
+  const ends = parts.map((_, i) => parts.slice(0, i + 1).reduce((sum, [, seconds]) => sum + seconds, 0) / total);
+  const body = picture(bar, {
+    label: `Time of ${parts.length} parts`,
+    axes: "x",
+    points: {
+      first: 0,
+      pick: ({ x }) =>
+        clamp(
+          ends.findIndex((end) => x < end),
+          0,
+          parts.length - 1,
+        ),
+      move: (i, down, right) => clamp(i + down + right, 0, parts.length - 1),
+      place: (i) => ({ x: ends[i - 1] ?? 0, y: 0, width: parts[i][1] / total, height: 1 }),
+      tell: (i) => `${parts[i][0]}: ${duration(parts[i][1])}, ${percent(parts[i][1] / total)}`,
+    },
+  });
   const legend = el(
     "div",
     { class: "legend" },
@@ -201,7 +218,7 @@ function timeBar(run) {
     header: ["part", "seconds", "share"],
     rows: parts.map(([name, seconds]) => [name, seconds, seconds / total]),
   });
-  return figure("Where the time went", el("div", {}, bar, legend), {
+  return figure("Where the time went", el("div", {}, body, legend), {
     numbers,
     wide: true,
     note: "Over all restarts. “lost” is time that a crash undid.",

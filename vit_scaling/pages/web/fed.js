@@ -5,7 +5,10 @@ start((main, data) => {
     each.map(([name, share], i) => [i ? ", " : "", nameOf(name, 30), share < 0.9995 ? ` ${percent(share, 0)}` : ""]);
   const steps = [...new Set(data.images.map((image) => image.step))];
   main.append(
-    topBar(["What ", nameOf(data.title), " is fed"], `seed ${data.seed}, batches of ${data.batch_size}`),
+    topBar(
+      ["What ", nameOf(data.title), " is fed"],
+      `seed ${data.seed}${data.seed === data.own_seed ? "" : ` (the run has ${data.own_seed})`}, batches of ${data.batch_size}`,
+    ),
     el(
       "p",
       { class: "note" },

@@ -83,44 +83,27 @@ function scaleBar(high, { signed = false, root = !signed } = {}) {
 // A small titled map whose cells can be read by pointer and keys; numbers as a table and CSV by `figure`.
 // get() returns { values, rows, columns, high, signed }.
 function mapFigure(title, get, { note = null, describe = null } = {}) {
-  const canvas = el("canvas", { tabindex: 0, role: "img" });
-  const readout = el("div", { class: "note", "aria-live": "polite" }, " ");
-  const body = el("div", {}, canvas, readout);
-  let at = [0, 0];
-  const tell = () => {
-    const map = get();
-    at = [Math.min(map.rows - 1, Math.max(0, at[0])), Math.min(map.columns - 1, Math.max(0, at[1]))];
-    const value = map.values[at[0] * map.columns + at[1]];
-    const where = describe ? describe(at[0], at[1], map) : `row ${at[0] + 1}, column ${at[1] + 1}`;
-    readout.textContent = `${where}: ${Number.isNaN(value) ? "cannot be seen" : number(value)}`;
+  const canvas = el("canvas", {});
+  const tell = (r, c) => {
+    const map = get(),
+      value = map.values[r * map.columns + c];
+    const where = describe ? describe(r, c, map) : `row ${r + 1}, column ${c + 1}`;
+    return `${where}: ${Number.isNaN(value) ? "cannot be seen" : number(value)}`;
   };
-  canvas.addEventListener("pointermove", (event) => {
-    const box = canvas.getBoundingClientRect(),
-      map = get();
-    at = [
-      Math.floor(((event.clientY - box.top) / box.height) * map.rows),
-      Math.floor(((event.clientX - box.left) / box.width) * map.columns),
-    ];
-    tell();
-  });
-  canvas.addEventListener("keydown", (event) => {
-    const move = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
-    if (move) {
-      at = [at[0] + move[0], at[1] + move[1]];
-      tell();
-      event.preventDefault();
-      event.stopPropagation();
-    }
-  });
-  body.redraw = () => {
+  const grid = () => {
+    const map = get();
+    return [map.rows, map.columns];
+  };
+  const body = picture(canvas, { label: title, points: cellPoints(grid, tell) });
+  const redraw = () => {
     const map = get();
     paint(canvas, map.values, map.rows, map.columns, map);
-    canvas.setAttribute(
-      "aria-label",
-      `${title}: ${map.rows} rows, ${map.columns} columns, largest ${number(map.high)}; arrow keys read cells`,
-    );
+    body.redraw({
+      text: `${title}, ${map.rows} rows, ${map.columns} columns, largest ${number(map.high)}`,
+      shape: map.columns / map.rows,
+    });
   };
-  body.redraw();
+  redraw();
   const numbers = () => {
     const map = get();
     return {
@@ -134,9 +117,8 @@ function mapFigure(title, get, { note = null, describe = null } = {}) {
   };
   const node = figure(title, body, { note, numbers });
   node.redraw = () => {
-    body.redraw();
+    redraw();
     node.refresh();
   };
-  node.canvas = canvas;
   return node;
 }

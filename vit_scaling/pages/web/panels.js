@@ -4,14 +4,20 @@ function filterPanel(data, arrays) {
   const filters = arrays.filters;
   if (!filters) return null;
   const [count, h, w] = filters.shape;
+  const readout = el("div", { class: "note", "aria-live": "polite" }, "\u00a0");
   const tiles = Array.from({ length: count }, (_, f) => {
-    const canvas = el("canvas", { width: w, height: h, role: "img", "aria-label": `principal component ${f + 1}` });
+    const canvas = el("canvas", { width: w, height: h });
     const pixels = canvas.getContext("2d").createImageData(w, h);
     for (let i = 0; i < h * w; i++)
       for (let c = 0; c < 4; c++) pixels.data[4 * i + c] = c < 3 ? filters[(f * h * w + i) * 3 + c] : 255;
     canvas.getContext("2d").putImageData(pixels, 0, 0);
-    canvas.style.width = "100%";
-    return canvas;
+    const tell = (r, c) => {
+      const at = ((f * h + r) * w + c) * 3;
+      const [red, green, blue] = filters.subarray(at, at + 3);
+      return `component ${f + 1}, row ${r + 1}, column ${c + 1}: red ${red}, green ${green}, blue ${blue}`;
+    };
+    const points = cellPoints(() => [h, w], tell);
+    return picture(canvas, { label: `Principal component ${f + 1}`, points, ratio: w / h, readout });
   });
   const numbers = () => ({
     header: ["component", "row", "column", "red", "green", "blue"],
@@ -24,7 +30,7 @@ function filterPanel(data, arrays) {
   });
   return section(
     "Patch embedding",
-    figure(`Its first ${count} principal components`, el("div", { class: "tiles" }, tiles), {
+    figure(`Its first ${count} principal components`, el("div", {}, el("div", { class: "tiles" }, tiles), readout), {
       wide: true,
       numbers,
       note: "Each is scaled to its own range; grey is zero.",
@@ -101,9 +107,6 @@ function termsPanel(look, state) {
     ["content", "Content, q·k"],
     ["position", "Position, q·r"],
   ].map(([name, title]) => mapFigure(title, get(name), { describe }));
-  figures.forEach((node, i) => {
-    node.canvas.dataset.term = ["weights", "content", "position"][i];
-  });
   return {
     node: section(
       "The neighbourhood of the query",
@@ -132,13 +135,39 @@ function gaussianPanel(data, arrays) {
   const svgs = Array.from({ length: depth }, (_, z) =>
     svg("svg", {
       viewBox: `${-reach} ${-reach} ${2 * reach} ${2 * reach}`,
-      role: "img",
-      "aria-label": `layer ${z + 1}: centers of ${heads} heads`,
       class: "gaussians",
     }),
   );
   const label = el("span", { class: "note", "aria-live": "polite" });
   let t = times - 1;
+  // The points of a layer's picture are its heads: each is the square around its inner contour.
+  const share = (offset) => (offset + reach) / (2 * reach);
+  const pictures = svgs.map((node, z) =>
+    picture(node, {
+      label: `Layer ${z + 1}, centers of ${heads} heads`,
+      points: {
+        first: 0,
+        pick: ({ x, y }) => {
+          const away = Array.from({ length: heads }, (_, n) => {
+            const [r, c] = at(t, z, n).center;
+            return Math.hypot(share(c) - x, share(r) - y);
+          });
+          return away.indexOf(Math.min(...away));
+        },
+        move: (n, down, right) => clamp(n + down + right, 0, heads - 1),
+        place: (n) => {
+          const { center, covariance } = at(t, z, n);
+          const [h, w] = [covariance[0], covariance[3]].map((variance) => Math.sqrt(variance) / reach);
+          return { x: share(center[1]) - w / 2, y: share(center[0]) - h / 2, width: w, height: h };
+        },
+        tell: (n) => {
+          const { center, covariance } = at(t, z, n);
+          const spread = [covariance[0], covariance[3]].map((variance) => number(Math.sqrt(variance), 3));
+          return `head ${n + 1}: row ${number(center[0], 3)}, column ${number(center[1], 3)}, deviations ${spread.join(" and ")}`;
+        },
+      },
+    }),
+  );
   function draw() {
     label.textContent = data.steps.length ? `step ${data.steps[t].toLocaleString("en-US")}` : "";
     svgs.forEach((node, z) => {
@@ -206,6 +235,7 @@ function gaussianPanel(data, arrays) {
           "stroke-width": reach / 90,
         }),
       );
+      pictures[z].redraw();
     });
   }
   draw();
@@ -263,7 +293,7 @@ function gaussianPanel(data, arrays) {
       el(
         "div",
         { class: "gaussian-row" },
-        svgs.map((node, z) => el("div", {}, el("h3", {}, `Layer ${z + 1}`), node)),
+        pictures.map((node, z) => el("div", {}, el("h3", {}, `Layer ${z + 1}`), node)),
       ),
       { wide: true, numbers, note },
     ),

@@ -117,7 +117,7 @@ function configSection(run) {
       "p",
       { class: "note" },
       changed.size
-        ? `${changed.size} fields were overridden on the command line; they are marked.`
+        ? `Overridden on the command line, and marked: ${changed.size} of ${run.config.length} fields.`
         : "No field was overridden on the command line.",
     ),
     tableFigure("All fields", "Resolved config, durations in steps", ["field", "value", "origin"], rows, {

@@ -196,7 +196,7 @@ start((main, data, arrays) => {
       "What the runs do not determine",
       data.problems.length ? bullets(data.problems) : el("p", { class: "soft" }, "No warning."),
     ),
-    section("Curves", el("p", { class: "note" }, CHART_HELP), el("div", { class: "figures" }, curves)),
+    section("Curves", el("p", { class: "note" }, PLOT_HELP), el("div", { class: "figures" }, curves)),
     data.laws.length ? section("The laws", data.laws.map(law)) : "",
     more.length
       ? section(
