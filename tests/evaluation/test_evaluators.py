@@ -14,7 +14,7 @@ from vit_scaling import config as c
 from vit_scaling.data.images.transforms import TransformConfig
 from vit_scaling.data.sources import SourceConfig, open_source
 from vit_scaling.data.sources.classes import MatchedSource, match
-from vit_scaling.evaluation import classification, fewshot, model
+from vit_scaling.evaluation import classification, fewshot, model, sets
 from vit_scaling.evaluation.suite import Suite
 from vit_scaling.parallel import mesh as mesh_lib
 from vit_scaling.training.step import Program, build
@@ -241,3 +241,16 @@ def test_the_best_checkpoint_may_be_chosen_by_whatever_is_measured(program: Prog
         with pytest.raises(ValueError, match=f"checkpoint.best is '{name}'; evaluations measure") as refusal:
             Suite(config, program)
         assert set(str(refusal.value).partition("measure ")[2].split(", ")) == set(measured)
+
+
+def test_one_class_cannot_be_trained_with_softmax() -> None:
+    """Its loss and its gradient are zero."""
+    source = open_source(SourceConfig("builtin", "mnist", "train[:4]"))
+    sets.check_trainable(source, c.LossConfig())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(source, "num_classes", 1)
+        with pytest.raises(
+            UserError, match=r"data.train has 1 class, of which softmax is always sure; give at least two"
+        ):
+            sets.check_trainable(source, c.LossConfig())
+        sets.check_trainable(source, c.LossConfig(kind="sigmoid"))

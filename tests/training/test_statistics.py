@@ -1,6 +1,7 @@
 """Statistics of batch norm through the train step: over the parts of an accumulated batch, and over a restart."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import pytest
 
 from tests import tiny
 from vit_scaling import config as c
-from vit_scaling import models
+from vit_scaling import models, names
 from vit_scaling.data import mixing
 from vit_scaling.data.mixing import MixingConfig
 from vit_scaling.models.resnet import ResNetConfig
 from vit_scaling.parallel import mesh as mesh_lib
 from vit_scaling.parallel import sharding
 from vit_scaling.training import checkpoint
+from vit_scaling.training import step as step_lib
 from vit_scaling.training.step import Program, build
 
 DECAY = 0.75
@@ -70,6 +72,35 @@ def test_accumulation_updates_them_by_each_part_in_turn(program: Program) -> Non
     variance = DECAY**2 + DECAY * (1 - DECAY) * first.var(0) + (1 - DECAY) * second.var(0)
     np.testing.assert_allclose(got["stem_norm"]["mean"], mean, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(got["stem_norm"]["variance"], variance, rtol=1e-4)
+
+
+def test_frozen_norms_keep_them_and_normalize_by_them() -> None:
+    """As the network of the train step is built: the first groups are frozen, the last is trained."""
+    config = tiny.config(model=MODEL, optim=c.OptimConfig(freeze=("stem.*", "group[123]/.*")))
+    mesh = mesh_lib.create(c.MeshConfig(), jax.devices()[:1])
+    recipes: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_lib, "jit_in", lambda mesh, dtype, function, recipe, **_: recipes.append(recipe) or function)
+        build(c.resolve(config, 100), num_classes=10, total_steps=8, mesh=mesh)
+    recipe = recipes[-1]
+    model = models.build(MODEL, image_size=(28, 28), num_classes=10, key=jax.random.key(0))
+    _, params, statistics = models.split(model)
+    params["head"]["kernel"] += jnp.sin(jnp.arange(1280, dtype=jnp.float32)).reshape(128, 10)  # it starts at zero
+    images = mixing.to_float(jnp.asarray(BATCHES[0]["image"]))
+    targets = jax.nn.one_hot(BATCHES[0]["label"], 10)
+    step = jax.jit(functools.partial(step_lib._loss, recipe))
+    loss, moved = step(params, statistics, images, targets, jax.random.key(0))
+    kept = {
+        path.rpartition("/")[0]
+        for path, leaf in names.flatten(moved).items()
+        if np.array_equal(leaf, names.flatten(statistics)[path])
+    }
+    norms = {path.rpartition("/")[0] for path in names.flatten(statistics)}
+    assert kept == {path for path in norms if not path.startswith("group4")}
+    assert kept != norms
+    # The trained group normalizes by its batch; its inputs are those of evaluation.
+    statistics["stem_norm"]["mean"] += 1.0
+    assert abs(float(step(params, statistics, images, targets, jax.random.key(0))[0]) - float(loss)) > 1e-4
 
 
 def test_statistics_that_are_not_finite_leave_the_update_out(program: Program) -> None:

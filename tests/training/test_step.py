@@ -297,14 +297,22 @@ def test_average_of_the_parameters() -> None:
     assert program(plain(optim=c.OptimConfig(ema=None))).state_shape.ema is None
 
 
-def test_frozen_parameters_stay() -> None:
-    config = plain(optim=c.OptimConfig(lr=3e-3, freeze=("blocks/.*", "embedding/.*")))
+def test_a_linear_probe_trains_the_classifier_on_the_features_of_evaluation() -> None:
+    """Nothing else moves, and drop path, of half of the second block's residuals, is off."""
+    config = plain(optim=c.OptimConfig(name="sgd", lr=1.0, freeze=(r"(?!head/).*",)))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, drop_path=0.5))
     built = program(config)
     start = jax.device_get(built.init().params)
-    state, _ = run(built, BATCHES)
+    state, rows = run(built, BATCHES)
     for path, leaf in names.flatten(state.params).items():
         same = np.array_equal(leaf, names.flatten(start)[path])
-        assert same == path.startswith(("blocks/", "embedding/")), path
+        assert same != path.startswith("head/"), path
+    before, _ = run(built, BATCHES[:2])
+    assert np.abs(before.params["head"]["kernel"]).max() > 1e-3
+    images = sharding.put_batch(BATCHES[2], sharding.batch_sharding(built.mesh))["image"]
+    logits = built.logits(before.params, before.statistics, images)
+    expected = optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits), BATCHES[2]["label"]).mean()
+    assert rows[2]["loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_the_head_bias_starts_where_the_loss_wants_it() -> None:

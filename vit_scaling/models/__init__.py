@@ -4,13 +4,14 @@ Flax NNX serves as a pytree only: modules name parameters and hold them, and jax
 rest, so the train state is a nested dict whose paths serve decay, sharding, checkpoints and weight import alike.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 from vit_scaling import UserError
-from vit_scaling.models import attention_cnn, resnet, swin, vit
+from vit_scaling.models import attention_cnn, resnet, spatial, swin, vit
 
 MODELS: dict[type, Any] = {
     vit.ViTConfig: vit.ViT,
@@ -55,6 +56,18 @@ def split(model: nnx.Module) -> tuple[Any, dict[str, Any], dict[str, Any]]:
 def merge(graphdef: Any, parameters: dict[str, Any], statistics: dict[str, Any]) -> Any:
     """Returns the module again, holding these arrays (or tracers)."""
     return nnx.merge(graphdef, parameters, statistics)
+
+
+def freeze_statistics(model: nnx.Module, frozen: Collection[str]) -> None:
+    """Makes every batch norm whose parameters are all frozen keep its running statistics, and normalize by them.
+
+    Args:
+        frozen: paths of the parameters that are not trained.
+    """
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, spatial.BatchNorm):
+            prefix = "".join(f"{part}/" for part in path)
+            module.frozen = {f"{prefix}scale", f"{prefix}bias"} <= set(frozen)
 
 
 def statistics(model: nnx.Module) -> dict[str, Any]:

@@ -58,10 +58,11 @@ class BatchNorm(nnx.Module):
         self.variance = nnx.BatchStat(jnp.ones((channels,)))
         self.decay = decay
         self.eps = eps
+        self.frozen = False  # whether it normalizes as in evaluation and keeps its statistics in training
 
     def __call__(self, x_BHWC: Float[Array, "B H W C"], train: bool) -> Float[Array, "B H W C"]:
         x32 = x_BHWC.astype(jnp.float32)
-        if train:
+        if train and not self.frozen:
             mean = jnp.mean(x32, axis=(0, 1, 2))
             variance = jnp.mean(jnp.square(x32 - mean[None, None, None]), axis=(0, 1, 2))
             for running, batch in ((self.mean, mean), (self.variance, variance)):

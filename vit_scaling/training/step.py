@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from vit_scaling import models
+from vit_scaling import models, names
 from vit_scaling.config import Config, GuardConfig
 from vit_scaling.data import mixing
 from vit_scaling.evaluation.network import Batch, Network, jit_in, network, to_float
@@ -66,6 +66,7 @@ class _Recipe:
     graphdef: Any
     optimizer: optax.GradientTransformation
     multiplier: Callable[[Any], Array]  # of the learning rate, by step
+    probes: bool  # whether all but the classifier is frozen
 
 
 def build(config: Config, *, num_classes: int, total_steps: int, mesh: Mesh) -> Program:
@@ -84,7 +85,11 @@ def build(config: Config, *, num_classes: int, total_steps: int, mesh: Mesh) -> 
     image_size = config.data.transform.size
     new_model = functools.partial(models.build, config.model, image_size=image_size, num_classes=num_classes)
     # The graphdef holds no arrays, so shapes are enough to make it.
-    graphdef, params_shape, _ = models.split(jax.eval_shape(lambda key: new_model(key=key), jax.random.key(0)))
+    model = jax.eval_shape(lambda key: new_model(key=key), jax.random.key(0))
+    params_shape = models.split(model)[1]
+    trained = {row.path for row in optimizer.describe(config.optim, params_shape) if not row.frozen}
+    models.freeze_statistics(model, names.flatten(params_shape).keys() - trained)
+    graphdef = models.split(model)[0]
     recipe = _Recipe(
         config,
         num_classes,
@@ -92,6 +97,7 @@ def build(config: Config, *, num_classes: int, total_steps: int, mesh: Mesh) -> 
         graphdef,
         optimizer.create(config.optim, params_shape),
         schedule.create(config.schedule, total_steps),
+        probes=all(path.startswith("head/") for path in trained),
     )
     state_shape = jax.eval_shape(functools.partial(_init, recipe))
     on = sharding.tree_shardings(state_shape, mesh)
@@ -253,9 +259,9 @@ def _gradients(recipe: _Recipe, state: TrainState, images: Array, targets: Array
 def _loss(
     recipe: _Recipe, params: Any, batch_stats: Any, images: Array, targets: Array, key: Array
 ) -> tuple[Array, dict[str, Any]]:
-    """Returns (mean loss, updated batch_stats) of the training forward pass."""
+    """Returns (mean loss, updated batch_stats) of the training forward pass; of a linear probe, that of evaluation."""
     model = models.merge(recipe.graphdef, params, batch_stats)
-    logits = model(images, key)
+    logits = model(images, None if recipe.probes else key)
     return jnp.mean(losses.loss(recipe.config.loss, logits, targets)), models.statistics(model)
 
 
