@@ -45,6 +45,7 @@ SMALL = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "i
 PLAIN = SMALL | {"intermediate_size": 96}
 DINOV2 = SMALL | {"mlp_ratio": 2}
 SWIN = {"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+WIDE = {"embed_dim": 24, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 4, 8], "window_size": 7}
 # What transformers calls it, its fields, and the size of the images.
 THEIRS = (
     ("ViTForImageClassification", PLAIN, (64, 64)),
@@ -60,6 +61,8 @@ THEIRS = (
     ("CLIPVisionModel", PLAIN, (64, 64)),
     ("SiglipVisionModel", PLAIN, (64, 64)),
     ("SwinForImageClassification", SWIN | {"image_size": (64, 76), "use_absolute_embeddings": True}, (64, 76)),
+    # The last stage is 7 x 14: transformers does not shift its windows, timm does along the long side.
+    ("SwinForImageClassification", WIDE | {"image_size": (224, 448)}, (224, 448)),
     ("Swinv2ForImageClassification", SWIN | {"image_size": 64, "pretrained_window_sizes": [4, 3]}, (64, 64)),
 )
 TIMM = (
@@ -79,6 +82,11 @@ TIMM = (
         "swin_tiny_patch4_window7_224",
         {"img_size": (56, 112), "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)},
         (56, 112),
+    ),
+    (
+        "swin_tiny_patch4_window7_224",
+        {k: v for k, v in WIDE.items() if k != "window_size"} | {"img_size": (224, 448)},
+        (224, 448),
     ),
     (
         "swinv2_tiny_window8_256",
@@ -124,7 +132,12 @@ def noise_(model):
 def photographs(size):
     """Returns photographs [4, H, W, 3], uint8, cut to a size."""
     height, width = size
-    return np.stack([getattr(skimage.data, name)()[60 : 60 + height, 100 : 100 + width] for name in PHOTOGRAPHS])
+    cut = []
+    for name in PHOTOGRAPHS:
+        photo = getattr(skimage.data, name)()
+        top, left = min(60, photo.shape[0] - height), min(100, photo.shape[1] - width)
+        cut.append(photo[top : top + height, left : left + width])
+    return np.stack(cut)
 
 
 def run_theirs(model, pixels):

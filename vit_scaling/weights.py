@@ -15,7 +15,6 @@ repository of the Hugging Face Hub. All write a model card, and adapt the weight
 """
 
 import dataclasses
-import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -112,15 +111,19 @@ def _write(weights: Any, output: Path, layout: str) -> None:
     """Writes a folder with its model card, and prints what is in it."""
     from vit_scaling import interop
     from vit_scaling.interop import card, hub, serving
+    from vit_scaling.pages import runs
     from vit_scaling.training import initial, workdir
 
     found = initial.find_checkpoint(hub.place(_INPUT.value))
+    # A checkpoint is named by a number: the run says which one.
+    source = _INPUT.value if found is None else f"{found.parts[-3]}, step {found.name}"
     text = card.card(
         weights,
         layout=layout,
-        source=_INPUT.value,
-        command=shlex.join(["python", "-m", "vit_scaling.weights", *sys.argv[1:]]),
+        source=source,
+        command=["python", "-m", "vit_scaling.weights", *sys.argv[1:]],
         run=None if found is None else initial.record_of(found),
+        trained_by=None if found is None else runs.command_of(found.parent.parent),
         metrics=None if found is None else workdir.metrics_of(found),
     )
     interop.write(

@@ -1,6 +1,7 @@
-"""What is said of weights: numbers that can be counted by hand, a card, and the two doors through files on disk."""
+"""What is said of weights: numbers that can be counted by hand, a card, and the commands on files."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -146,14 +147,14 @@ def test_the_picture_of_many_classes_shows_the_worst(tmp_path: Path) -> None:
 
 def test_the_card_says_where_weights_come_from() -> None:
     weights = of_module(make(vit.ViTConfig(16, 2, 32, 2, (14, 14)), (28, 42), 10))
-    plain = card.card(weights, layout="timm", source="x.npz", command="python -m ...")
-    for text in ("28 x 42 pixels", "| classes | 10 |", "from `x.npz`", "local-dir:", "Not recorded", "python -m ..."):
+    plain = card.card(weights, layout="timm", source="x.npz", command=["python", "-m", "vit_scaling.weights"])
+    for text in ("28 x 42 pixels", "| classes | 10 |", "from `x.npz`", "local-dir:", "Not recorded", "python -m vit"):
         assert text in plain
     run = {
         "config": {
             "data": {"train": {"kind": "tfds", "name": "cifar10", "split": "train[:98%]"}, "batch_size": 64},
             "duration": {"amount": 500, "unit": "steps"},
-            "init": {"path": "weights/b16"},
+            "init": {"path": "/home/me/weights/b16"},
             "optim": {"name": "sgd", "lr": 0.03},
             "schedule": {"kind": "cosine"},
             "loss": {"kind": "softmax"},
@@ -164,10 +165,49 @@ def test_the_card_says_where_weights_come_from() -> None:
         "device_kind": "TPU v4",
         "git_revision": "abc",
     }
-    told = card.card(weights, layout="timm", source="r", command="c", run=run, metrics={"test/accuracy": 0.98765})
-    for text in ("`cifar10`, split `train[:98%]`, 500 steps of 64 images, starting from `weights/b16`; seed 3", "abc"):
+    told = card.card(weights, layout="timm", source="r", command=["c"], run=run, metrics={"test/accuracy": 0.98765})
+    for text in ("`cifar10`, split `train[:98%]`, 500 steps of 64 images, starting from `b16`; seed 3", "abc"):
         assert text in told
     assert "| test/accuracy | 0.9877 |" in told
+
+
+def test_a_card_names_no_folder_of_the_machine() -> None:
+    weights = of_module(make(vit.ViTConfig(16, 2, 32, 2, (14, 14)), (28, 42), 10))
+    part = {"kind": "array_record", "name": "/home/me/pictures/pets", "split": "train"}
+    run = {
+        "config": {
+            "data": {
+                "train": {"kind": "mixture", "parts": [part, {"kind": "tfds", "name": "v2/small", "split": "test"}]},
+                "batch_size": 64,
+            },
+            "duration": {"amount": 500, "unit": "steps"},
+            "init": {"path": "hf://owner/start"},
+            "optim": {"name": "sgd", "lr": 0.03},
+            "schedule": {"kind": "cosine"},
+            "loss": {"kind": "softmax"},
+            "seed": 3,
+        },
+        "versions": {"jax": "0.12"},
+        "device_count": 4,
+        "device_kind": "TPU v4",
+    }
+    trained_by = [
+        "./run.sh",
+        "train",
+        "--config=/home/me/configs/finetune.py:$WEIGHTS/b16,/home/me/my pictures/pets",
+        "--workdir=~/runs/pets",
+        "--config.model=B/16",
+    ]
+    command = ["python", "-m", "vit_scaling.weights", "push", "--input=../me/runs/pets", "--repo=owner/name"]
+    told = card.card(
+        weights, layout="timm", source="/home/me/runs/pets", command=command, run=run, trained_by=trained_by
+    )
+    assert "./run.sh train --config=finetune.py:b16,pets --workdir=pets --config.model=B/16\n" in told
+    assert "vit_scaling.weights push --input=pets --repo=owner/name\n" in told
+    assert "from `pets`." in told
+    assert "starting from `hf://owner/start`" in told
+    assert "`array_record` `pets`, split `train` and `tfds` `v2/small`, split `test`" in told
+    assert not re.search("me/|home|~", told)
 
 
 def command(*arguments: Any) -> subprocess.CompletedProcess[str]:
@@ -198,7 +238,9 @@ def test_from_a_file_to_an_export_and_its_numbers(exported: Path, tmp_path: Path
     assert (config["image_size"], config["model_type"], len(config["id2label"])) == ([42, 28], "vit", 3)
     before, after = initial.read(exported), initial.read(tmp_path / "hf")
     np.testing.assert_array_equal(after.parameters["head"]["bias"], before.parameters["head"]["bias"][[3, 0, 9]])
-    assert str(exported) in (tmp_path / "hf" / "README.md").read_text()
+    told = (tmp_path / "hf" / "README.md").read_text()
+    assert f"--input={exported.name} --output=hf --classes=classes.txt" in told
+    assert str(tmp_path) not in told
 
     measured = command(
         "vit_scaling.evaluate",

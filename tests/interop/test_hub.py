@@ -111,7 +111,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Hu
 def test_a_model_goes_there_and_comes_back(server: type[_Hub], tmp_path: Path) -> None:
     model = make(VIT)
     weights = of_module(model)
-    text = card.card(weights, layout="huggingface", source="runs/birds", command="weights push")
+    text = card.card(weights, layout="huggingface", source="runs/birds", command=["weights", "push"])
     interop.write(weights, tmp_path / "export", layout="huggingface", texts={card.CARD: text})
     assert hub.push(tmp_path / "export", "birds/vit", public=False).endswith("birds/vit")
     files = {path.name: path.read_bytes() for path in (tmp_path / "export").iterdir()}

@@ -7,6 +7,8 @@ import json
 import os
 import pathlib
 import pickle
+import sys
+import types
 import zipfile
 from collections.abc import Callable
 from typing import Any
@@ -87,6 +89,17 @@ def test_files_give_the_references_logits(name: str, tmp_path: pathlib.Path) -> 
     assert (model.image_size, type(model).__name__) == (size, "Swin" if "Swin" in name else "ViT")
     actual = outputs(model, fill.images(name, (2, *size, 3)), "features" if bare else "__call__")
     np.testing.assert_allclose(actual, LOGITS[name], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("library", "rule"), [("hf", "timm"), ("timm", "official")])
+def test_the_other_librarys_shift_gives_other_logits(library: str, rule: str, tmp_path: pathlib.Path) -> None:
+    """As at 224 x 448, where the last stage is 7 x 14: timm shifts along the long side, transformers does not."""
+    name = f"{library} Swin, last stage one window high and two wide"
+    model = interop.load(reference_file(name, tmp_path / "file"))
+    config = dataclasses.replace(model.config, shift_rule=rule)
+    other = models.merge(models.split(make(config, (32, 64)))[0], *models.split(model)[1:])
+    actual = outputs(other, fill.images(name, (2, 32, 64, 3)))
+    assert np.abs(actual - LOGITS[name]).max() > 1e-3
 
 
 NEWER = {  # names of modules in transformers 5, beside those of its files
@@ -529,6 +542,45 @@ def test_files_that_are_refused(
     with pytest.raises(ValueError, match=sentence):
         interop.load(tmp_path / name, trained_size=SIZE)
     assert [path.name for path in tmp_path.iterdir()] == [name], "something was executed or written"
+
+
+def test_a_namespace_in_a_file_is_refused_with_what_to_do(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As PyTorch's loader of weights alone says it, in colours."""
+
+    def load(*_: Any, **options: Any) -> None:
+        assert options["weights_only"]
+        raise pickle.UnpicklingError("\x1b[31mUnsupported global:\x1b[0m GLOBAL argparse.Namespace\nwas not allowed")
+
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(load=load))
+    (tmp_path / "a.pth").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"add_safe_globals\(\[argparse.Namespace\]\), load it, and save") as refused:
+        interop.load(tmp_path / "a.pth")
+    assert "says 'Unsupported global: GLOBAL argparse.Namespace was not allowed'" in str(refused.value)
+
+
+@pytest.mark.parametrize(("raw", "average"), [("model", "model_ema"), ("state_dict", "state_dict_ema")])
+def test_the_average_in_a_pytorch_file(
+    raw: str, average: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Tensor:
+        def __init__(self, value: float):
+            self.value = np.full(2, value, np.float32)
+            self.shape, self.dtype, self.numpy = self.value.shape, "torch.float32", lambda: self.value
+
+    held = {"epoch": 3, raw: {"a": Tensor(1)}, average: {"a": Tensor(2)}}
+    fake = types.SimpleNamespace(load=lambda *_, **__: held, Tensor=Tensor, bfloat16="torch.bfloat16")
+    monkeypatch.setitem(sys.modules, "torch", fake)
+    path = tmp_path / "a.pth"
+    path.write_bytes(b"")
+    for ema, expected in ((False, 1), (True, 2)):
+        (stored,) = files._open_torch(path, ema).values()
+        np.testing.assert_array_equal(stored.read(), np.full(2, expected))
+    assert f"also holds an average of its parameters ({average}); --ema takes it" in caplog.text
+    del held[average]
+    with pytest.raises(ValueError, match="holds no average of its parameters"):
+        files._open_torch(path, True)
 
 
 def test_oversize_tensors_are_refused_by_their_shape_alone(tmp_path: pathlib.Path) -> None:

@@ -98,7 +98,7 @@ def test_class_maps_and_pictures_know_imagenet21k() -> None:
         large.adapted(interop.Target(class_map=(359, *range(998), 21815)))
     assert "21,843 classes" in picture.picture(large)
     assert "ImageNet-21k as Google numbers it" in picture.picture(large)
-    text = card.card(large, layout="huggingface", source="x", command="c")
+    text = card.card(large, layout="huggingface", source="x", command=["c"])
     assert "| classes | 21,843, ImageNet-21k as Google" in text
     assert text.startswith("---\nlibrary_name: transformers\npipeline_tag: image-classification\n---\n")
 

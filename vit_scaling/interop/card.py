@@ -1,6 +1,12 @@
-"""The model card that stands beside every export: what the weights are, from what, and what was measured."""
+"""The model card that stands beside every export: what the weights are, from what, and what was measured.
 
-from collections.abc import Mapping
+A card travels to other machines, so it names files and folders without the folders that they lie in.
+"""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import vit_scaling
@@ -34,6 +40,8 @@ USE = {
         '(logits,) = session.run(None, {"images": images})  # RGB pixels from 0 to 255 [B, H, W, 3]; see serving.json'
     ),
 }
+# The folders at the start of a path from the root, a home, a variable or the folder above; addresses with :// stay.
+_FOLDERS = re.compile(r"(?<![\w./~$}-])(?:/(?!/)|~[^/,]*/|(?:\.\./)+|\$\{?\w+\}?/)(?:[^/,:=]+/)*")
 # What the Hub calls the library that loads an export.
 LIBRARIES = {"huggingface": "transformers", "timm": "timm"}
 
@@ -43,8 +51,9 @@ def card(
     *,
     layout: str,
     source: str,
-    command: str,
+    command: Sequence[str],
     run: Mapping[str, Any] | None = None,
+    trained_by: Sequence[str] | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> str:
     """Returns a model card in Markdown.
@@ -53,8 +62,9 @@ def card(
         weights: what is exported.
         layout: of the export.
         source: the file, folder or checkpoint that they came from.
-        command: that wrote the export.
+        command: the words of the command that wrote the export.
         run: config.json of the run that trained them, where there was one.
+        trained_by: the words of that run's command, where they are known.
         metrics: what that run measured at its end, by name.
     """
     cost = flops.count(weights.config, image_size=weights.image_size, num_classes=weights.num_classes)
@@ -64,7 +74,7 @@ def card(
         *("---", f"library_name: {LIBRARIES.get(layout, 'vit_scaling')}", f"pipeline_tag: {task}", "---", ""),
         f"# {type(weights.config).__name__.removesuffix('Config')}, {cost.params / 1e6:.1f} million parameters",
         "",
-        f"Written by vit_scaling {vit_scaling.__version__} from `{source}`.",
+        f"Written by vit_scaling {vit_scaling.__version__} from `{_name(source)}`.",
         "",
         "| | |",
         "|---|---|",
@@ -86,17 +96,27 @@ def card(
         "```",
         "",
         "## Data",
-        *_data(run),
+        *_data(run, trained_by),
         "",
         "## Measured",
         *_measured(metrics),
         "",
         "## How it was written",
         "```",
-        command,
+        portable(command),
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def portable(command: Sequence[str]) -> str:
+    """Returns a command as a shell reads it, without the folders of this machine."""
+    return shlex.join(_FOLDERS.sub("", word) for word in command)
+
+
+def _name(path: str) -> str:
+    """Returns the last part of a local path; an address such as hf://OWNER/NAME whole."""
+    return path if "://" in path else Path(path).name
 
 
 def _classes(weights: Weights) -> str:
@@ -108,23 +128,29 @@ def _classes(weights: Weights) -> str:
     return f"{weights.num_classes}{' (a fresh classifier: train it first)' if weights.fresh_head else ''}"
 
 
-def _data(run: Mapping[str, Any] | None) -> list[str]:
+def _data(run: Mapping[str, Any] | None, trained_by: Sequence[str] | None) -> list[str]:
     if run is None:
         return ["Not recorded: the weights came from a file, not from a run of this project."]
     config = run["config"]
-    train, duration = config["data"]["train"], config["duration"]
+    duration, sets = config["duration"], config["data"]["train"]
+    sets = " and ".join(_set(part) for part in sets.get("parts") or [sets])
     start = (config.get("init") or {}).get("path")
     lines = [
-        f"Trained on `{train['kind']}` `{train['name']}`, split `{train['split']}`, {duration['amount']:g} "
+        f"Trained on {sets}, {duration['amount']:g} "
         f"{duration['unit']} of {config['data']['batch_size']} images"
-        + (f", starting from `{start}`" if start else "")
+        + (f", starting from `{_name(start)}`" if start else "")
         + f"; seed {config['seed']}, JAX {run['versions']['jax']}, {run['device_count']} x {run['device_kind']}"
         + (f", revision {run['git_revision']}." if run.get("git_revision") else "."),
         "",
         f"Optimizer {config['optim']['name']}, learning rate {config['optim']['lr']:g}, "
         f"{config['schedule']['kind']} schedule, loss {config['loss']['kind']}.",
     ]
-    return lines
+    return [*lines, "", "```", portable(trained_by), "```"] if trained_by else lines
+
+
+def _set(source: Mapping[str, Any]) -> str:
+    name = source["name"] if source["kind"] in ("builtin", "tfds") else _name(source["name"])
+    return f"`{source['kind']}` `{name}`, split `{source['split']}`"
 
 
 def _measured(metrics: Mapping[str, float] | None) -> list[str]:
