@@ -14,6 +14,7 @@ from vit_scaling import cli
 from vit_scaling import config as c
 from vit_scaling.parallel import mesh as mesh_lib
 from vit_scaling.training import loop, telemetry
+from vit_scaling.training import workdir as workdirs
 from vit_scaling.training.step import batch_shape, build
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -118,6 +119,9 @@ def test_the_whole_experiment_can_be_traced(name: str, variant: str) -> None:
     mesh = mesh_lib.create(config.mesh, jax.devices()[:1])
     program = build(config, num_classes=1000, total_steps=int(config.duration.amount), mesh=mesh)
     shapes: Any = batch_shape(config, 1000, False, mesh)
+    lines = workdirs._parameter_table(config, program)
+    assert max(map(len, lines)) <= 80
+    assert len(lines) >= 2 + len(jax.tree.leaves(program.state_shape.params))
     state, metrics = jax.eval_shape(program.train_step, program.state_shape, shapes)
     before = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), program.state_shape)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == before

@@ -517,9 +517,7 @@ def test_the_second_signal_ends_at_once() -> None:
         "    print('still here')\n"
     )
     assert (ended.returncode, ended.stdout) == (128 + signal.SIGINT, "saving\n"), ended.stderr
-    assert ended.stderr == (
-        "stop requested: saving after the current step or compilation; a second signal ends at once\n"
-    )
+    assert ended.stderr == ("stop requested: saving after this step or compilation; a second signal ends it\n")
 
 
 def test_a_stop_request_is_acknowledged_while_python_is_blocked_and_a_second_one_ends() -> None:

@@ -98,7 +98,7 @@ class StopRequest:
     def _acknowledge(self) -> None:
         self._noticed = True
         if self._first.acquire(blocking=False):  # and never released
-            os.write(2, b"stop requested: saving after the current step or compilation; a second signal ends at once\n")
+            os.write(2, b"stop requested: saving after this step or compilation; a second signal ends it\n")
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():

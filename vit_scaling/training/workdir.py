@@ -269,27 +269,12 @@ def _git_revision() -> str | None:
 def describe(config: Config, program: Program, source: Source) -> str:
     """Returns what a person wants to see before a run: each parameter with its rules, the data, the devices."""
     params = program.state_shape.params
-    rules = {row.path: row for row in optimizer.describe(config.optim, params)}
-    table = []
-    for row in sharding.describe(params, program.mesh):
-        rule = rules[row.path]
-        decay = "frozen" if rule.frozen else f"{rule.decay:g}"
-        factored = "yes" if rule.factored else "muon" if rule.orthogonalised else "-"
-        rate = "-".join(f"x{value:.3g}" for value in sorted(set(rule.rates)))
-        shape, size = "x".join(map(str, row.shape)), f"{row.bytes_per_device / 1e6:.3f}"
-        table.append((row.path, shape, size, decay, rate, factored, row.split))
-    # What is the same for all parameters is said once, so that the table fits a terminal.
-    header = ("parameter", "shape", "MB", "decay", "lr", "factored", "split over")
-    same = {name: column[0] for name, *column in zip(header, *table, strict=True) if len(set(column)) == 1}
-    rows = [[cell for name, cell in zip(header, row, strict=True) if name not in same] for row in table]
-    of_all = "; ".join(f"{name} {value}" for name, value in same.items() if value != "-")
     steps = int(config.duration.amount)
     epochs = steps * config.data.batch_size / len(source)
     axes = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if axis != "fold" or size > 1)
     return "\n".join(
         [
-            render_table([name for name in header if name not in same], rows),
-            f"MB are per device{'; all parameters: ' if of_all else ''}{of_all}",
+            *_parameter_table(config, program),
             "",
             f"parameters: {sum(leaf.size for leaf in jax.tree.leaves(params)):,}",
             f"devices:    {program.mesh.size} x {program.mesh.devices.flat[0].device_kind}; mesh: {axes}",
@@ -297,6 +282,38 @@ def describe(config: Config, program: Program, source: Source) -> str:
             f"run:        {steps:,} steps of {config.data.batch_size} images, {epochs:.1f} epochs",
         ]
     )
+
+
+def _parameter_table(config: Config, program: Program, width: int = 80) -> list[str]:
+    """Returns lines of at most `width` columns, where the rules allow that, with a row for each parameter."""
+    rules = {row.path: row for row in optimizer.describe(config.optim, program.state_shape.params)}
+    table = []
+    for row in sharding.describe(program.state_shape.params, program.mesh):
+        rule = rules[row.path]
+        decay = "frozen" if rule.frozen else f"{rule.decay:g}"
+        factored = "yes" if rule.factored else "muon" if rule.orthogonalised else "-"
+        rate = "-".join(f"x{value:.3g}" for value in sorted(set(rule.rates)))
+        shape, size = "x".join(map(str, row.shape)), f"{row.bytes_per_device / 1e6:.3f}"
+        table.append((row.path, shape, size, decay, rate, factored, row.split))
+    # What is the same for all parameters is said once.
+    header = ("parameter", "shape", "MB", "decay", "lr", "factored", "split")
+    same = {name: column[0] for name, *column in zip(header, *table, strict=True) if len(set(column)) == 1}
+    of_all = "; ".join(f"{name} {value}" for name, value in same.items() if value != "-")
+    last = f"MB are per device{'; all parameters: ' if of_all else ''}{of_all}"
+    names = [name for name in header if name not in same]
+    rows = [[cell for name, cell in zip(header, row, strict=True) if name not in same] for row in table]
+    lines = render_table(names, rows).splitlines()
+    if max(map(len, lines)) <= width:
+        return [*lines, last]
+    # Each module has a line of its own, above those of its parameters.
+    modules = [path.rpartition("/")[0] for path, *_ in rows]
+    rows = [[f"  {path.rpartition('/')[2]}", *cells] for path, *cells in rows]
+    first, *lines = render_table(names, rows).splitlines()
+    shown = [first]
+    for module, before, line in zip(modules, [None, *modules], lines, strict=False):
+        shown += [f"{module}/"] if module != before else []
+        shown.append(line)
+    return [*shown, last]
 
 
 def finish(
