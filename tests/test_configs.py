@@ -35,6 +35,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "own_images": ("builtin:mnist,model=mu/7,res=28",),
     "attention_cnn_cifar10": ("learned+content", "quadratic", "gaussian"),
     "attention_cnn_digits": ("gaussian", "quadratic"),
+    "deit3_imagenet": ("S", "B", "H-finish"),
+    "distill_digits": ("tests/files/checkpoint_before",),  # the teacher
 }
 # Studies are no experiments of their own: tests/test_study.py and tests/test_finetune.py have them.
 STUDIES = {"study", "transfer_sweep"}
@@ -117,8 +119,9 @@ def test_the_whole_experiment_can_be_traced(name: str, variant: str) -> None:
     config = c.resolve(load(name, variant), 1_281_167)
     # One device in each position of the mesh is enough for shapes; the batch stays the config's own.
     mesh = mesh_lib.create(config.mesh, jax.devices()[:1])
-    program = build(config, num_classes=1000, total_steps=int(config.duration.amount), mesh=mesh)
-    shapes: Any = batch_shape(config, 1000, False, mesh)
+    classes = 10 if config.loss.teacher else 1000  # as many as the teacher's
+    program = build(config, num_classes=classes, total_steps=int(config.duration.amount), mesh=mesh)
+    shapes: Any = batch_shape(config, classes, False, mesh)
     lines = workdirs._parameter_table(config, program)
     assert max(map(len, lines)) <= 80
     assert len(lines) >= 2 + len(jax.tree.leaves(program.state_shape.params))

@@ -127,10 +127,11 @@ class Config:
 
 # Fields that are younger than some runs: their value there, by the last part of the name.
 BEFORE = {
-    "mean": [0.5, 0.5, 0.5],
-    "std": [0.5, 0.5, 0.5],
+    **{key: [0.5, 0.5, 0.5] for key in ("mean", "std")},
     "alpha": "white",
     "mlp_kind": "gelu",
+    "teacher_labels": "soft",
+    "temperature": 1.0,
     "norm": "layernorm",
     "spike_window": 128,
     **dict.fromkeys(("key_bias", "proj_bias", "mlp_bias"), True),
@@ -233,11 +234,11 @@ def smoke(config: Config, model: ModelConfig) -> Config:
 RANGES = {
     **dict.fromkeys(("amount", "profile_from"), "[0, 1e15]"),
     "seed": f"[0, {2**32})",
-    **dict.fromkeys(("model.depth", "model.depths"), "[1, 4096]"),
+    **dict.fromkeys(("model.depth", "model.depths", "threads", "rope_rescale"), "[1, 4096]"),
     **dict.fromkeys(
         ("model.width", "model.mlp", "model.heads", "model.groups", "stem_heads", "stem_mixtures"), f"[1, {2**17}]"
     ),
-    **dict.fromkeys(("patch", "window", "mlp_ratio", "kernel_size", "extra_norm_every"), "[1, 16384]"),
+    **dict.fromkeys(("patch", "patches", "window", "mlp_ratio", "kernel_size", "extra_norm_every"), "[1, 16384]"),
     **dict.fromkeys(("registers", "pool_above", "pretrained_windows", "nonlocal_after"), "[0, 16384]"),
     **dict.fromkeys(("pruned_heads", "class_map"), "[0, 1e9]"),
     "version": "[1, 2]",
@@ -246,7 +247,7 @@ RANGES = {
     **dict.fromkeys(("layerscale", "layerscale_mlp", "head_bias", "mean"), "[-1e30, 1e30]"),
     "std": "(0, 1e30]",
     **dict.fromkeys(("size", "resize_to"), "[1, 16384]"),
-    **dict.fromkeys(("area", "erase_area"), "(0, 1]"),
+    **dict.fromkeys(("area", "erase_area", "layer_decay"), "(0, 1]"),
     **dict.fromkeys(("aspect", "erase_aspect"), "(0, 1000]"),
     **dict.fromkeys(("flip", "erase", "switch", "probability", "start", "final"), "[0, 1]"),
     **dict.fromkeys(("scale", "label_smoothing", "beta1", "beta2", "ema"), "[0, 1)"),
@@ -254,12 +255,10 @@ RANGES = {
     **dict.fromkeys(("randaugment_layers", "randaugment_magnitude"), "[0, 1000]"),
     "randaugment_std": "[0, inf]",  # timm draws uniformly at infinity
     **dict.fromkeys(("weights", "l2", "lr", "weight_decay", "head_weight_decay"), "[0, 1e30]"),
-    **dict.fromkeys(("clip", "peak_flops", "spike_deviation"), "(0, 1e30]"),
-    "layer_decay": "(0, 1]",
+    **dict.fromkeys(("clip", "peak_flops", "spike_deviation", "temperature"), "(0, 1e30]"),
     **dict.fromkeys(("batch_size", "repeats", "prefetch", "seeds", "shots", "accumulate", "keep"), "[1, 1e9]"),
-    **dict.fromkeys(("stop_after_skipped", "profile_steps", "spike_window"), "[1, 1e9]"),
+    **dict.fromkeys(("stop_after_skipped", "profile_steps", "spike_window", "base_width"), "[1, 1e9]"),
     "workers": "[0, 4096]",
-    "threads": "[1, 4096]",
     "timeout": "(0, 1e8]",
     "watchdog": "[0, 1e8]",
     **dict.fromkeys(("replica", "mesh.data", "mesh.model"), "[-1, 1e9]"),

@@ -9,7 +9,7 @@ import pytest
 from tests.golden import fill
 from tests.interop.test_interop import CASES, LOGITS, SIZE, VIT, flax_names, leaves, make, outputs, reference_file
 from vit_scaling import interop, models, names
-from vit_scaling.models import adapt, swin
+from vit_scaling.models import adapt, flexi, swin
 
 
 def parameters(model):
@@ -21,7 +21,7 @@ def test_larger_patches_see_resized_images_alike(new):
     """Kernel and patch resized together give the token of before, exactly (FlexiViT, section 3.4)."""
     kernel, patch = fill.normal("kernel", (8, 8, 3, 5)), fill.normal("patch", (8, 8, 3))
     grown = adapt.resize_patch(kernel, new)
-    rows, columns = (adapt.linear_weights(8, side) for side in new)
+    rows, columns = (flexi.linear_weights(8, side) for side in new)
     larger = np.einsum("ar,bc,rcx->abx", rows, columns, patch)
     before = np.einsum("rcx,rcxD->D", patch, kernel)
     np.testing.assert_allclose(np.einsum("rcx,rcxD->D", larger, grown), before, atol=1e-10)
@@ -34,15 +34,15 @@ def test_smaller_patches_are_the_least_squares_answer():
     """Of all kernels none is nearer on patches of independent pixels: the residual is orthogonal to every change."""
     kernel = fill.normal("kernel", (6, 4, 3, 1))
     small = adapt.resize_patch(kernel, (4, 4))
-    rows = adapt.linear_weights(6, 4)
+    rows = flexi.linear_weights(6, 4)
     residual = np.einsum("ar,acxD->rcxD", rows, small) - kernel
     np.testing.assert_allclose(np.einsum("ar,rcxD->acxD", rows, residual), 0, atol=1e-10)
 
 
 def test_linear_weights():
-    np.testing.assert_allclose(adapt.linear_weights(2, 4), [[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
+    np.testing.assert_allclose(flexi.linear_weights(2, 4), [[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
     for old, new in ((7, 16), (16, 7), (1, 3), (3, 1)):
-        np.testing.assert_allclose(adapt.linear_weights(old, new).sum(axis=1), 1)
+        np.testing.assert_allclose(flexi.linear_weights(old, new).sum(axis=1), 1)
 
 
 def test_positions_for_a_rectangle():

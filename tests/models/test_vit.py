@@ -318,6 +318,21 @@ def test_dino_networks_to_the_parameter(name: str, fields: dict, parameters: int
     assert count(name, **fields) == parameters
 
 
+@pytest.mark.parametrize(("name", "depth"), [("S/16", 12), ("B/16", 12), ("L/16", 24)])
+def test_vit5_networks_to_the_parameter(name: str, depth: int) -> None:
+    """ViT-5 (arXiv 2602.08071), summed over the modules of the published definition, without the classifier.
+
+    RMSNorms, also of queries and keys, no biases of queries, keys and values, LayerScale, 4 registers, a class token,
+    learned positions beside rotary ones.
+    """
+    options = {"norm": "rmsnorm", "qk_norm": True, "qkv_bias": False, "layerscale": 1e-4, "registers": 4}
+    width = vit.variant(name).width
+    projections = 3 * width**2 + (width**2 + width)
+    block = projections + 8 * width**2 + 5 * width + 2 * width + 2 * (width // vit.variant(name).heads) + 2 * width
+    expected = 3 * 16 * 16 * width + width + (1 + 4 + 196) * width + depth * block + width
+    assert count(name, pool="token", position="learned+rope", **options) == expected
+
+
 GOLDENS = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "vit.json").read_text())
 TINY = {"width": 16, "depth": 2, "mlp": 24, "heads": 2, "patch": (4, 4), "pool": "token"}
 TINY_DINOV3 = TINY | {"position": "rope", "registers": 3, "layerscale": 1.0, "key_bias": False, "gelu": "exact"}
@@ -354,6 +369,23 @@ def test_rotary_positions_see_differences_only() -> None:
     np.testing.assert_allclose(rotary.axial_angles(1, 1, 8), 0.0, atol=1e-7)
     with pytest.raises(UserError, match="multiple of 4, not 6"):
         rotary.axial_angles(2, 2, 6)
+
+
+def test_rotary_coordinates_are_rescaled_in_training_only() -> None:
+    """One factor for all angles of a step, log-uniform between 1 / 2 and 2 (DINOv3)."""
+    model = build(position="rope", rope_rescale=2.0, registers=1)
+    plain = np.asarray(rotary.axial_angles(2, 3, 8))
+    factors = []
+    for seed in range(200):
+        angles = np.asarray(model._angles(8, 12, key=jax.random.key(seed)))
+        factor = angles[1, 0] / plain[0, 0]
+        np.testing.assert_allclose(angles[1:], factor * plain, rtol=1e-4)
+        factors.append(factor)
+    logs = np.log2(factors)
+    assert -1 <= logs.min() < -0.9 < 0.9 < logs.max() <= 1
+    assert abs(logs.mean()) < 0.15  # the deviation of the mean is 0.04
+    np.testing.assert_array_equal(model._angles(8, 12)[1:], plain)
+    assert not np.allclose(model.encode(IMAGES, jax.random.key(0)), model.encode(IMAGES))
 
 
 def test_options_that_are_off_add_no_parameter() -> None:
@@ -416,6 +448,8 @@ def test_drop_path_needs_a_key_and_keeps_the_mean() -> None:
 
 def test_drop_path_grows_with_depth_from_zero() -> None:
     np.testing.assert_allclose(build(depth=3, drop_path=0.3)._drop_path_rates(), [0.0, 0.15, 0.3], rtol=1e-6)
+    constant = build(depth=3, drop_path=0.3, drop_path_constant=True)
+    np.testing.assert_allclose(constant._drop_path_rates(), [0.3, 0.3, 0.3], rtol=1e-6)
 
 
 def test_initialization_is_the_published_one() -> None:

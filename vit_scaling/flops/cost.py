@@ -14,7 +14,7 @@ from vit_scaling import UserError, models, names
 from vit_scaling.flops.attention_cnn import attention_cnn_forward
 from vit_scaling.flops.resnet import resnet_forward
 from vit_scaling.flops.swin import swin_forward
-from vit_scaling.flops.vit import vit_forward
+from vit_scaling.flops.vit import vit_forward, vit_training
 from vit_scaling.models.attention_cnn import AttentionCNNConfig
 from vit_scaling.models.resnet import ResNetConfig
 from vit_scaling.models.swin import SwinConfig
@@ -69,8 +69,8 @@ def count(model_config: models.ModelConfig, *, image_size: tuple[int, int], num_
     shapes = parameters(model_config, image_size=image_size, num_classes=num_classes)
     forward_flops, activation_bytes = FORWARD[type(model_config)](model_config, image_size, num_classes)
     trained_flops = forward_flops
-    if isinstance(model_config, ViTConfig) and model_config.patch_dropout:
-        trained_flops, activation_bytes = vit_forward(model_config, image_size, num_classes, training=True)
+    if isinstance(model_config, ViTConfig):
+        trained_flops, activation_bytes = vit_training(model_config, image_size, num_classes)
     return Cost(
         params=sum(leaf.size for leaf in shapes.values()),
         forward_flops=forward_flops,

@@ -1,5 +1,7 @@
 """What a ViT costs: multiply-adds of its matrix products, and what its backward pass keeps."""
 
+import dataclasses
+
 from vit_scaling.models import layers
 from vit_scaling.models.vit import ViTConfig, feature_width, kept_patches, prefix_tokens
 
@@ -35,3 +37,15 @@ def vit_forward(
     inside = 8 * entry + (1 + hidden) * tokens * mlp * size + config.heads * tokens**2 * (4 + size)
     kept = {"none": inside, "dots": 6 * entry + hidden * tokens * mlp * size, "full": entry}[config.remat]
     return 2.0 * macs, float(config.depth * kept + (inside if config.remat != "none" else 0))
+
+
+def vit_training(config: ViTConfig, image_size: tuple[int, int], num_classes: int) -> tuple[float, float]:
+    """Returns (FLOPs, bytes of activations) of a training step's forward pass of one image.
+
+    Of a FlexiViT the FLOPs are the mean over its patch sizes, and the activations those of the smallest patches.
+    """
+    sizes = [(side, side) for side in config.patches] or [config.patch]
+    costs = [
+        vit_forward(dataclasses.replace(config, patch=size), image_size, num_classes, training=True) for size in sizes
+    ]
+    return sum(cost for cost, _ in costs) / len(costs), max(kept for _, kept in costs)

@@ -28,14 +28,13 @@ def model_config(fields: Mapping[str, Any], name: str | None = None) -> ModelCon
     Raises:
         UserError: there is none.
     """
-    for config_class in models.MODELS:
-        own = {field.name for field in dataclasses.fields(config_class)}
-        # A field that came later has its default in an older file.
-        if name == config_class.__name__ or (name is None and set(fields) <= own and len(own - set(fields)) <= 3):
-            if unknown := sorted(set(fields) - own):
-                raise UserError(f"the model config has the field {unknown[0]!r}, which no {config_class.__name__} has")
-            values = {key: _tuples(value) for key, value in fields.items()}
-            return config_class(**values)
+    own = {config_class: {field.name for field in dataclasses.fields(config_class)} for config_class in models.MODELS}
+    # A field that came later has its default in an older file.
+    fitting = [each for each in own if each.__name__ == name or (name is None and set(fields) <= own[each])]
+    if len(fitting) == 1:
+        if unknown := sorted(set(fields) - own[fitting[0]]):
+            raise UserError(f"the model config has the field {unknown[0]!r}, which no {fitting[0].__name__} has")
+        return fitting[0](**{key: _tuples(value) for key, value in fields.items()})
     raise UserError(f"no model config is called {name!r} or has the fields {', '.join(sorted(fields))}")
 
 

@@ -47,6 +47,11 @@ def build(model_config: ModelConfig, *, image_size: tuple[int, int], num_classes
     return model
 
 
+def width_ratio(model_config: ModelConfig) -> float:
+    """Returns the width over that at which the learning rate was chosen, for muP; 1 for a model without muP."""
+    return vit.width_ratio(model_config) if isinstance(model_config, vit.ViTConfig) else 1.0
+
+
 def split(model: nnx.Module) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """Returns (graphdef, parameters, batch_stats): a hashable structure and two nested dicts of arrays."""
     graphdef, parameters, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)  # type: ignore[misc]

@@ -6,11 +6,12 @@ Shapes: R C rows and columns of a patch, H W grid, D width, M classes.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 from vit_scaling import UserError
-from vit_scaling.models import ModelConfig, layers, swin, vit
+from vit_scaling.models import ModelConfig, flexi, layers, swin, vit
 from vit_scaling.ops import windows
 
 # What must be equal, for its parameters mean something else in another network.
@@ -133,7 +134,11 @@ def _adapt_vit(
         leaves = {path: leaf for path, leaf in leaves.items() if not path.startswith("pre_logits/")}
     if "position_embedding" in leaves:
         old, new = layers.grid_size(image_size, config.patch), layers.grid_size(target_image_size, target.patch)
-        leaves["position_embedding"] = resize_positions(np.asarray(leaves["position_embedding"]), old, new, antialias)
+        positions = np.asarray(leaves["position_embedding"])
+        if config.patches:  # as they were resized in training
+            leaves["position_embedding"] = np.asarray(flexi.resize_positions(jnp.asarray(positions), old, new))
+        else:
+            leaves["position_embedding"] = resize_positions(positions, old, new, antialias)
     leaves["embedding/kernel"] = resize_patch(np.asarray(leaves["embedding/kernel"]), target.patch)
     return leaves
 
@@ -175,27 +180,15 @@ def antialiased_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-def linear_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
-    """Returns the matrix that resamples `old` points to `new` ones linearly: half-pixel centres, edges repeated."""
-    centre = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
-    left = np.minimum(np.floor(centre).astype(int), max(old - 2, 0))
-    weights = np.zeros((new, old))
-    rows = np.arange(new)
-    weights[rows, left] += 1 - (centre - left)
-    weights[rows, np.minimum(left + 1, old - 1)] += centre - left
-    return weights
-
-
 def resize_patch(kernel: Float[np.ndarray, "R C 3 D"], patch: tuple[int, int]) -> Float[np.ndarray, "R2 C2 3 D"]:
     """Returns the kernel whose tokens of resized patches are nearest to the old kernel's tokens of the patches.
 
-    The pseudo-inverse of the transposed bilinear resizing (FlexiViT, Beyer et al. 2023, arXiv 2212.08013, section
-    3.4): exact where the new patch is larger. Rows and columns are apart, as the resizing is.
+    In float64; see `flexi.kernel_weights`.
     """
     old = kernel.shape[:2]
     if old == tuple(patch):
         return kernel
-    rows, columns = (np.linalg.pinv(linear_weights(a, b).T) for a, b in zip(old, patch, strict=True))
+    rows, columns = (flexi.kernel_weights(a, b) for a, b in zip(old, patch, strict=True))
     return np.einsum("ar,bc,rcxD->abxD", rows, columns, kernel.astype(np.float64)).astype(kernel.dtype)
 
 

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vit_scaling import UserError
+from vit_scaling.models import flexi
 from vit_scaling.ops import attention as attention_ops
 from vit_scaling.ops import kernels, rotary
 
@@ -160,7 +161,11 @@ class Linear(nnx.Module):
         self.input_dims = len(inputs)
 
     def __call__(self, x: Array) -> Array:
-        kernel = self.kernel[...].astype(x.dtype)
+        return self.apply(x, self.kernel[...])
+
+    def apply(self, x: Array, kernel: Array) -> Array:
+        """Maps with a kernel made from the layer's own, such as one for another patch."""
+        kernel = kernel.astype(x.dtype)
         inputs, outputs = kernel.shape[: self.input_dims], kernel.shape[self.input_dims :]
         leading = x.shape[: x.ndim - self.input_dims]
         if kernels.platform() == "tpu":
@@ -309,12 +314,16 @@ class PatchEmbedding(Linear):
         super().__init__((*patch, channels), width, key=key, bias=bias, kernel_init=lecun_normal)
         self.patch = patch
 
-    def __call__(self, images_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B L D"]:
+    def __call__(
+        self, images_BHWC: Float[Array, "B H W C"], patch: tuple[int, int] | None = None
+    ) -> Float[Array, "B L D"]:
+        """Returns one token for each patch; for patches of another size than its own the kernel is resized."""
         batch, height, width, channels = images_BHWC.shape
-        rows, columns = grid_size((height, width), self.patch)
-        h, w = self.patch
+        h, w = patch or self.patch
+        rows, columns = grid_size((height, width), (h, w))
         x = images_BHWC[:, : rows * h, : columns * w].reshape(batch, rows, h, columns, w, channels)
-        return super().__call__(x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, h, w, channels))
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, h, w, channels)
+        return self.apply(x, flexi.resize_kernel(self.kernel[...], (h, w)))
 
 
 def grid_size(image_size: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:

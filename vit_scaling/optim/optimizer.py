@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from vit_scaling import UserError, names
+from vit_scaling.optim import mup
 from vit_scaling.optim.adafactor import factored_axes, scale_by_adafactor
 from vit_scaling.optim.muon import reduced_axes, scale_by_muon
 
@@ -87,11 +88,12 @@ class Row(NamedTuple):
     rates: tuple[float, float] = (1.0, 1.0)  # smallest and largest factor of the learning rate
 
 
-def describe(config: OptimConfig, params: Mapping[str, Any]) -> list[Row]:
+def describe(config: OptimConfig, params: Mapping[str, Any], width_ratio: float = 1.0) -> list[Row]:
     """Returns one row for each parameter, in the tree's order.
 
     Args:
         params: nested dict of arrays or of anything with a `shape`.
+        width_ratio: for muP, the width over that at which `optim.lr` was chosen; see module mup.
 
     Raises:
         UserError: an unknown choice, a number out of its bounds, a pattern that is no regular expression, a parameter
@@ -123,10 +125,10 @@ def describe(config: OptimConfig, params: Mapping[str, Any]) -> list[Row]:
         rows.append(Row(path, tuple(leaf.shape), 0.0 if frozen else decay, frozen, factored and not frozen, muon))
     if all(row.frozen for row in rows):
         raise UserError(f"optim.freeze {config.freeze} matches every parameter; leave some to train")
-    if config.layer_decay is not None:
-        rates = layer_rates(params, config.layer_decay)
-        rows = [row._replace(rates=(float(rates[row.path].min()), float(rates[row.path].max()))) for row in rows]
-    return rows
+    by_width = mup.rates(config.name, params, width_ratio)
+    by_layer = {} if config.layer_decay is None else layer_rates(params, config.layer_decay)
+    rates = {path: by_width[path] * by_layer.get(path, np.ones(1)) for path in by_width}
+    return [row._replace(rates=(float(rates[row.path].min()), float(rates[row.path].max()))) for row in rows]
 
 
 def layer_rates(params: Mapping[str, Any], decay: float) -> dict[str, np.ndarray]:
@@ -171,7 +173,7 @@ def _rate(path: str, leaf: Any, decay: float, stacks: Mapping[str, tuple[int, in
     return rate.reshape(rate.shape + (1,) * (len(leaf.shape) - rate.ndim))
 
 
-def create(config: OptimConfig, params: Mapping[str, Any]) -> optax.GradientTransformation:
+def create(config: OptimConfig, params: Mapping[str, Any], width_ratio: float = 1.0) -> optax.GradientTransformation:
     """Returns the optimizer, which turns gradients into a direction, for parameters like `params`.
 
     `update(grads, state, params)` gives `scaled gradient + decay * parameter` ("lamb" multiplies it by the trust ratio
@@ -181,14 +183,17 @@ def create(config: OptimConfig, params: Mapping[str, Any]) -> optax.GradientTran
 
     Args:
         params: nested dict of arrays or of anything with a `shape`; only paths and shapes are read.
+        width_ratio: as `describe`; muP scales the gradient's part of the direction and not the decay, which is the same
+            share of a parameter in each step at every width.
 
     Raises:
         UserError: as `describe`.
     """
-    rows = describe(config, params)
+    rows = describe(config, params, width_ratio)
     frozen = {row.path for row in rows if row.frozen}
     decay = {row.path: row.decay for row in rows}
     rates = {} if config.layer_decay is None else layer_rates(params, config.layer_decay)
+    by_width = mup.rates(config.name, params, width_ratio)
     inner = _scaling(config)
 
     def trained(tree: Tree) -> Tree:
@@ -207,6 +212,8 @@ def create(config: OptimConfig, params: Mapping[str, Any]) -> optax.GradientTran
         with jax.numpy_dtype_promotion("standard"):
             scaled, state = inner.update(kept, state)
         scaled, flat = names.flatten(scaled), names.flatten(params)
+        if width_ratio != 1:
+            scaled = {path: by_width[path] * leaf for path, leaf in scaled.items()}
         direction = {
             path: jnp.zeros_like(param) if path in frozen else scaled[path] + decay[path] * param
             for path, param in flat.items()

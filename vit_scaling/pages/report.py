@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from absl import logging
 
-from vit_scaling import names
+from vit_scaling import models, names
 from vit_scaling.config import Config
 from vit_scaling.data.images.transforms import transform
 from vit_scaling.evaluation.suite import Suite
@@ -195,7 +195,7 @@ def thumbnail(image: np.ndarray, most: int) -> np.ndarray:
 def parameter_table(config: Config, program: Any) -> list[list[Any]]:
     """Returns a row for each parameter: path, shape, count, decay, learning-rate scale, mesh axes, bytes per device."""
     params = program.state_shape.params
-    rules = {row.path: row for row in optimizer.describe(config.optim, params)}
+    rules = {row.path: row for row in optimizer.describe(config.optim, params, models.width_ratio(config.model))}
     sizes = {path: int(np.prod(leaf.shape)) for path, leaf in names.flatten(params).items()}
     table = []
     for row in sharding.describe(params, program.mesh):

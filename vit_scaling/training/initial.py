@@ -72,26 +72,31 @@ def start_of(config: Config, num_classes: int) -> Weights | None:
     return weights
 
 
-def digest(weights: Weights | None) -> str | None:
-    """Returns a digest of weights, by which processes compare what they have read."""
-    if weights is None:
+def digest(*read: Weights | None) -> str | None:
+    """Returns a digest of weights, by which processes compare what they have read; None for none."""
+    if not any(read):
         return None
-    arrays = {**leaves(weights.parameters), **leaves(weights.statistics)}
-    each = "".join(f"{path}={numpy_digest(array)};" for path, array in sorted(arrays.items()))
+    each = ""
+    for weights in read:
+        arrays = {} if weights is None else {**leaves(weights.parameters), **leaves(weights.statistics)}
+        each += "".join(f"{path}={numpy_digest(array)};" for path, array in sorted(arrays.items())) + "|"
     return hashlib.sha256(each.encode()).hexdigest()
 
 
 def begin(program: Program, weights: Weights | None) -> TrainState:
-    """Returns the state before the first step: as initialized, with these weights where there are some."""
+    """Returns the state before the first step: as initialized, with these weights and the teacher's, if any."""
     state = program.init()
-    if weights is None:
-        return state
 
     def place(shape: jax.ShapeDtypeStruct, array: np.ndarray) -> jax.Array:
         # Every process has read the whole array; each device gets its part.
         return jax.make_array_from_callback(shape.shape, shape.sharding, lambda index: array[index])
 
     shapes = program.state_shape
+    if program.teacher is not None:
+        arrays = program.teacher.parameters, program.teacher.statistics
+        state = dataclasses.replace(state, teacher=jax.tree.map(place, shapes.teacher, arrays))
+    if weights is None:
+        return state
     params = jax.tree.map(place, shapes.params, weights.parameters)
     statistics = jax.tree.map(place, shapes.statistics, weights.statistics)
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)

@@ -26,7 +26,7 @@ from vit_scaling.interop import Weights, run
 from vit_scaling.parallel import mesh as mesh_lib
 from vit_scaling.parallel import processes, sharding
 from vit_scaling.parallel.interrupts import Stopped, StopRequest, Watchdog
-from vit_scaling.training import checkpoint, export, initial, loggers, telemetry
+from vit_scaling.training import checkpoint, export, initial, loggers, teacher, telemetry
 from vit_scaling.training import workdir as workdirs
 from vit_scaling.training.lock import locked
 from vit_scaling.training.profiler import Profiler
@@ -104,6 +104,7 @@ def _set_up(config: Config, workdir: Path) -> _Setup:
         sets.check_trainable(source, config.loss)
         mesh = mesh_lib.create(config.mesh)
         program = build(config, num_classes=source.num_classes, total_steps=int(config.duration.amount), mesh=mesh)
+        teacher.check_classes(program.teacher, source)
         workdirs.check_space(workdir, program)
         suite = Suite(config, program)
         suite.match_classes(source)
@@ -117,7 +118,7 @@ def _set_up(config: Config, workdir: Path) -> _Setup:
             weights=initial.start_of(config, source.num_classes) if begins else None,
             trunk=workdirs.trunk(config),
         )
-    workdirs.agree(config, setup.sets, initial.digest(setup.weights))
+    workdirs.agree(config, setup.sets, initial.digest(setup.weights, program.teacher))
     processes.first(lambda: workdirs.check(workdir, config, setup.sets))
     processes.first(lambda: paths.make_folder(workdir))
     return setup

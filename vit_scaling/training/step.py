@@ -17,11 +17,15 @@ from vit_scaling import models, names
 from vit_scaling.config import Config, GuardConfig
 from vit_scaling.data import mixing
 from vit_scaling.evaluation.network import Batch, Network, jit_in, network, to_float
+from vit_scaling.interop import Weights
 from vit_scaling.optim import losses, optimizer, schedule
 from vit_scaling.parallel import sharding
 from vit_scaling.parallel.sharding import Mesh
+from vit_scaling.training import teacher
 
 Metrics = dict[str, Array]
+
+PATCH_KEY = 2**31  # folded into a step's key to draw the patch size; layers fold in small numbers
 
 
 @jax.tree_util.register_dataclass
@@ -40,6 +44,7 @@ class TrainState:
     ema: Any  # Polyak average of params, where optim.ema is set; else None
     skipped: Any  # int32: updates left out: something was not finite, or the loss spiked
     skipped_in_row: Any  # int32: of those, how many since the last applied one
+    teacher: Any = None  # (params, batch_stats) of the teacher, which never change, where loss.teacher is set
     spikes: Any = None  # {"losses" [window] of the last applied updates, "count"}, where guard.spike_deviation is set
 
 
@@ -54,6 +59,7 @@ class Program(Network):
     init: Callable[[], TrainState]
     train_step: Any
     state_shape: TrainState  # ShapeDtypeStructs with shardings
+    teacher: Weights | None  # as it was read; `initial.begin` puts it into the state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +73,7 @@ class _Recipe:
     optimizer: optax.GradientTransformation
     multiplier: Callable[[Any], Array]  # of the learning rate, by step
     probes: bool  # whether all but the classifier is frozen
+    teacher: Any  # the module with shapes in place of arrays, or None
 
 
 def build(config: Config, *, num_classes: int, total_steps: int, mesh: Mesh) -> Program:
@@ -90,14 +97,16 @@ def build(config: Config, *, num_classes: int, total_steps: int, mesh: Mesh) -> 
     trained = {row.path for row in optimizer.describe(config.optim, params_shape) if not row.frozen}
     models.freeze_statistics(model, names.flatten(params_shape).keys() - trained)
     graphdef = models.split(model)[0]
+    taught_by = teacher.read(config, num_classes)
     recipe = _Recipe(
         config,
         num_classes,
         image_size,
         graphdef,
-        optimizer.create(config.optim, params_shape),
+        optimizer.create(config.optim, params_shape, models.width_ratio(config.model)),
         schedule.create(config.schedule, total_steps),
         probes=all(path.startswith("head/") for path in trained),
+        teacher=None if taught_by is None else taught_by.abstract(),
     )
     state_shape = jax.eval_shape(functools.partial(_init, recipe))
     on = sharding.tree_shardings(state_shape, mesh)
@@ -110,6 +119,7 @@ def build(config: Config, *, num_classes: int, total_steps: int, mesh: Mesh) -> 
         state_shape=jax.tree.map(
             lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), state_shape, on
         ),
+        teacher=taught_by,
     )
 
 
@@ -161,6 +171,10 @@ def _init(recipe: _Recipe) -> TrainState:
         ema=jax.tree.map(jnp.copy, params) if config.optim.ema is not None else None,
         skipped=zero,
         skipped_in_row=zero,
+        # Its place in the state; `initial.begin` fills it.
+        teacher=None
+        if recipe.teacher is None
+        else jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), models.split(recipe.teacher)[1:]),
         spikes=None
         if config.guard.spike_deviation is None
         else {"losses": jnp.full(config.guard.spike_window, jnp.nan), "count": zero},
@@ -170,9 +184,14 @@ def _init(recipe: _Recipe) -> TrainState:
 def _train_step(recipe: _Recipe, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     config = recipe.config
     mix_key, model_key = jax.random.split(jax.random.fold_in(_keys(config.seed)[1], state.step))
-    images = to_float(config.model, batch["image"])
-    targets = losses.targets(sharding.constrain(batch["label"]), recipe.num_classes)
-    images, targets = mixing.mix(config.data.mixing, mix_key, images, targets)
+    labels = losses.targets(sharding.constrain(batch["label"]), recipe.num_classes)
+    images, targets = mixing.mix(config.data.mixing, mix_key, to_float(config.model, batch["image"]), labels)
+    if recipe.teacher is not None:
+        # The same view, mixed with the same key, under the teacher's own normalisation.
+        view = to_float(recipe.teacher.config, batch["image"])
+        seen, _ = mixing.mix(config.data.mixing, mix_key, view, labels)
+        taught_by = models.merge(models.split(recipe.teacher)[0], *state.teacher)
+        targets = losses.teacher_targets(config.loss, taught_by(seen))
 
     loss, batch_stats, grads = _gradients(recipe, state, images, targets, model_key)
     gradient_norm = global_norm(grads)
@@ -198,6 +217,7 @@ def _train_step(recipe: _Recipe, state: TrainState, batch: Batch) -> tuple[Train
         ema=if_applied(ema, state.ema),
         skipped=state.skipped + jnp.where(applied, 0, 1),
         skipped_in_row=skipped_in_row,
+        teacher=state.teacher,
         spikes=spikes,
     )
     metrics = {
@@ -234,8 +254,21 @@ def _without_spikes(config: GuardConfig, loss: Array, applied: Array, spikes: An
 
 
 def _gradients(recipe: _Recipe, state: TrainState, images: Array, targets: Array, key: Array) -> tuple[Array, Any, Any]:
+    """Returns (mean loss, updated batch_stats, mean gradient); of a FlexiViT for the patch size that the key draws."""
+    sides = getattr(recipe.config.model, "patches", ())
+    if not sides:
+        return _accumulated(recipe, None, state, images, targets, key)
+    drawn = jax.random.randint(jax.random.fold_in(key, PATCH_KEY), (), 0, len(sides))
+    # Gradients are taken inside of the branches: one program holds each size once, and memory for the largest alone.
+    sizes = [functools.partial(_accumulated, recipe, (side, side)) for side in sides]
+    return jax.lax.switch(drawn, sizes, state, images, targets, key)
+
+
+def _accumulated(
+    recipe: _Recipe, patch: tuple[int, int] | None, state: TrainState, images: Array, targets: Array, key: Array
+) -> tuple[Array, Any, Any]:
     """Returns (mean loss, updated batch_stats, mean gradient), over `optim.accumulate` microbatches in turn."""
-    value_and_grad = jax.value_and_grad(functools.partial(_loss, recipe), has_aux=True)
+    value_and_grad = jax.value_and_grad(functools.partial(_loss, recipe, patch), has_aux=True)
     count = recipe.config.optim.accumulate
     if count == 1:
         (loss, batch_stats), grads = value_and_grad(state.params, state.statistics, images, targets, key)
@@ -257,11 +290,23 @@ def _gradients(recipe: _Recipe, state: TrainState, images: Array, targets: Array
 
 
 def _loss(
-    recipe: _Recipe, params: Any, batch_stats: Any, images: Array, targets: Array, key: Array
+    recipe: _Recipe,
+    patch: tuple[int, int] | None,
+    params: Any,
+    batch_stats: Any,
+    images: Array,
+    targets: Array,
+    key: Array,
 ) -> tuple[Array, dict[str, Any]]:
-    """Returns (mean loss, updated batch_stats) of the training forward pass; of a linear probe, that of evaluation."""
+    """Returns (mean loss, updated batch_stats) of the training forward pass; of a linear probe, that of evaluation.
+
+    `patch` is the size of the patches where it is not the model's.
+    """
     model = models.merge(recipe.graphdef, params, batch_stats)
-    logits = model(images, None if recipe.probes else key)
+    key_or_none = None if recipe.probes else key
+    logits = model(images, key_or_none) if patch is None else model(images, key_or_none, patch)
+    if recipe.config.loss.temperature != 1:
+        logits = logits / recipe.config.loss.temperature
     return jnp.mean(losses.loss(recipe.config.loss, logits, targets)), models.statistics(model)
 
 

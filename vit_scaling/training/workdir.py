@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 
-from vit_scaling import UserError, __version__, paths
+from vit_scaling import UserError, __version__, models, paths
 from vit_scaling import config as config_lib
 from vit_scaling.config import Config
 from vit_scaling.data.sources import Source
@@ -286,7 +286,8 @@ def describe(config: Config, program: Program, source: Source) -> str:
 
 def _parameter_table(config: Config, program: Program, width: int = 80) -> list[str]:
     """Returns lines of at most `width` columns, where the rules allow that, with a row for each parameter."""
-    rules = {row.path: row for row in optimizer.describe(config.optim, program.state_shape.params)}
+    ratio = models.width_ratio(config.model)
+    rules = {row.path: row for row in optimizer.describe(config.optim, program.state_shape.params, ratio)}
     table = []
     for row in sharding.describe(program.state_shape.params, program.mesh):
         rule = rules[row.path]

@@ -10,7 +10,7 @@ import itertools
 import cv2
 import numpy as np
 import pytest
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from tests.data.images.common import distance, encode
 from vit_scaling.data.images import codec, pixels, randaugment, transforms
@@ -364,7 +364,34 @@ def test_the_sets_have_their_published_size():
         "big_vision": 16,
         "torchvision": 14,
         "timm": 15,
+        "three_augment": 3,
     }
+
+
+def test_three_augment_is_pillows_grey_solarize_or_blur(photograph):
+    image = Image.fromarray(photograph)
+    grey = np.repeat(np.asarray(image.convert("L"))[..., None], 3, axis=2)
+    np.testing.assert_allclose(randaugment.THREE_AUGMENT["Grey"](photograph, 0, 1, rng()), grey, atol=1)
+    got = randaugment.THREE_AUGMENT["Solarize"](photograph, 0, 1, rng())
+    np.testing.assert_array_equal(got, ImageOps.solarize(image))
+    radius = 0.1 + 1.9 * rng().random()
+    got = randaugment.THREE_AUGMENT["Blur"](photograph, 0, 1, rng())
+    np.testing.assert_array_equal(got, image.filter(ImageFilter.GaussianBlur(radius)))
+    assert not np.array_equal(got, photograph)
+    drawn = [randaugment.apply(photograph, rng(), operations="three_augment", layers=1, magnitude=0.0)]
+    assert not np.array_equal(drawn[0], photograph)
+
+
+def test_the_simple_random_crop_reflects_at_the_border():
+    """DeiT III: shorter side to the size, 4 pixels reflected on each side, a random window."""
+    image = np.arange(8 * 8, dtype=np.uint8).reshape(8, 8)
+    padded = np.pad(image, 4, mode="reflect")
+    windows = {padded[y : y + 8, x : x + 8].tobytes() for y in range(9) for x in range(9)}
+    config = TransformConfig((8, 8), crop="random", resize_to=8, pad=4)
+    generator = rng()
+    found = {transforms.crop(config, image, generator).tobytes() for _ in range(300)}
+    assert found <= windows
+    assert len(found) > 60
 
 
 def test_randaugment_draws_layers_operations_and_magnitudes(monkeypatch):

@@ -8,6 +8,7 @@ import math
 
 import cv2
 import numpy as np
+from PIL import Image, ImageFilter
 
 Colour = tuple[int, int, int]
 GREY: Colour = (128, 128, 128)
@@ -89,6 +90,11 @@ def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
     smooth = image.copy()
     smooth[1:-1, 1:-1] = cv2.filter2D(image, -1, kernel)[1:-1, 1:-1]
     return _blend(smooth, image, factor)
+
+
+def blur(image: np.ndarray, radius: float) -> np.ndarray:
+    """Blurs as Pillow's GaussianBlur of a standard deviation of `radius` pixels."""
+    return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius)))
 
 
 def rotate(image: np.ndarray, degrees: float, fill: Colour, interpolation: int = cv2.INTER_NEAREST) -> np.ndarray:

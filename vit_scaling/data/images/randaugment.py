@@ -1,5 +1,7 @@
 """RandAugment (arXiv 1909.13719) on one uint8 RGB image, with the three operation sets that recipes mean by the name.
 
+A fourth set is 3-Augment.
+
     big_vision    16 operations, of TensorFlow's reference for EfficientNet, as in the recipes of Scaling ViT's
                   authors; magnitude 10 is an enhancement factor of 1.9, 30 degrees, 100 pixels; what a warp uncovers
                   is grey
@@ -7,6 +9,8 @@
                   full, uncovered is black
     timm          15 "increasing" operations, as in DeiT's and Swin's recipes (rand-m9-mstd0.5-inc1): every operation
                   acts with probability 1/2, more magnitude is more change; uncovered is ImageNet's mean colour
+    three_augment  grey, solarize or a Gaussian blur, the 3-Augment of DeiT III (arXiv 2204.07118), for one layer; there
+                  is no magnitude
 
 Operations have Pillow's meaning (pixels.py), also where TensorFlow's reference errs: contrast blends with the mean grey
 (the reference uses the image's area divided by 256), and solarize inverts the values from the threshold on, for
@@ -24,6 +28,7 @@ from vit_scaling.data.images.pixels import (
     GREY,
     IMAGENET_MEAN,
     autocontrast,
+    blur,
     brightness,
     color,
     contrast,
@@ -128,4 +133,10 @@ TIMM: dict[str, Operation] = {
     "TranslateY": lambda x, m, s, rng: translate(x, s * 0.045 * m * x.shape[0], 0, IMAGENET_MEAN, cv2.INTER_LINEAR),
 }
 
-SETS = {"big_vision": BIG_VISION, "torchvision": TORCHVISION, "timm": TIMM}
+THREE_AUGMENT: dict[str, Operation] = {
+    "Grey": lambda x, m, s, rng: color(x, 0.0),
+    "Solarize": lambda x, m, s, rng: solarize(x, 128),
+    "Blur": lambda x, m, s, rng: blur(x, 0.1 + 1.9 * rng.random()),
+}
+
+SETS = {"big_vision": BIG_VISION, "torchvision": TORCHVISION, "timm": TIMM, "three_augment": THREE_AUGMENT}

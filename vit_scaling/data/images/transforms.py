@@ -11,7 +11,8 @@ Crops:
                             allows, 100 attempts, then the whole image
     inception_torchvision   as torchvision's RandomResizedCrop: the area uniformly, the aspect log-uniformly,
                             10 attempts, then the largest central crop of an allowed aspect
-    random                  resize the shorter side to `resize_to`, then a random window
+    random                  resize the shorter side to `resize_to`, reflect `pad` pixels on every side, then a random
+                            window; with resize_to of `size` and pad 4 the simple random crop of DeiT III
     pad                     pad `pad` black pixels on every side, then a random window: a random shift
     central                 resize the shorter side to `resize_to`, then the central window
     central_torchvision     as central, but half a pixel is rounded to an even one, as torchvision's CenterCrop does
@@ -77,7 +78,7 @@ class TransformConfig:
     shift: float = 0.0
     """Up to this many pixels in each direction."""
     randaugment: str = "none"
-    """Operation set: none, big_vision, torchvision or timm (randaugment.py)."""
+    """Operation set: none, big_vision, torchvision, timm or three_augment (randaugment.py)."""
     randaugment_layers: int = 2
     randaugment_magnitude: float = 10.0
     randaugment_std: float = 0.0
@@ -246,6 +247,8 @@ def crop(
         reduce = min(1 << covers.bit_length() - 1, 8)
         box = _reduced(box, reduce)
     resized = resize(decode(reduce=reduce, crop=box, exact=as_published), target, config.resize, out)
+    if config.crop == "random" and config.pad:
+        resized = cv2.copyMakeBorder(resized, *(config.pad,) * 4, cv2.BORDER_REFLECT_101)
     if target == config.size and config.crop != "random":
         return resized
     return _window(resized, config.size, rng if config.crop == "random" else None, config.crop == "central_torchvision")

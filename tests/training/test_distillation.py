@@ -1,0 +1,92 @@
+"""Distillation: the student's targets are the teacher's predictions for what the student sees."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny
+from tests.training.test_step import BATCHES, program
+from vit_scaling import config as c
+from vit_scaling import interop, models
+from vit_scaling.data import mixing
+from vit_scaling.optim import losses
+from vit_scaling.parallel import sharding
+from vit_scaling.training import initial
+
+# Another network than the student's, and another normalisation.
+TEACHER = tiny.model(width=24, pool="gap", drop_path=0.5, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher that is sure of some images."""
+    model = models.build(TEACHER, image_size=(28, 28), num_classes=10, key=jax.random.key(5))
+    model.head.kernel[...] = 2 * jnp.sin(jnp.arange(240.0)).reshape(24, 10)
+    path = tmp_path_factory.mktemp("teacher") / "weights"
+    interop.save(model, path, layout="vit_scaling")
+    return path
+
+
+def config(weights: Path, **loss: Any) -> c.Config:
+    whole = tiny.config(loss=c.LossConfig(teacher=str(weights), **loss), optim=c.OptimConfig(name="sgd", lr=0.1))
+    model = tiny.model(drop_path=0.0, qkv_bias=False)
+    return dataclasses.replace(whole, model=model, data=dataclasses.replace(whole.data, mixing=c_mixing()))
+
+
+def c_mixing() -> mixing.MixingConfig:
+    return mixing.MixingConfig(mixup=0.5, cutmix=1.0)
+
+
+def begun(built: Any) -> Any:
+    state = initial.begin(built, None)
+    kernel = np.cos(np.arange(160.0, dtype=np.float32)).reshape(16, 10)
+    state.params["head"]["kernel"] = jax.device_put(kernel, state.params["head"]["kernel"].sharding)
+    return state
+
+
+def test_the_loss_is_that_of_the_teachers_predictions_for_the_same_view(weights: Path) -> None:
+    """In NumPy, from the logits of both for the mixed images, each under its own normalisation."""
+    built = program(config(weights, temperature=2.0))
+    state = begun(built)
+    mix_key, _ = jax.random.split(jax.random.fold_in(jax.random.split(jax.random.key(0))[1], 0))
+    student = tiny.model(drop_path=0.0, qkv_bias=False)
+    build = lambda: models.build(student, image_size=(28, 28), num_classes=10, key=jax.random.key(0))  # noqa: E731
+    graphdef = models.split(jax.eval_shape(build))[0]
+    logits = []
+    for network in (interop.load(weights), models.merge(graphdef, jax.tree.map(jnp.copy, state.params), {})):
+        view = mixing.to_float(jnp.asarray(BATCHES[0]["image"]), network.config.mean, network.config.std)
+        seen, _ = mixing.mix(c_mixing(), mix_key, view, jnp.zeros((16, 10)))
+        assert not np.allclose(seen, view)
+        logits.append(np.asarray(jax.jit(lambda model, x: model(x))(network, seen), np.float64) / 2)
+    teacher_p, student_p = (np.exp(x) / np.exp(x).sum(axis=1, keepdims=True) for x in logits)
+    expected = -(teacher_p * np.log(student_p)).sum(axis=1).mean()
+    _, metrics = built.train_step(state, sharding.put_batch(BATCHES[0], sharding.batch_sharding(built.mesh)))
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_targets_of_each_kind() -> None:
+    logits = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
+    soft = np.exp(logits / 3) / np.exp(logits / 3).sum(axis=1, keepdims=True)
+    for fields, expected in (
+        ({"temperature": 3.0}, soft),
+        ({"teacher_labels": "hard"}, np.eye(5)[logits.argmax(axis=1)]),
+        ({"kind": "sigmoid"}, 1 / (1 + np.exp(-logits))),
+    ):
+        own = c.LossConfig(teacher="somewhere", **fields)
+        losses.check(own)
+        np.testing.assert_allclose(losses.teacher_targets(own, jnp.asarray(logits)), expected, rtol=1e-5)
+
+
+def test_the_gradient_is_that_of_the_kl_divergence() -> None:
+    """Of logits s: softmax(s) - softmax(t), so it is zero for a student that is its teacher."""
+    student, taught = (np.random.default_rng(seed).normal(size=(3, 4)).astype(np.float32) for seed in (0, 1))
+    own = c.LossConfig(teacher="somewhere")
+    targets = losses.teacher_targets(own, jnp.asarray(taught))
+    gradient = jax.grad(lambda s: losses.loss(own, s, targets).sum())(jnp.asarray(student))
+    p, q = (np.exp(x) / np.exp(x).sum(axis=1, keepdims=True) for x in (student, taught))
+    np.testing.assert_allclose(gradient, p - q, atol=1e-6)
