@@ -38,8 +38,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "deit3_imagenet": ("S", "B", "H-finish"),
     "distill_digits": ("tests/files/checkpoint_before",),  # the teacher
 }
-# Studies are no experiments of their own: tests/test_study.py and tests/test_finetune.py have them.
-STUDIES = {"study", "transfer_sweep"}
+# Studies are no experiments of their own: tests/studies and tests/test_finetune.py have them.
+STUDIES = {"claims", "study", "transfer_sweep"}
 
 WHOLE = [(name, variant) for name, variants in VARIANTS.items() for variant in variants]
 

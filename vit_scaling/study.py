@@ -1,6 +1,7 @@
-"""Run a scaling study or a sweep over fields of a config, fit its laws and draw its figures.
+"""Run a scaling study, a sweep over fields of a config, or claims of papers in miniature, and report what came out.
 
     ./run.sh study --config=configs/study.py --workdir=studies/digits
+    ./run.sh study --config=configs/claims.py:pool --workdir=studies/claims
     ./run.sh study --config=configs/study.py --workdir=/shared/study \\
         --print=slurm > study.sh
     ./run.sh study --points=runs.csv --compute=core_days --error=top1/100
@@ -106,12 +107,17 @@ def _fit_points(path: Path) -> None:
 def _run_study(workdir: Path, study: Any) -> None:
     # Heavy imports wait until the flags are known to be good, so that a typo is answered at once.
     from vit_scaling.pages import study as study_page
-    from vit_scaling.studies import findings, grid, report, runner, scaling, summary
+    from vit_scaling.studies import claims, findings, grid, report, runner, scaling, summary
     from vit_scaling.studies import table as runs
 
-    if not isinstance(study, scaling.StudyConfig | grid.GridConfig):
+    if isinstance(study, grid.GridConfig):
+        jobs = grid.plan(study)
+    elif isinstance(study, claims.ClaimsConfig):
+        jobs = claims.plan(study)
+    elif isinstance(study, scaling.StudyConfig):
+        jobs = scaling.plan(study, workdir)
+    else:
         raise UserError("--config is a single run and not a study; run it with the command train")
-    jobs = grid.plan(study) if isinstance(study, grid.GridConfig) else scaling.plan(study, workdir)
     if _ONLY.value:
         _run_one(jobs, workdir, _ONLY.value)
         return
@@ -121,6 +127,8 @@ def _run_study(workdir: Path, study: Any) -> None:
 
     failed: dict[str, str] = {}
     if not _REPORT.value:
+        if isinstance(study, claims.ClaimsConfig):
+            print(claims.describe(study), flush=True)
         work = sum(runner.work(job) for job in jobs)
         print(f"{len(jobs)} runs of {work:.1e} training FLOPs in all; logs are in {workdir / 'logs'}", flush=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # both ask for an orderly stop
@@ -136,6 +144,11 @@ def _run_study(workdir: Path, study: Any) -> None:
         text = grid.table(study, jobs, workdir)
         (workdir / "table.md").write_text(text)
         print(f"{grid.summary(study, jobs, workdir)}\ntable: {workdir / 'table.md'}")
+        _leave_if(failed, len(jobs))
+        return
+    if isinstance(study, claims.ClaimsConfig):
+        path = claims.write(claims.gather(study, jobs, workdir), len(study.seeds), workdir)
+        print(f"{path.read_text()}report: {path}, figures: {workdir / 'figures'}")
         _leave_if(failed, len(jobs))
         return
     table = scaling.gather(study, jobs, workdir)

@@ -6,9 +6,11 @@
 #include <limits.h>
 #include <stdarg.h>
 #include <stdatomic.h>
+#include <linux/futex.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/time.h>
 #include <sys/types.h>
 #include <sys/uio.h>
@@ -92,6 +94,22 @@ int gettimeofday(struct timeval *restrict now, void *restrict zone) {
   int result = NEXT(gettimeofday)(now, zone);
   now->tv_sec += (time_t)wrong();
   return result;
+}
+/* A wait until a reading of the wrong clock ends when the right clock would say so, as if the kernel's jumped as well.
+   Without this a library that waits (absl does, for TensorStore) would spin, or sleep for the length of the jump. */
+long syscall(long number, ...) {
+  long a[6];
+  va_list list;
+  va_start(list, number);
+  for (int i = 0; i < 6; i++) a[i] = va_arg(list, long);
+  va_end(list);
+  struct timespec until;
+  if (number == SYS_futex && (a[1] & FUTEX_CLOCK_REALTIME) && a[3] && jump != 0 && atomic_load(&before_jump) <= 0) {
+    until = *(const struct timespec *)a[3];
+    until.tv_sec -= (time_t)jump;
+    a[3] = (long)&until;
+  }
+  return NEXT(syscall)(number, a[0], a[1], a[2], a[3], a[4], a[5]);
 }
 time_t time(time_t *now) {
   time_t found = NEXT(time)(NULL) + (time_t)wrong();
