@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import faulthandler
 import hashlib
 import json
 import logging
@@ -279,6 +280,26 @@ def test_a_config_that_cannot_work_leaves_no_workdir(tmp_path: Path) -> None:
             loop.train(broken, tmp_path / "run")
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "run").exists()
+
+
+def test_a_restore_that_stands_still_is_ended_by_the_watchdog(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timer: list[float | None] = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, **_: timer.append(seconds), raising=True)
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: timer.append(None))
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")
+    (tmp_path / "run" / "result.json").unlink()
+
+    def stuck(*_: Any) -> Any:
+        assert timer == [tiny.config().log.watchdog]  # set, and not yet taken back
+        raise TransientError("it stood still")
+
+    monkeypatch.setattr(checkpoint, "restore_newest", stuck)
+    with pytest.raises(TransientError, match="it stood still"):
+        loop.train(tiny.config(), tmp_path / "run")
+    assert timer[1:] == [None]
 
 
 def test_the_step_is_compiled_once_and_the_seed_decides(

@@ -135,6 +135,8 @@ def _train(
     last: contextlib.ExitStack,
 ) -> dict[str, Any]:
     config, source, total_steps = setup.config, setup.source, setup.total_steps
+    watchdog = last.enter_context(contextlib.closing(Watchdog(config.log.watchdog)))
+    watchdog.beat(compiles=not run.steps(workdir / "checkpoints"))  # else a restore, which may stand still
     # ---- The state, where this run or its trunk left it, or a new one; then what follows from its step.
     state, resumed, origin = _first_state(setup, workdir, identity, past, clock)
     step = int(jax.device_get(state.step))
@@ -149,18 +151,19 @@ def _train(
     if origin is not None:
         progress.say(f"continuing from {origin}")
     progress.doing("compiling", line=True)
+    watchdog.beat(compiles=True)
     with clock.book("compile"):
         train_step = _compiled(setup)
     batches = _batches(setup, step)
     on_devices = loader.to_device(batches, sharding.batch_sharding(setup.program.mesh), ahead=1)
     log = StepLog(config, workdir, source.num_classes, writer, progress, clock, step)
-    watchdog, profiler = Watchdog(config.log.watchdog), Profiler(config.log, workdir)
+    profiler = Profiler(config.log, workdir)
     evaluate = _Evaluator(setup, after_evaluation, stop, clock, writer, progress, watchdog, best, batches)
 
     # ---- Steps. Do not reorder: step n + 1 is dispatched before the metrics of step n are read, and rows are written
     # before the checkpoint that makes them part of the run's past.
     with contextlib.ExitStack() as exits:
-        for each in (watchdog, checkpoints, progress, profiler, batches):
+        for each in (checkpoints, progress, profiler, batches):
             exits.enter_context(contextlib.closing(each))
         exits.enter_context(jax.transfer_guard("disallow"))
         due = (setup.measures_at(step) and step not in past["measured"]) if resumed else step == 0
