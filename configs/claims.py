@@ -4,8 +4,8 @@
     ./run.sh study --config=configs/claims.py:pool --workdir=studies/claims
 
 Takes the name of a claim, or `all`, which runs them in order; the command continues where it was stopped. Names:
-adafactor, augmented, decay, kernel, pool, sasa, size, swin_position, swin_shift. `smoke` tries one on the built-in
-digits in seconds; its verdict means nothing.
+adafactor, augmented, decay, kernel, pool, position, sasa, size, swin_position, swin_shift. `smoke` tries one on the
+built-in digits in seconds; its verdict means nothing.
 
 Every variant runs with three seeds on 57,000 training images, seen once unless stated, and is measured on the 10,000
 test images. Learning rates are those of configs/vit_fashion_mnist.py and were not tuned for any variant.
@@ -202,6 +202,27 @@ def kernel() -> Claim:
     )
 
 
+def position() -> Claim:
+    return Claim(
+        name="position",
+        source=f"{SASA}, tables 5 and 6",
+        says="Relative positions beat absolute ones, which beat none; relative positions alone, without content, lose "
+        "little.",
+        variants={
+            "content and relative": _resnet(spatial="attention"),
+            "content and absolute": _resnet(spatial="attention", position="absolute"),
+            "content": _resnet(spatial="attention", position="none"),
+            "relative": _resnet(spatial="attention", content=False),
+        },
+        expects=(
+            Expectation("content and relative", "above", "content and absolute"),
+            Expectation("content and absolute", "above", "content"),
+            Expectation("content and relative", "above", "relative"),
+        ),
+        minutes=15,
+    )
+
+
 def swin_shift() -> Claim:
     return Claim(
         name="swin_shift",
@@ -249,5 +270,5 @@ def augmented() -> Claim:
 
 CLAIMS = {
     claim.__name__: claim
-    for claim in (adafactor, pool, size, decay, sasa, kernel, swin_shift, swin_position, augmented)
+    for claim in (adafactor, pool, size, decay, sasa, kernel, position, swin_shift, swin_position, augmented)
 }

@@ -499,6 +499,15 @@ def npz(**members: bytes) -> bytes:
     return buffer.getvalue()
 
 
+def table_of_names(size: int) -> bytes:
+    """A PyTorch archive whose directory says that its pickle has this size; there is no such pickle."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02.")
+        archive.getinfo("archive/data.pkl").file_size = size
+    return buffer.getvalue()
+
+
 def whole_npz() -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **flax_names(make(dataclasses.replace(VIT, pool="gap")), "params"))
@@ -530,6 +539,9 @@ def damaged_npz() -> bytes:
         ("a.pkl", lambda: pickle.dumps(Bomb()), "can run code when it is read"),
         ("a.npy", lambda: b"", "can run code when it is read"),
         ("a.bin", lambda: pickle.dumps(Bomb()), r"torch"),
+        # torch would map the compressed bytes into memory and take them for numbers.
+        ("a.pth", lambda: npz(data=bytes(10**6)), "holds 'data.npy' compressed, so its tensors cannot be read"),
+        ("a.pt", lambda: table_of_names(files.MAX_TABLE + 1), f"its table of names takes {files.MAX_TABLE + 1} bytes"),
         ("a.txt", lambda: b"", "is no weight file"),
         ("config.json", lambda: b"{", "is no weight file"),
     ],

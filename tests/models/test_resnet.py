@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_scaling import flops
 from vit_scaling.flops.attention_cnn import attention_cnn_linear
-from vit_scaling.models import resnet, spatial
+from vit_scaling.models import layers, resnet, spatial
 from vit_scaling.models.attention_cnn import AttentionCNNConfig
 from vit_scaling.models.resnet import ResNet, ResNetConfig
 from vit_scaling.parallel import mesh as mesh_lib
@@ -86,6 +86,20 @@ def test_sasa_table_4(size, published):
     np.testing.assert_allclose(gigaflops(SASA(kernel_size=size)), published, rtol=0.02)
 
 
+@pytest.mark.parametrize(
+    ("fields", "published_flops", "published_parameters"),
+    [
+        ({"position": "none"}, 6.9, 18.0),  # Table 5; its count of relative logits is smaller than Table 4's
+        ({"position": "absolute"}, 6.9, 18.0),
+        ({"content": False}, 6.1, 16.7),  # Table 6
+    ],
+)
+def test_sasa_tables_5_and_6(fields, published_flops, published_parameters):
+    config = SASA(**fields)
+    np.testing.assert_allclose(gigaflops(config), published_flops, rtol=0.02)
+    np.testing.assert_allclose(cost(config).params / 1e6, published_parameters, atol=0.1)
+
+
 @pytest.mark.parametrize(("position", "published"), [("quadratic", 6.2), ("learned", 6.2), ("learned+content", 15.0)])
 def test_attention_cnn_flops_are_those_of_its_linear_maps(position, published):
     """Cordonnier et al., Table 1, counts no attention products; our own count does."""
@@ -111,6 +125,33 @@ def test_strided_attention_runs_on_the_incoming_map_and_pools_after():
     layer, strided = (spatial.LocalAttention(16, 4, 3, key=jax.random.key(0), stride=s) for s in (1, 2))
     whole = jax.jit(layer)(x)
     np.testing.assert_allclose(jax.jit(strided)(x), whole.reshape(2, 3, 2, 3, 2, 16).mean((2, 4)), atol=1e-6)
+
+
+def test_local_attention_by_content_by_position_or_by_absolute_position():
+    """The ablations of SASA, Tables 5 and 6, each against the layer of both with the other part taken out."""
+    x = features()
+    make = functools.partial(spatial.LocalAttention, 16, 4, 3, key=jax.random.key(0))
+    both, none, absolute, relative = make(), make(position="none"), make(position="absolute"), make(content=False)
+    run = jax.jit(lambda layer, x: (layer(x), layer.weights(x)))
+    for layer, part in ((none, "position"), (relative, "content")):
+        reference = make()
+        if part == "position":
+            reference.rel_row[...] = reference.rel_col[...] = jnp.zeros((3, 4, 2))
+        else:
+            assert reference.key is not None
+            reference.key.kernel[...] = jnp.zeros_like(reference.key.kernel[...])
+        for mine, expected in zip(run(layer, x), run(reference, x), strict=True):
+            np.testing.assert_allclose(mine, expected, atol=1e-6)
+            assert np.abs(mine - np.asarray(run(both, x)[mine.ndim == 6])).max() > 0.01
+    for mine, expected in zip(
+        run(absolute, x), run(none, x + layers.sincos2d(6, 6, 16).reshape(1, 6, 6, 16)), strict=True
+    ):
+        np.testing.assert_allclose(mine, expected, atol=1e-6)
+    content, row, column = relative.terms(x)
+    logits = content + row[..., :, None] + column[..., None, :]
+    inside = relative.weights(x)[:, 1:-1, 1:-1]  # all neighbors lie in the image there
+    softmax = jax.nn.softmax(logits[:, 1:-1, 1:-1].reshape(*inside.shape[:4], 9)).reshape(inside.shape)
+    np.testing.assert_allclose(inside, softmax, atol=1e-6)
 
 
 def test_average_pool_divides_by_the_pixels_that_are_there():
@@ -336,6 +377,8 @@ def test_maps_of_every_attention_layer():
         (lambda: ResNetConfig(spatial="swin"), "spatial is 'swin'; choose one of convolution, attention, augmented"),
         (lambda: ResNetConfig(stem="patch"), "stem is 'patch'; choose one of convolution, attention, small"),
         (lambda: ResNetConfig(backend="cuda"), "backend is 'cuda'; choose one of blocks, shifts, pallas"),
+        (lambda: ResNetConfig(position="rope"), "position is 'rope'; choose one of relative, absolute, none"),
+        (lambda: ResNetConfig(content=False, position="none"), "model.content is False and model.position 'none'"),
         (lambda: ResNetConfig(kernel_size=4), "kernel_size is 4; local attention needs an odd"),
         (lambda: ResNetConfig(groups=(0, 1)), r"groups is \(0, 1\); a residual network has groups 1, 2, 3 and 4"),
         (lambda: small(spatial="attention", heads=3), "8 channels cannot be split over 3 heads of an even size"),

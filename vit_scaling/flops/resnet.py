@@ -61,8 +61,11 @@ def _spatial(
     pixels = size[0] * size[1]
     if kind == "attention":  # on the incoming map; a pool reduces it afterwards
         seen = before[0] * before[1]
+        # Projections of query, value and key; for each neighbor the products with value, key and relative position.
+        projections, products = 2 + config.content, 1 + config.content + (config.position == "relative")
+        macs = seen * (projections * width**2 + products * config.kernel_size**2 * width)
         # The default back end recomputes its logits, so q, k and v are all that is kept.
-        return seen * (3 * width**2 + 3 * config.kernel_size**2 * width), 3 * seen * width, 0
+        return macs, projections * seen * width, 0
     if kind == "convolution":
         return 9 * pixels * width**2, 0, 0
     keys, values = spatial.augmented_dims(width, config.heads, config.key_fraction, config.value_fraction)

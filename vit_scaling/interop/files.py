@@ -40,6 +40,7 @@ CONVERSION = (
     "save_file({k: v.contiguous().clone() for k, v in f.items()}, 'model.safetensors')\""
 )
 MAX_INFLATION = 16  # weights hardly compress; an archive that claims to hold so many times its size is a bomb
+MAX_TABLE = 1 << 27  # bytes; the names and shapes of a .pth file
 _SAFETENSORS_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Formats that run code when they are read.
 _PICKLES = (".pkl", ".pickle", ".npy", ".msgpack", ".ckpt", ".h5", ".joblib")
@@ -231,6 +232,7 @@ def _npz_reader(path: Path, name: str) -> Callable[[], np.ndarray]:
 
 def _open_torch(path: Path, ema: bool) -> dict[str, Stored]:
     """Through torch's loader of weights alone, which unpickles tensors and plain containers and nothing else."""
+    is_archive = _check_torch_archive(path)
     try:
         import torch
     except ImportError:
@@ -239,7 +241,7 @@ def _open_torch(path: Path, ema: bool) -> dict[str, Stored]:
             f"{CONVERSION} {shlex.quote(str(path))}"
         ) from None
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        value = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except Exception as error:  # torch raises whatever it meets
         reason = re.sub(r"\x1b\[[0-9;]*m", "", " ".join(str(error).split())) or type(error).__name__
         advice = ""
@@ -270,6 +272,31 @@ def _open_torch(path: Path, ema: bool) -> dict[str, Stored]:
         name: Stored(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), reader(tensor))
         for name, tensor in value.items()
     }
+
+
+def _check_torch_archive(path: Path) -> bool:
+    """Returns whether the file is an archive, as torch.save writes since version 1.6.
+
+    Raises:
+        UserError: a record is compressed, which torch.save never does: torch maps records into memory as they lie, so
+            it would take the compressed bytes for numbers. Or the table of names would take gigabytes.
+    """
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    for record in records:
+        if record.compress_type != zipfile.ZIP_STORED:
+            raise UserError(
+                f"{path} holds {record.filename!r} compressed, so its tensors cannot be read; unpack the archive and "
+                "pack it again without compression (zip -0)"
+            )
+        if record.filename.endswith("data.pkl") and record.file_size > MAX_TABLE:
+            raise UserError(f"{path} is refused: its table of names takes {record.file_size} bytes")
+    return True
 
 
 # ---- writing

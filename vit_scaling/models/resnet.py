@@ -42,6 +42,8 @@ class ResNetConfig:
     nonlocal_after: tuple[int, ...] = ()  # groups that a non-local block follows
     heads: int = 8  # of local and of augmenting attention
     kernel_size: int = 7  # of local attention
+    position: str = "relative"  # of local attention: relative | absolute | none (SASA, Table 5)
+    content: bool = True  # False: local attention has no keys, only relative logits (SASA, Table 6)
     backend: str = "blocks"  # of local attention: blocks | shifts | pallas
     stem_heads: int = 4
     stem_mixtures: int = 8  # not in SASA; with 8 the FLOPs are those of its Table 1
@@ -59,12 +61,15 @@ class ResNetConfig:
 
     def __post_init__(self) -> None:
         choices = {"depth": tuple(DEPTHS), "spatial": SPATIAL, "stem": STEMS, "backend": local.BACKENDS}
+        choices |= {"position": spatial.POSITIONS}
         choices |= {"dtype": layers.DTYPES, "remat": tuple(layers.REMAT_POLICIES)}
         positive = ("width", "heads", "stem_heads", "stem_mixtures")
         layers.check(self, choices=choices, positive=positive, rates=("bn_decay", "bn_eps"))
         for name, groups in (("groups", self.groups), ("nonlocal_after", self.nonlocal_after)):
             if any(group not in (1, 2, 3, 4) for group in groups):
                 raise UserError(f"model.{name} is {groups}; a residual network has groups 1, 2, 3 and 4")
+        if not self.content and self.position != "relative":
+            raise UserError(f"model.content is False and model.position {self.position!r}: logits need one of the two")
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise UserError(f"model.kernel_size is {self.kernel_size}; local attention needs an odd, positive size")
 
@@ -131,7 +136,14 @@ def _spatial_layer(
     kind = spatial_kind(config, group)
     if kind == "attention":
         return spatial.LocalAttention(
-            width, config.heads, config.kernel_size, key=key, stride=stride, backend=config.backend
+            width,
+            config.heads,
+            config.kernel_size,
+            key=key,
+            stride=stride,
+            backend=config.backend,
+            position=config.position,
+            content=config.content,
         )
     if kind == "augmented":
         return spatial.AugmentedConv(

@@ -20,6 +20,8 @@ from vit_scaling import UserError
 from vit_scaling.models import layers
 from vit_scaling.ops import local, relative
 
+POSITIONS = ("relative", "absolute", "none")
+
 
 def he_normal(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
     """Normal with variance 2 / (kernel elements x outputs): He et al. 2015, fan-out."""
@@ -102,6 +104,9 @@ class LocalAttention(nnx.Module):
 
     With a stride, attention runs on the incoming map and a 2x2 average pool follows (section 3.2.1). Query kernels
     start K^-1/2 times smaller (our choice), because the paper does not scale logits by K^-1/2.
+
+    position: "relative", or for the ablations of Table 5 "absolute" (sinusoids are added to the input) or "none".
+    content: whether logits have q·k; False leaves q·r, and there are no keys (Table 6).
     """
 
     def __init__(
@@ -113,31 +118,54 @@ class LocalAttention(nnx.Module):
         key: PRNGKeyArray,
         stride: int = 1,
         backend: str = "blocks",
+        position: str = "relative",
+        content: bool = True,
     ):
         K = head_dim(channels, heads)
         keys = jax.random.split(key, 5)
         project = (channels, (heads, K))
         query_init = _scaled(layers.lecun_normal, K**-0.5)
         self.query = layers.Linear(*project, key=keys[0], bias=False, kernel_init=query_init)
-        self.key = layers.Linear(*project, key=keys[1], bias=False, kernel_init=layers.lecun_normal)
-        self.value = layers.Linear(*project, key=keys[2], bias=False, kernel_init=layers.lecun_normal)
-        self.rel_row = nnx.Param(jax.random.normal(keys[3], (kernel_size, heads, K // 2)))
-        self.rel_col = nnx.Param(jax.random.normal(keys[4], (kernel_size, heads, K // 2)))
+        no_bias = functools.partial(layers.Linear, *project, bias=False, kernel_init=layers.lecun_normal)
+        self.key = no_bias(key=keys[1]) if content else None
+        self.value = no_bias(key=keys[2])
+        self._table = kernel_size, heads, K // 2
+        has_tables = position == "relative"
+        self.rel_row = nnx.Param(jax.random.normal(keys[3], self._table)) if has_tables else None
+        self.rel_col = nnx.Param(jax.random.normal(keys[4], self._table)) if has_tables else None
+        self.absolute = position == "absolute"
         self.stride = stride
         self.backend = backend
 
     def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
-        tables, size = (self.rel_row[...], self.rel_col[...]), self.rel_row.shape[0]
-        q, k, v = self.query(x_BHWC), self.key(x_BHWC), self.value(x_BHWC)
-        y_BHWNK = local.local_attention(q, k, v, *tables, kernel_size=size, backend=self.backend)
+        x_BHWC = self._positioned(x_BHWC)
+        q, k = self._queries_and_keys(x_BHWC)
+        y_BHWNK = local.local_attention(
+            q, k, self.value(x_BHWC), *self._tables(), kernel_size=self._table[0], backend=self.backend
+        )
         # Its backward pass recomputes blocks of logits already; computing its result again would cost a third pass.
         y_BHWNK = checkpoint_name(y_BHWNK, "local_attention")
         y_BHWC = y_BHWNK.reshape(x_BHWC.shape)
         return average_pool(y_BHWC, 2, self.stride) if self.stride > 1 else y_BHWC
 
+    def _positioned(self, x_BHWC: Array) -> Array:
+        if not self.absolute:
+            return x_BHWC
+        _, H, W, C = x_BHWC.shape
+        return x_BHWC + layers.sincos2d(H, W, C).reshape(1, H, W, C).astype(x_BHWC.dtype)
+
+    def _queries_and_keys(self, x_BHWC: Array) -> tuple[Array, Array]:
+        q_BHWNK = self.query(x_BHWC)
+        return q_BHWNK, jnp.zeros_like(q_BHWNK) if self.key is None else self.key(x_BHWC)
+
+    def _tables(self) -> tuple[Array, Array]:
+        if self.rel_row is None or self.rel_col is None:
+            return jnp.zeros(self._table), jnp.zeros(self._table)
+        return self.rel_row[...], self.rel_col[...]
+
     def weights(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H W N k k"]:
-        tables, size = (self.rel_row[...], self.rel_col[...]), self.rel_row.shape[0]
-        return local.local_weights(self.query(x_BHWC), self.key(x_BHWC), *tables, kernel_size=size)
+        q_BHWNK, k_BHWNK = self._queries_and_keys(self._positioned(x_BHWC))
+        return local.local_weights(q_BHWNK, k_BHWNK, *self._tables(), kernel_size=self._table[0])
 
     def terms(
         self, x_BHWC: Float[Array, "B H W C"]
@@ -146,9 +174,9 @@ class LocalAttention(nnx.Module):
 
         Where a neighbour lies in the image, the softmax of content[a, c] + row[a] + column[c] is `weights`.
         """
-        q_BHWNK, k_BHWNK = self.query(x_BHWC), self.key(x_BHWC)
+        q_BHWNK, k_BHWNK = self._queries_and_keys(self._positioned(x_BHWC))
         _, H, W, _, K = q_BHWNK.shape
-        size = self.rel_row.shape[0]
+        (rel_row, rel_col), size = self._tables(), self._table[0]
         h = size // 2
         k_BHWNK = jnp.pad(k_BHWNK, ((0, 0), (h, h), (h, h), (0, 0), (0, 0)))
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -157,8 +185,8 @@ class LocalAttention(nnx.Module):
             for a in range(size)
             for c in range(size)
         ]
-        row = product("BHWNK,kNK->BHWNk", q_BHWNK[..., : K // 2], self.rel_row[...].astype(q_BHWNK.dtype))
-        column = product("BHWNK,kNK->BHWNk", q_BHWNK[..., K // 2 :], self.rel_col[...].astype(q_BHWNK.dtype))
+        row = product("BHWNK,kNK->BHWNk", q_BHWNK[..., : K // 2], rel_row.astype(q_BHWNK.dtype))
+        column = product("BHWNK,kNK->BHWNk", q_BHWNK[..., K // 2 :], rel_col.astype(q_BHWNK.dtype))
         return jnp.stack(content, axis=-1).reshape(*content[0].shape, size, size), row, column
 
 
