@@ -107,6 +107,7 @@ long syscall(long number, ...) {
   if (number == SYS_futex && (a[1] & FUTEX_CLOCK_REALTIME) && a[3] && jump != 0 && atomic_load(&before_jump) <= 0) {
     until = *(const struct timespec *)a[3];
     until.tv_sec -= (time_t)jump;
+    if (until.tv_sec < 0) until.tv_sec = 0; /* the kernel takes no time before 1970 */
     a[3] = (long)&until;
   }
   return NEXT(syscall)(number, a[0], a[1], a[2], a[3], a[4], a[5]);

@@ -302,6 +302,24 @@ def test_a_restore_that_stands_still_is_ended_by_the_watchdog(
     assert timer[1:] == [None]
 
 
+def test_a_workdir_that_goes_when_the_run_has_finished_is_a_sentence(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    read = workdirs.read_result
+
+    def read_once(workdir: Path) -> Any:
+        result = read(workdir)
+        if result is not None:
+            workdir.rename(tmp_path / "elsewhere")
+        return result
+
+    monkeypatch.setattr(workdirs, "read_result", read_once)
+    with pytest.raises(TransientError, match="run is gone: it was renamed or deleted"):
+        loop.train(tiny.config(), tmp_path / "run")
+    assert read(tmp_path / "elsewhere") == read(uninterrupted)
+
+
 def test_the_step_is_compiled_once_and_the_seed_decides(
     uninterrupted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -58,14 +58,14 @@ def train(config: Config, workdir: Path, after_evaluation: AfterEvaluation | Non
         with locked(workdir), contextlib.ExitStack() as last:
             claim = functools.partial(workdirs.claim, workdir, setup.config, setup.sets, setup.source.class_names)
             identity = processes.first(claim)
+            last.enter_context(_gone_workdir_is_a_sentence(workdir))
             past = processes.first(lambda: workdirs.past(workdir, setup.total_steps))
             if not past["finished"]:
                 workdirs.keep_compilations(workdir)
                 processes.say(workdirs.describe(setup.config, setup.program, setup.source))
-                last.enter_context(_gone_workdir_is_a_sentence(workdir))
                 return _train(setup, workdir, identity, past, stop, clock, after_evaluation, last)
             processes.say(f"{workdir} holds this run, finished; delete it or name another --workdir to run it again")
-            return processes.first(lambda: workdirs.read_result(workdir))
+            return _result(workdir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,8 +203,20 @@ def _train(
     # ---- The result speaks of the last checkpoint, so it is written after it; and last, because it ends the run.
     export.write_all(config, workdir, workdir / "checkpoints" / str(step))
     processes.first(lambda: workdirs.finish(workdir, config, source, setup.suite, evaluate.values, clock))
-    result = processes.first(lambda: workdirs.read_result(workdir))
+    result = _result(workdir)
     writer.finish(result)
+    return result
+
+
+def _result(workdir: Path) -> dict[str, Any]:
+    """Returns the result of a run that has finished.
+
+    Raises:
+        FileNotFoundError: it is gone again.
+    """
+    result = processes.first(lambda: workdirs.read_result(workdir))
+    if result is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(workdir / "result.json"))
     return result
 
 
