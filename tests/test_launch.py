@@ -34,7 +34,7 @@ FILES = {"pod": "pod.sh", "slurm": "slurm.sh", "k8s": "k8s.yaml"}
 def launch(command: str, *arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
     environment = os.environ | ({} if path is None else {"PATH": path})
     return subprocess.run(
-        ["./run.sh", command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment
+        ["./run.sh", command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment
     )
 
 

@@ -156,7 +156,7 @@ def kill_at(bucket: Bucket, workdir: str, moment: str) -> None:
     bucket.rule = rule
     child.append(start(bucket, workdir))
     ready.set()
-    text, _ = child[0].communicate(timeout=300)
+    text, _ = child[0].communicate(timeout=1200)
     bucket.rule = None
     assert child[0].returncode == -signal.SIGKILL, f"it was not killed at {moment!r}:\n{text[-3000:]}"
 
@@ -164,7 +164,7 @@ def kill_at(bucket: Bucket, workdir: str, moment: str) -> None:
 def finish(bucket: Bucket, workdir: str) -> None:
     """Runs the experiment to its end, in another process."""
     child = start(bucket, workdir)
-    text, _ = child.communicate(timeout=300)
+    text, _ = child.communicate(timeout=1200)
     assert child.returncode == 0, text[-3000:]
 
 
@@ -243,17 +243,17 @@ def two_processes(bucket: Bucket, folder: Path) -> None:
     def rule(request: str) -> None:
         if "name=two/config.json" in request and not refused:  # process 0 holds the lock
             refused.append("")
-            refused[0] = start(bucket, "gs://bucket/two").communicate(timeout=300)[0]
+            refused[0] = start(bucket, "gs://bucket/two").communicate(timeout=1200)[0]
 
     bucket.rule = rule
     there = start_two(bucket, "gs://bucket/two", "gs://bucket/two")
-    texts = [child.communicate(timeout=300)[0] for child in there]
+    texts = [child.communicate(timeout=1200)[0] for child in there]
     bucket.rule = None
     assert [child.returncode for child in there] == [0, 0], "\n".join(texts)[-3000:]
     assert "gs://bucket/two is in use by process" in refused[0], refused[0][-3000:]
     print("a third start in their workdir was refused", flush=True)
     here = start_two(bucket, f"{folder}/two", f"{folder}/two")
-    texts = [child.communicate(timeout=300)[0] for child in here]
+    texts = [child.communicate(timeout=1200)[0] for child in here]
     assert [child.returncode for child in here] == [0, 0], "\n".join(texts)[-3000:]
     copy = copied(bucket, "gs://bucket/two", folder / "copy_of_two")
     assert test_loop.rows_of(copy) == test_loop.rows_of(folder / "two")
@@ -265,7 +265,7 @@ def two_processes(bucket: Bucket, folder: Path) -> None:
         np.testing.assert_array_equal(leaf, other[name])
     print("two processes in the bucket equal two on the local disk, bit for bit", flush=True)
     apart = start_two(bucket, "gs://bucket/three", "gs://bucket/four")
-    texts = [child.communicate(timeout=300)[0] for child in apart]
+    texts = [child.communicate(timeout=1200)[0] for child in apart]
     assert all(child.returncode for child in apart)
     assert "gs://bucket/four" in texts[1], texts[1][-3000:]
     assert "is not the folder that process 0 sees" in texts[1], texts[1][-3000:]
