@@ -242,7 +242,7 @@ def test_the_network_is_fed_the_pixels_that_the_page_shows(
     def listening(_: Any, __: Any, images: jax.Array, targets: jax.Array, ___: Any) -> Any:
         raise HeardError(images, targets)
 
-    recipe: Any = types.SimpleNamespace(config=config, num_classes=10)
+    recipe: Any = types.SimpleNamespace(config=config, num_classes=10, teacher=None)
     state: Any = types.SimpleNamespace(step=jnp.int32(5))
     batch = {name: jnp.asarray(part) for name, part in plain.items()}
     monkeypatch.setattr(step_lib, "_gradients", listening)

@@ -88,7 +88,7 @@ def test_frozen_norms_keep_them_and_normalize_by_them() -> None:
     params["head"]["kernel"] += jnp.sin(jnp.arange(1280, dtype=jnp.float32)).reshape(128, 10)  # it starts at zero
     images = mixing.to_float(jnp.asarray(BATCHES[0]["image"]))
     targets = jax.nn.one_hot(BATCHES[0]["label"], 10)
-    step = jax.jit(functools.partial(step_lib._loss, recipe))
+    step = jax.jit(functools.partial(step_lib._loss, recipe, None))
     loss, moved = step(params, statistics, images, targets, jax.random.key(0))
     kept = {
         path.rpartition("/")[0]
