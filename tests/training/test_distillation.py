@@ -11,12 +11,14 @@ import pytest
 
 from tests import tiny
 from tests.training.test_step import BATCHES, program
+from vit_scaling import UserError, flops, interop, models
 from vit_scaling import config as c
-from vit_scaling import interop, models
 from vit_scaling.data import mixing
+from vit_scaling.data.sources import open_source
 from vit_scaling.optim import losses
 from vit_scaling.parallel import sharding
-from vit_scaling.training import initial
+from vit_scaling.planner import machines, plan
+from vit_scaling.training import initial, teacher
 
 # Another network than the student's, and another normalisation.
 TEACHER = tiny.model(width=24, pool="gap", drop_path=0.5, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
@@ -90,3 +92,33 @@ def test_the_gradient_is_that_of_the_kl_divergence() -> None:
     gradient = jax.grad(lambda s: losses.loss(own, s, targets).sum())(jnp.asarray(student))
     p, q = (np.exp(x) / np.exp(x).sum(axis=1, keepdims=True) for x in (student, taught))
     np.testing.assert_allclose(gradient, p - q, atol=1e-6)
+
+
+def test_bad_teachers_are_named(weights: Path) -> None:
+    with pytest.raises(UserError, match="has 10 classes, and the training set 7"):
+        teacher.read(config(weights), 7)
+    with pytest.raises(UserError, match=r"label_smoothing has no meaning for a teacher's labels"):
+        losses.check(c.LossConfig(teacher="x", label_smoothing=0.1))
+    with pytest.raises(UserError, match=r"loss.temperature is 2.0; it is for soft labels of a loss.teacher"):
+        losses.check(c.LossConfig(temperature=2.0))
+    with pytest.raises(UserError, match=r"loss.teacher_labels is 'firm'; choose soft or hard"):
+        losses.check(c.LossConfig(teacher_labels="firm"))
+    read = teacher.read(config(weights), 10)
+    assert read is not None
+    source = open_source(tiny.digits("train[:100]"))
+    named = dataclasses.replace(read, class_names=tuple(source.class_names or ())[::-1])
+    with pytest.raises(UserError, match="class 0 is '9' there and '0' here"):
+        teacher.check_classes(named, source)
+    teacher.check_classes(read, source)
+
+
+def test_the_plan_counts_the_teachers_forward_pass(weights: Path) -> None:
+    own = c.resolve(config(weights), 100)
+    machine = machines.topology("v5e:2x2")
+    built = program(config(weights))
+    found = plan._plan(own, machine, built.mesh, built.state_shape, 10, teacher=built.teacher)
+    taught = flops.count(TEACHER, image_size=(28, 28), num_classes=10).forward_flops * 16
+    student = flops.count(own.model, image_size=(28, 28), num_classes=10).train_flops * 16
+    assert found.model_flops == student
+    assert found.executed_flops == student + taught
+    assert found.state_bytes > 4 * flops.count(TEACHER, image_size=(28, 28), num_classes=10).params

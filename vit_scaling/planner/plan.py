@@ -4,6 +4,7 @@ The training step that training runs (`step.build`) is compiled for described de
 """
 
 import dataclasses
+import functools
 import math
 import re
 import time
@@ -14,6 +15,7 @@ import numpy as np
 
 from vit_scaling import flops
 from vit_scaling.config import Config
+from vit_scaling.interop import Weights
 from vit_scaling.parallel import mesh as mesh_lib
 from vit_scaling.parallel import sharding
 from vit_scaling.parallel.chips import GIB
@@ -90,7 +92,7 @@ class Plan:
     moved: tuple[Moved, ...]
     memory_traffic: float | None  # bytes read and written per device in a step
     model_flops: float  # of one step, over all devices: three forward passes
-    executed_flops: float  # including what remat recomputes
+    executed_flops: float  # including what remat recomputes, and a teacher's forward pass
     bounds: Bounds | None
     mfu_ceiling: float | None
     images: int  # of the whole run
@@ -127,13 +129,14 @@ def make(config: Config, machine: Topology, *, num_classes: int, multi_label: bo
     devices = machines.describe_devices(machine)
     mesh = mesh_lib.create(config.mesh, devices)
     built = step_lib.build(config, num_classes=num_classes, total_steps=int(config.duration.amount), mesh=mesh)
+    plan = functools.partial(_plan, config, machine, mesh, teacher=built.teacher)
     state_bytes = _bytes_per_device(built.state_shape)
     if state_bytes > machine.chip.memory:  # no need to ask the compiler
         message = (
             f"the train state alone takes {state_bytes / GIB:.1f} of {machine.chip.memory / GIB:.2f} GiB on each device"
         )
         short = state_bytes - machine.chip.memory
-        return _plan(config, machine, mesh, built.state_shape, num_classes, message=message, short_by=short)
+        return plan(built.state_shape, num_classes, message=message, short_by=short)
     batch = step_lib.batch_shape(config, num_classes, multi_label, mesh)
     lowered = built.train_step.lower(built.state_shape, batch)
     start = time.perf_counter()
@@ -144,9 +147,7 @@ def make(config: Config, machine: Topology, *, num_classes: int, multi_label: bo
         message = " ".join(str(error).split())
         if "RESOURCE_EXHAUSTED" not in message:
             raise
-        return _plan(
-            config, machine, mesh, built.state_shape, num_classes, message=message, short_by=_short_by(message)
-        )
+        return plan(built.state_shape, num_classes, message=message, short_by=_short_by(message))
     seconds = time.perf_counter() - start
     analysis = executable.memory_analysis()
     memory = Memory(
@@ -162,10 +163,7 @@ def make(config: Config, machine: Topology, *, num_classes: int, multi_label: bo
     moved = program.traffic(text, slices)
     # The TPU's compiler refuses what does not fit; that of GPUs does not.
     short = memory.needed - memory.available
-    return _plan(
-        config,
-        machine,
-        mesh,
+    return plan(
         built.state_shape,
         num_classes,
         memory=memory,
@@ -250,6 +248,7 @@ def _plan(
     state: Any,
     num_classes: int,
     *,
+    teacher: Weights | None = None,
     memory: Memory | None = None,
     moved: tuple[Moved, ...] = (),
     traffic: float | None = None,
@@ -262,6 +261,9 @@ def _plan(
     batch, steps = config.data.batch_size, int(config.duration.amount)
     model_flops = cost.train_flops * batch
     again = cost.train_flops / 3 * batch if remat(config.model) == "full" else 0.0
+    if teacher is not None:
+        taught = flops.count(teacher.config, image_size=teacher.image_size, num_classes=num_classes)
+        again += taught.forward_flops * batch
     bounds = None
     if traffic is not None:
         chip = machine.chip
