@@ -213,7 +213,8 @@ def main() -> None:
             traceback.print_exc()
             processes.leave(1)
         return
-    import tests.conftest  # noqa: F401  the compiler options, which processes started here inherit
+    os.environ["JAX_NUM_CPU_DEVICES"] = "1"  # as in the processes that are started here
+    import tests.conftest  # noqa: F401  the compiler options, which those inherit
     from tests import tiny
     from tests.training import test_loop
 
