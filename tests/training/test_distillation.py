@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from tests.training.test_step import BATCHES, program
-from vit_scaling import UserError, flops, interop, models
+from tests.training.test_step import BATCHES, assert_close, program
+from vit_scaling import UserError, flops, interop, models, names
 from vit_scaling import config as c
 from vit_scaling.data import mixing
 from vit_scaling.data.sources import open_source
 from vit_scaling.optim import losses
 from vit_scaling.parallel import sharding
 from vit_scaling.planner import machines, plan
-from vit_scaling.training import initial, teacher
+from vit_scaling.training import checkpoint, initial, teacher
 
 # Another network than the student's, and another normalisation.
 TEACHER = tiny.model(width=24, pool="gap", drop_path=0.5, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
@@ -122,3 +122,40 @@ def test_the_plan_counts_the_teachers_forward_pass(weights: Path) -> None:
     assert found.model_flops == student
     assert found.executed_flops == student + taught
     assert found.state_bytes > 4 * flops.count(TEACHER, image_size=(28, 28), num_classes=10).params
+
+
+def test_sharded_accumulated_and_continued_runs_are_the_same_and_the_teacher_stays(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = config(weights, temperature=2.0)
+    built = program(own)
+    on = sharding.batch_sharding(built.mesh)
+
+    def trained(built: Any) -> tuple[Any, list[float]]:
+        state, lost = begun(built), []
+        for batch in BATCHES:
+            state, metrics = built.train_step(state, sharding.put_batch(batch, sharding.batch_sharding(built.mesh)))
+            lost.append(float(metrics["loss"]))
+        return state, lost
+
+    whole, lost = trained(built)
+    assert_close(whole.teacher[0], interop.read(weights).parameters, 0)
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
+    split = dataclasses.replace(own, optim=dataclasses.replace(own.optim, accumulate=2))
+    eight = program(split, devices=8, data=4, model=2)
+    parts = [leaf for leaf in jax.tree.leaves(eight.state_shape.teacher) if not leaf.sharding.is_fully_replicated]
+    assert len(parts) > 5
+    other, other_lost = trained(eight)
+    assert other_lost == pytest.approx(lost, rel=1e-5)
+    assert_close(jax.device_get(other.params), jax.device_get(whole.params))
+
+    state = begun(built)
+    state, _ = built.train_step(state, sharding.put_batch(BATCHES[0], on))
+    writer = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=1, permanent=0)
+    writer.save(1, state, {})
+    writer.close()
+    state, _ = checkpoint.restore(tmp_path / "checkpoints" / "1", built.state_shape)
+    for batch in BATCHES[1:]:
+        state, _ = built.train_step(state, sharding.put_batch(batch, on))
+    for path, leaf in names.flatten(jax.device_get(state.params)).items():
+        np.testing.assert_array_equal(leaf, names.flatten(jax.device_get(whole.params))[path])
