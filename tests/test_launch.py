@@ -123,7 +123,7 @@ def fake(folder: Path, name: str, text: str) -> None:
 
 
 def gcloud(tmp_path: Path, states: str, codes: str, fails: str = "") -> str:
-    """Makes stand-ins for gcloud and sleep, and returns a PATH with them.
+    """Makes stand-ins for gcloud, git and sleep, and returns a PATH with them.
 
     gcloud notes what it is asked in `log`. The slice has one of `states` after the other; a run on it ends with one of
     `codes` after the other, "-" where the host is gone; a pod that is still running is not modelled. Calls that are
@@ -134,6 +134,7 @@ def gcloud(tmp_path: Path, states: str, codes: str, fails: str = "") -> str:
     (tmp_path / "fails").write_text(fails)
     (tmp_path / "codes").write_text("\n".join(codes.split()) + "\n")
     fake(tools, "sleep", f"echo $1 >>{tmp_path}/slept")
+    fake(tools, "git", "")  # the tests also run where there is no repository
     fake(
         tools,
         "gcloud",

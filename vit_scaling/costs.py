@@ -19,6 +19,7 @@ from vit_scaling.names import render_table
 # Every model of configs/, at its published sizes.
 PUBLISHED = {
     "vit_imagenet": ("Ti/16", "S/32", "S/16", "B/32", "B/16", "L/16"),
+    "deit3_imagenet": ("S", "B", "L", "H"),
     "vit_jft": ("g/14", "G/14"),
     "swin_imagenet": ("T", "S", "B", "L", "v2-T", "v2-S", "v2-B"),
     "resnet_imagenet": ("26", "38", "50", "101"),
