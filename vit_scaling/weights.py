@@ -112,11 +112,12 @@ def _write(weights: Any, output: Path, layout: str) -> None:
     from vit_scaling import interop
     from vit_scaling.interop import card, hub, serving
     from vit_scaling.pages import runs
-    from vit_scaling.training import initial, workdir
+    from vit_scaling.training import initial, telemetry, workdir
 
     found = initial.find_checkpoint(hub.place(_INPUT.value))
     # A checkpoint is named by a number: the run says which one.
     source = _INPUT.value if found is None else f"{found.parts[-3]}, step {found.name}"
+    starts = [] if found is None else telemetry.read_jsonl(found.parent.parent / "starts.jsonl")
     text = card.card(
         weights,
         layout=layout,
@@ -125,6 +126,7 @@ def _write(weights: Any, output: Path, layout: str) -> None:
         run=None if found is None else initial.record_of(found),
         trained_by=None if found is None else runs.command_of(found.parent.parent),
         metrics=None if found is None else workdir.metrics_of(found),
+        starts=[row for row in starts if row["step"] < int(found.name)] if found is not None else [],
     )
     interop.write(
         weights,

@@ -165,7 +165,12 @@ def test_the_card_says_where_weights_come_from() -> None:
         "device_kind": "TPU v4",
         "git_revision": "abc",
     }
-    told = card.card(weights, layout="timm", source="r", command=["c"], run=run, metrics={"test/accuracy": 0.98765})
+    first = {key: run[key] for key in ("versions", "device_count", "device_kind")} | {"step": 0}
+    starts = [first, {"step": 1200, "versions": {"jax": "0.13"}, "device_count": 8, "device_kind": "TPU v5 lite"}]
+    known = {"run": run, "metrics": {"test/accuracy": 0.98765}, "starts": starts}
+    told = card.card(weights, layout="timm", source="r", command=["c"], **known)
+    assert "JAX 0.12, 4 x TPU v4, revision abc.\nContinued from step 1,200 with JAX 0.13, 8 x TPU v5 lite.\n" in told
+    assert told.count("Continued") == 1
     for text in ("`cifar10`, split `train[:98%]`, 500 steps of 64 images, starting from `b16`; seed 3", "abc"):
         assert text in told
     assert "| test/accuracy | 0.9877 |" in told

@@ -55,6 +55,7 @@ def card(
     run: Mapping[str, Any] | None = None,
     trained_by: Sequence[str] | None = None,
     metrics: Mapping[str, float] | None = None,
+    starts: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Returns a model card in Markdown.
 
@@ -66,6 +67,7 @@ def card(
         run: config.json of the run that trained them, where there was one.
         trained_by: the words of that run's command, where they are known.
         metrics: what that run measured at its end, by name.
+        starts: rows of that run's starts.jsonl; what the later ones ran with is quoted too.
     """
     cost = flops.count(weights.config, image_size=weights.image_size, num_classes=weights.num_classes)
     height, width = weights.image_size
@@ -96,7 +98,7 @@ def card(
         "```",
         "",
         "## Data",
-        *_data(run, trained_by),
+        *_data(run, trained_by, starts),
         "",
         "## Measured",
         *_measured(metrics),
@@ -114,6 +116,11 @@ def portable(command: Sequence[str]) -> str:
     return shlex.join(_FOLDERS.sub("", word) for word in command)
 
 
+def _environment(row: Mapping[str, Any]) -> str:
+    revision = f", revision {row['git_revision']}" if row.get("git_revision") else ""
+    return f"JAX {row['versions']['jax']}, {row['device_count']} x {row['device_kind']}{revision}"
+
+
 def _name(path: str) -> str:
     """Returns the last part of a local path; an address such as hf://OWNER/NAME whole."""
     return path if "://" in path else Path(path).name
@@ -128,7 +135,9 @@ def _classes(weights: Weights) -> str:
     return f"{weights.num_classes}{' (a fresh classifier: train it first)' if weights.fresh_head else ''}"
 
 
-def _data(run: Mapping[str, Any] | None, trained_by: Sequence[str] | None) -> list[str]:
+def _data(
+    run: Mapping[str, Any] | None, trained_by: Sequence[str] | None, starts: Sequence[Mapping[str, Any]]
+) -> list[str]:
     if run is None:
         return ["Not recorded: the weights came from a file, not from a run of this project."]
     config = run["config"]
@@ -139,8 +148,8 @@ def _data(run: Mapping[str, Any] | None, trained_by: Sequence[str] | None) -> li
         f"Trained on {sets}, {duration['amount']:g} "
         f"{duration['unit']} of {config['data']['batch_size']} images"
         + (f", starting from `{_name(start)}`" if start else "")
-        + f"; seed {config['seed']}, JAX {run['versions']['jax']}, {run['device_count']} x {run['device_kind']}"
-        + (f", revision {run['git_revision']}." if run.get("git_revision") else "."),
+        + f"; seed {config['seed']}, {_environment(run)}.",
+        *(f"Continued from step {row['step']:,} with {_environment(row)}." for row in starts[1:]),
         "",
         f"Optimizer {config['optim']['name']}, learning rate {config['optim']['lr']:g}, "
         f"{config['schedule']['kind']} schedule, loss {config['loss']['kind']}.",

@@ -197,7 +197,7 @@ function chart(options) {
         svg(
           "text",
           { x: px(value), y: height - MARGIN.bottom + 15, "text-anchor": "middle" },
-          value >= 1e5 ? value.toExponential().replace("e+", "e") : number(value, 4),
+          value >= 1e5 ? Number(value.toPrecision(4)).toExponential().replace("e+", "e") : number(value, 4),
         ),
       );
     }
