@@ -99,8 +99,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
 def test_a_mesh_and_microbatches_and_unrolled_layers_change_nothing(name: str, trained: Any) -> None:
     for whole, other in zip(trained[0], trained[1], strict=True):
         for path, leaf in names.flatten(whole[name]).items():
-            scale = float(np.max(np.abs(leaf))) + 1e-12
-            np.testing.assert_allclose(names.flatten(other[name])[path] / scale, leaf / scale, atol=2e-3, err_msg=path)
+            # By norm: where a gradient nearly vanishes, dividing it by its own size makes much of rounding.
+            difference = np.linalg.norm(names.flatten(other[name])[path] - leaf) / np.linalg.norm(leaf)
+            assert difference < 2e-4, (path, difference)
 
 
 @pytest.mark.parametrize("name", optimizer.NAMES)
