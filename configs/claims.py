@@ -158,7 +158,7 @@ def size() -> Claim:
     pairs = [(f"depth 4, {images:,} images", f"depth 1, {images:,} images") for images in counts]
     return Claim(
         name="size",
-        source=f"{VIT}, section 2.2, figure 4",
+        source=f"{VIT}, section 2",
         says="Larger models are more sample efficient: they reach a lower error from the same number of images.",
         variants=variants,
         expects=tuple(Expectation(large, "above", small, metric) for large, small in pairs for metric in FEWSHOT),

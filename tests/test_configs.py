@@ -1,6 +1,7 @@
 """Every config: its smoke trains two steps by the real loop, and its whole size can be traced."""
 
 import dataclasses
+import gzip
 import importlib
 import json
 import re
@@ -97,6 +98,16 @@ def text_of(name: str) -> str:
 def test_resolved_configs_are_golden(name: str) -> None:
     """No field of any experiment changes unnoticed. Meant to change? `.venv/bin/python -m tests.test_configs`."""
     assert (GOLDEN / f"{name}.json").read_text() == text_of(name)
+
+
+# What config.json of runs held on 2026-11-26, before fields that came later. Never made again.
+BEFORE = json.loads(gzip.decompress((GOLDEN.parent / "configs_before.json.gz").read_bytes()))
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_a_run_from_before_continues(name: str) -> None:
+    ((argument, old),) = BEFORE[name].items()
+    assert c.differences(old, json.loads(text_of(name))[argument]) == []
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -134,7 +134,8 @@ BEFORE = {
     "temperature": 1.0,
     "norm": "layernorm",
     "spike_window": 128,
-    **dict.fromkeys(("key_bias", "proj_bias", "mlp_bias"), True),
+    **dict.fromkeys(("key_bias", "proj_bias", "mlp_bias", "content"), True),
+    "position": "relative",  # of local attention; all other models always had theirs
 }
 
 # Where a run may differ from the one that began the workdir: nothing here changes what is computed, except that

@@ -29,7 +29,7 @@ from vit_scaling.data.sources import open_source
 from vit_scaling.data.sources.arrays import BuiltinSource
 from vit_scaling.evaluation.suite import Suite
 from vit_scaling.parallel import mesh as mesh_lib
-from vit_scaling.training import checkpoint, figure, initial, loop, step_log, telemetry
+from vit_scaling.training import checkpoint, export, figure, initial, loop, step_log, telemetry
 from vit_scaling.training import workdir as workdirs
 from vit_scaling.training.step import build
 
@@ -300,6 +300,21 @@ def test_a_restore_that_stands_still_is_ended_by_the_watchdog(
     with pytest.raises(TransientError, match="it stood still"):
         loop.train(tiny.config(), tmp_path / "run")
     assert timer[1:] == [None]
+
+
+def test_an_export_may_take_longer_than_the_watchdog_waits(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timer: list[float | None] = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, **_: timer.append(seconds))
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: timer.append(None))
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    set_to: list[float | None] = []
+    monkeypatch.setattr(export, "write_all", lambda *_: set_to.append(timer[-1]))
+    loop.train(tiny.config(), tmp_path / "run")  # has its last checkpoint, and makes the result again
+    assert set_to == [None]
+    assert (tmp_path / "run" / "result.json").exists()
 
 
 def test_a_workdir_that_goes_when_the_run_has_finished_is_a_sentence(

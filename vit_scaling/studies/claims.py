@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 
 from vit_scaling import UserError, flops
 from vit_scaling.config import Config
-from vit_scaling.data.sources import open_source
 from vit_scaling.names import render_table
 from vit_scaling.studies import runner
 from vit_scaling.studies.runner import Job
@@ -45,7 +44,7 @@ class Claim:
         says: what the paper says, in one sentence.
         variants: experiments by name.
         expects: the claim in terms of the variants.
-        minutes: what it takes on two cores, as measured.
+        minutes: what it takes on two cores, as estimated.
         metrics: what the table shows, by the names in `result.json`, or what `measure` adds.
         measure: from the folder of a finished run to further metrics, for instance of its weights.
     """
@@ -85,7 +84,7 @@ def plan(study: ClaimsConfig) -> list[Job]:
             if expected.relation not in RELATIONS or expected.metric not in claim.metrics:
                 raise UserError(f"the claim {claim.name} cannot check {expected}")
         for variant, config in claim.variants.items():
-            examples = len(open_source(config.data.train))
+            examples, _ = runner.training_set(config)
             for seed in study.seeds:
                 config = copy.deepcopy(config)
                 config.seed = seed

@@ -5,6 +5,7 @@ A killed study continues where it was, and a run that fails does not stop the ot
 
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from typing import IO
 from vit_scaling import UserError, flops
 from vit_scaling import config as config_lib
 from vit_scaling.config import Config
-from vit_scaling.data.sources import open_source
+from vit_scaling.data.sources import SourceConfig, open_source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,18 @@ def work(job: Job) -> float:
 
 def num_classes(config: Config) -> int:
     """Returns the length of the logits that the run's training set asks for."""
-    return open_source(config.data.train).num_classes
+    return training_set(config)[1]
+
+
+def training_set(config: Config) -> tuple[int, int]:
+    """Returns the numbers of examples and of classes. Runs that share a set open it once."""
+    return _training_set(json.dumps(dataclasses.asdict(config.data.train)))
+
+
+@functools.lru_cache(maxsize=64)
+def _training_set(source: str) -> tuple[int, int]:
+    opened = open_source(SourceConfig.from_json(json.loads(source)))
+    return len(opened), opened.num_classes
 
 
 def run_all(

@@ -163,7 +163,7 @@ def _train(
     # ---- Steps. Do not reorder: step n + 1 is dispatched before the metrics of step n are read, and rows are written
     # before the checkpoint that makes them part of the run's past.
     with contextlib.ExitStack() as exits:
-        for each in (checkpoints, progress, profiler, batches):
+        for each in (watchdog, checkpoints, progress, profiler, batches):  # exports and results take their time
             exits.enter_context(contextlib.closing(each))
         exits.enter_context(jax.transfer_guard("disallow"))
         due = (setup.measures_at(step) and step not in past["measured"]) if resumed else step == 0
@@ -200,12 +200,22 @@ def _train(
     if stop.granted:
         processes.say(f"stopped at step {step}; the same command continues from there")
         return {"interrupted": step}
-    # ---- The result speaks of the last checkpoint, so it is written after it; and last, because it ends the run.
-    export.write_all(config, workdir, workdir / "checkpoints" / str(step))
-    processes.first(lambda: workdirs.finish(workdir, config, source, setup.suite, evaluate.values, clock))
-    result = _result(workdir)
+    result = _finished(setup, workdir, step, evaluate.values, clock)
     writer.finish(result)
     return result
+
+
+def _finished(
+    setup: _Setup, workdir: Path, step: int, values: dict[str, float] | None, clock: telemetry.Clock
+) -> dict[str, Any]:
+    """Writes what stands at the end of a run, and returns its result.
+
+    The result speaks of the last checkpoint, so it is written after it; and last, because it ends the run.
+    """
+    config = setup.config
+    export.write_all(config, workdir, workdir / "checkpoints" / str(step))
+    processes.first(lambda: workdirs.finish(workdir, config, setup.source, setup.suite, values, clock))
+    return _result(workdir)
 
 
 def _result(workdir: Path) -> dict[str, Any]:
