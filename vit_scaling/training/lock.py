@@ -148,10 +148,9 @@ def _refusal(path: Path, owner: dict[str, Any]) -> UserError:
     return UserError(f"{path.parent} is in use by {who}; wait for that run, stop it, or name another --workdir")
 
 
-def _sees(path: Path, token: str) -> bool:
-    end = time.monotonic() + VISIBLE_SECONDS
-    while _read(path).get("token") != token:
-        if time.monotonic() > end:
-            return False
-        time.sleep(1.0)
-    return True
+def _sees(path: Path, token: str, sleep: Callable[[float], None] = time.sleep) -> bool:
+    for _ in range(int(VISIBLE_SECONDS)):
+        if _read(path).get("token") == token:
+            return True
+        sleep(1.0)
+    return False
