@@ -128,7 +128,7 @@ def _run_study(workdir: Path, study: Any) -> None:
     failed: dict[str, str] = {}
     if not _REPORT.value:
         if isinstance(study, claims.ClaimsConfig):
-            print(claims.describe(study), flush=True)
+            print(claims.describe(study, jobs), flush=True)
         work = sum(runner.work(job) for job in jobs)
         print(f"{len(jobs)} runs of {work:.1e} training FLOPs in all; logs are in {workdir / 'logs'}", flush=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # both ask for an orderly stop

@@ -34,7 +34,9 @@ def test_every_claim_has_its_runs(name):
     (claim,) = tried.claims
     assert claim.name == name
     assert claim.expects
-    assert len(jobs) == len({job.name for job in jobs}) == 2 * len(claim.variants)
+    # A smoke run of four steps is the same for two lengths.
+    different = {json.dumps(config_lib.to_dict(config)) for config in claim.variants.values()}
+    assert len(jobs) == len({job.name for job in jobs}) == 2 * len(different)
     assert {job.config.seed for job in jobs} == {0, 1}
     # Variants differ in what they are about, and in nothing else than model, optimizer and length.
     fields = [config_lib.to_dict(config) for config in claims_file.CLAIMS[name]().variants.values()]
@@ -48,6 +50,31 @@ def test_all_claims_are_one_study_of_three_seeds():
     assert [claim.name for claim in whole.claims] == list(claims_file.CLAIMS)
     assert len(whole.seeds) == 3
     assert sum(claim.minutes for claim in whole.claims) <= 180  # on two cores
+
+
+def test_claims_that_need_the_same_run_share_it(tmp_path):
+    tried = claims.ClaimsConfig((*study("sasa").claims, *study("kernel").claims), (0, 1))
+    jobs = claims.plan(tried)
+    names = [job.name for job in jobs]
+    assert len(names) == len(set(names)) == 2 * (3 + 2)  # kernel 5 is the attention of sasa
+    assert "kernel/kernel_5/seed0" not in names
+    assert claims.describe(tried, jobs).splitlines()[1].startswith("kernel: 4 runs, ")
+    for job in jobs:
+        finish(job, tmp_path, {"test/accuracy": 0.5 + 0.1 * ("sasa/attention/" in job.name)})
+    _, kernel = claims.gather(tried, jobs, tmp_path)
+    assert kernel.values["kernel 5"]["test/accuracy"] == [0.6, 0.6]
+    assert kernel.values["kernel 3"]["test/accuracy"] == [0.5, 0.5]
+
+
+def test_a_claim_about_a_number_has_one_sample(tmp_path):
+    values = {"a": {"changed": [0.0, 0.0]}, "b": {"changed": [0.1, 0.12]}}
+    exact = Expectation("a", "equal to", 0.0, "changed")
+    assert claims.judge(exact, values) == claims.Verdict(exact, 0.0, 0.0)
+    assert claims.judge(exact, values).verdict == SEEN
+    other = claims.judge(dataclasses.replace(exact, first="b"), values)
+    assert other.verdict == CONTRADICTED
+    assert other.deviation == pytest.approx(0.02 / 2**0.5)
+    assert exact.variants == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +131,8 @@ def test_a_measure_adds_metrics_once(tmp_path):
     tried = study()
     calls = []
 
-    def measure(folder: Path) -> dict[str, float]:
+    def measure(folder: Path, config: config_lib.Config) -> dict[str, float]:
+        assert config.model.pool == "map"
         calls.append(folder)
         return {"norm": 2.0}
 

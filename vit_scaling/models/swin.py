@@ -336,7 +336,8 @@ class Swin(nnx.Module):
         self.norm = layers.LayerNorm(features, eps=config.norm_eps)
         self.head = layers.Linear(features, num_classes, key=head_key, kernel_init=INIT)
 
-    def _tokens(self, images_BHWC: Array) -> Float[Array, "B H W D"]:
+    def tokens(self, images_BHWC: Float[Array, "B H W 3"]) -> Float[Array, "B H W D"]:
+        """Returns what the first stage reads."""
         B, *image_size, _ = images_BHWC.shape
         grid = stage_grids(self.config, (image_size[0], image_size[1]))[0]
         missing = [tokens * self.config.patch - side for tokens, side in zip(grid, image_size, strict=True)]
@@ -361,7 +362,7 @@ class Swin(nnx.Module):
         """Returns the tokens of the last stage before the norm, and the attention of each stage where `maps`."""
         rates = self.drop_path_rates()
         keys = None if key is None or not self.config.drop_path else jax.random.split(key, rates.shape)
-        x_BHWD, weights = self._tokens(images_BHWC), []
+        x_BHWD, weights = self.tokens(images_BHWC), []
         for s, depth in enumerate(self.config.depths):
             stage, before = getattr(self, f"stage{s + 1}"), sum(self.config.depths[:s])
             own = slice(before // 2, (before + depth) // 2)

@@ -15,7 +15,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from vit_scaling import UserError, flops
-from vit_scaling.config import Config
+from vit_scaling.config import Config, to_dict
 from vit_scaling.names import render_table
 from vit_scaling.studies import runner
 from vit_scaling.studies.runner import Job
@@ -26,12 +26,16 @@ SEEN, NOT_SEEN, CONTRADICTED = "seen", "not seen at this scale", "contradicted"
 
 @dataclasses.dataclass(frozen=True)
 class Expectation:
-    """What a paper says of one metric of two variants: that the first is above, below or equal to the second."""
+    """What a paper says of one metric: that of one variant it is above, below or equal to another's, or to a number."""
 
     first: str
     relation: str
-    second: str
+    second: str | float
     metric: str = "test/accuracy"
+
+    @property
+    def variants(self) -> list[str]:
+        return [name for name in (self.first, self.second) if isinstance(name, str)]
 
 
 @dataclasses.dataclass
@@ -46,7 +50,7 @@ class Claim:
         expects: the claim in terms of the variants.
         minutes: what it takes on two cores, as estimated.
         metrics: what the table shows, by the names in `result.json`, or what `measure` adds.
-        measure: from the folder of a finished run to further metrics, for instance of its weights.
+        measure: from the folder of a finished run and its config to further metrics; see measures.py.
     """
 
     name: str
@@ -56,7 +60,7 @@ class Claim:
     expects: tuple[Expectation, ...]
     minutes: float
     metrics: tuple[str, ...] = ("test/accuracy",)
-    measure: Callable[[Path], dict[str, float]] | None = None
+    measure: Callable[[Path, Config], dict[str, float]] | None = None
 
 
 @dataclasses.dataclass
@@ -68,7 +72,7 @@ class ClaimsConfig:
 
 
 def plan(study: ClaimsConfig) -> list[Job]:
-    """Returns one job for each claim, variant and seed, in this order.
+    """Returns one job for each claim, variant and seed, in this order; equal ones once.
 
     Raises:
         UserError: a claim's expectation names a variant, relation or metric that it does not have, or there are fewer
@@ -76,34 +80,42 @@ def plan(study: ClaimsConfig) -> list[Job]:
     """
     if len(set(study.seeds)) < max(2, len(study.seeds)):
         raise UserError(f"seeds is {study.seeds}; give at least two different ones: their deviation is the yardstick")
-    jobs = []
     for claim in study.claims:
         for expected in claim.expects:
-            if unknown := {expected.first, expected.second} - set(claim.variants):
+            if unknown := set(expected.variants) - set(claim.variants):
                 raise UserError(f"the claim {claim.name} has no variant {sorted(unknown)[0]!r}")
             if expected.relation not in RELATIONS or expected.metric not in claim.metrics:
                 raise UserError(f"the claim {claim.name} cannot check {expected}")
-        for variant, config in claim.variants.items():
+    jobs: dict[str, Job] = {}
+    for (claim_name, _, _), (name, config) in _runs(study).items():
+        if name not in jobs:
             examples, _ = runner.training_set(config)
+            steps = config.duration.to_steps(config.data.batch_size, examples)
+            jobs[name] = Job(name, claim_name, 0, config, steps, steps, examples)
+    return list(jobs.values())
+
+
+def _runs(study: ClaimsConfig) -> dict[tuple[str, str, int], tuple[str, Config]]:
+    """Returns {(claim, variant, seed): (name, config)} of all runs. Equal ones share the name of the first."""
+    names: dict[str, str] = {}
+    runs = {}
+    for claim in study.claims:
+        for variant, config in claim.variants.items():
             for seed in study.seeds:
-                config = copy.deepcopy(config)
-                config.seed = seed
-                steps = config.duration.to_steps(config.data.batch_size, examples)
-                jobs.append(Job(_job(claim, variant, seed), claim.name, 0, config, steps, steps, examples))
-    return jobs
+                own = dataclasses.replace(copy.deepcopy(config), seed=seed)
+                name = f"{claim.name}/{variant.replace(' ', '_').replace(',', '')}/seed{seed}"
+                name = names.setdefault(json.dumps(to_dict(own), sort_keys=True), name)
+                runs[claim.name, variant, seed] = name, own
+    return runs
 
 
-def describe(study: ClaimsConfig) -> str:
-    """Returns a line for each claim: its number of runs, and how long they take."""
-    runs = [len(claim.variants) * len(study.seeds) for claim in study.claims]
+def describe(study: ClaimsConfig, jobs: Sequence[Job]) -> str:
+    """Returns a line for each claim: its runs but for those that it shares with an earlier one, and their minutes."""
     return "\n".join(
-        f"{claim.name}: {count} runs, about {claim.minutes:g} min on two cores; {claim.source}"
-        for claim, count in zip(study.claims, runs, strict=True)
+        f"{claim.name}: {sum(job.group == claim.name for job in jobs)} runs, about {claim.minutes:g} min on two cores; "
+        f"{claim.source}"
+        for claim in study.claims
     )
-
-
-def _job(claim: Claim, variant: str, seed: int) -> str:
-    return f"{claim.name}/{variant.replace(' ', '_').replace(',', '')}/seed{seed}"
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
@@ -156,14 +168,15 @@ def gather(study: ClaimsConfig, jobs: Sequence[Job], workdir: Path) -> list[Outc
         UserError: a run did not measure one of the claim's metrics.
     """
     finished = {job.name for job in jobs if runner.done(job, workdir)}
-    outcomes = []
+    runs, outcomes = _runs(study), []
     for claim in study.claims:
-        names = {variant: [_job(claim, variant, seed) for seed in study.seeds] for variant in claim.variants}
+        names = {name: [runs[claim.name, name, seed][0] for seed in study.seeds] for name in claim.variants}
         if not finished.issuperset(name for of_variant in names.values() for name in of_variant):
             continue
         values: dict[str, dict[str, list[float]]] = {}
         for variant, of_variant in names.items():
-            measured = [_metrics(claim, runner.folder(workdir, name)) for name in of_variant]
+            config = claim.variants[variant]
+            measured = [_metrics(claim, config, runner.folder(workdir, name)) for name in of_variant]
             values[variant] = {metric: [run[metric] for run in measured] for metric in claim.metrics}
         outcomes.append(Outcome(claim, values, [judge(expected, values) for expected in claim.expects]))
     return outcomes
@@ -171,17 +184,18 @@ def gather(study: ClaimsConfig, jobs: Sequence[Job], workdir: Path) -> list[Outc
 
 def judge(expected: Expectation, values: Mapping[str, Mapping[str, Sequence[float]]]) -> Verdict:
     """Compares two variants: the difference of their means, and the pooled deviation between their seeds."""
-    first, second = (values[name][expected.metric] for name in (expected.first, expected.second))
-    deviation = math.sqrt((statistics.variance(first) + statistics.variance(second)) / 2)
-    return Verdict(expected, statistics.mean(first) - statistics.mean(second), deviation)
+    samples = [values[name][expected.metric] for name in expected.variants]
+    deviation = math.sqrt(statistics.mean(map(statistics.variance, samples)))
+    second = statistics.mean(samples[1]) if isinstance(expected.second, str) else expected.second
+    return Verdict(expected, statistics.mean(samples[0]) - second, deviation)
 
 
-def _metrics(claim: Claim, folder: Path) -> dict[str, float]:
+def _metrics(claim: Claim, config: Config, folder: Path) -> dict[str, float]:
     metrics = json.loads((folder / "result.json").read_text())["metrics"]
     if claim.measure is not None:
-        kept = folder / "measured.json"
+        kept = folder / f"measured_{claim.name}.json"  # claims may share a run
         if not kept.exists():
-            kept.write_text(json.dumps(claim.measure(folder)))
+            kept.write_text(json.dumps(claim.measure(folder, config)))
         metrics |= json.loads(kept.read_text())
     if missing := [metric for metric in claim.metrics if metric not in metrics]:
         raise UserError(
@@ -233,7 +247,8 @@ def _table(outcome: Outcome, seeds: int) -> str:
         shown = []
         for metric in metrics:
             of_seeds, unit = outcome.values[variant][metric], _unit(metric)
-            shown.append(f"{unit * statistics.mean(of_seeds):.2f} ± {unit * statistics.stdev(of_seeds):.2f}")
+            mean, deviation = unit * statistics.mean(of_seeds), unit * statistics.stdev(of_seeds)
+            shown.append(f"{mean:.2f} ± {deviation:.2f}" if unit > 1 else f"{mean:.3g} ± {deviation:.2g}")
         rows.append([variant, f"{cost.params:,}", f"{cost.train_flops / 1e6:.1f}", *shown])
     header = ["variant", "parameters", "training MFLOPs per image", *metrics]
     return render_table(header, rows, markdown=True) + f"\n\nMean and deviation over {seeds} seeds.\n"
