@@ -123,7 +123,7 @@ def adafactor() -> Claim:
         variants={"adafactor": _vit(), "adam": _vit(name="adam")},
         expects=tuple(Expectation("adafactor", "equal to", "adam", metric) for metric in FEWSHOT),
         metrics=FEWSHOT,
-        minutes=5,
+        minutes=3,
     )
 
 
@@ -142,7 +142,7 @@ def decay() -> Claim:
         variants=variants,
         expects=(Expectation(strong, "above", weak, FEWSHOT[1]), Expectation(strong, "below", weak, FEWSHOT[0])),
         metrics=FEWSHOT,
-        minutes=40,
+        minutes=25,
     )
 
 
@@ -158,7 +158,7 @@ def pool() -> Claim:
             Expectation("map", "equal to", "token", FEWSHOT[1]),
         ),
         metrics=FEWSHOT,
-        minutes=8,
+        minutes=5,
     )
 
 
@@ -175,7 +175,7 @@ def size() -> Claim:
         variants=variants,
         expects=tuple(Expectation(large, "above", small, metric) for large, small in pairs for metric in FEWSHOT),
         metrics=FEWSHOT,
-        minutes=12,
+        minutes=8,
     )
 
 
@@ -195,7 +195,7 @@ def sasa() -> Claim:
             Expectation("convolution, then attention", "above", "convolution"),
             Expectation("convolution, then attention", "above", "attention"),
         ),
-        minutes=15,
+        minutes=10,
     )
 
 
@@ -210,7 +210,7 @@ def kernel() -> Claim:
             Expectation("kernel 7", "above", "kernel 3"),
             Expectation("kernel 7", "equal to", "kernel 5"),
         ),
-        minutes=15,
+        minutes=8,
     )
 
 
@@ -231,7 +231,7 @@ def position() -> Claim:
             Expectation("content and absolute", "above", "content"),
             Expectation("content and relative", "above", "relative"),
         ),
-        minutes=15,
+        minutes=10,
     )
 
 
@@ -276,7 +276,7 @@ def augmented() -> Claim:
             "non-local": _resnet(nonlocal_after=(2, 3)),
         },
         expects=(Expectation("augmented", "above", "convolution"), Expectation("non-local", "above", "convolution")),
-        minutes=15,
+        minutes=8,
     )
 
 
@@ -300,7 +300,7 @@ def heads() -> Claim:
         ),
         metrics=metrics,
         measure=measures.heads,
-        minutes=8,
+        minutes=6,
     )
 
 
@@ -317,7 +317,7 @@ def pruning() -> Claim:
         ),
         metrics=("test/accuracy", "pruned/heads", "pruned/accuracy_change"),
         measure=measures.pruned,
-        minutes=15,
+        minutes=12,
     )
 
 
@@ -330,7 +330,7 @@ def replaced() -> Claim:
         expects=(Expectation("convolution", "equal to", 0.0, "replaced/changed"),),
         metrics=("test/accuracy", "replaced/layers", "replaced/changed", "replaced/logit"),
         measure=measures.replaced,
-        minutes=8,
+        minutes=1,
     )
 
 
@@ -348,7 +348,7 @@ def swin_v2() -> Claim:
         ),
         metrics=("test/accuracy", "activations/growth", "window/accuracy_change"),
         measure=functools.partial(measures.swin_v2, window=7),
-        minutes=12,
+        minutes=10,
     )
 
 
