@@ -336,7 +336,7 @@ class Swin(nnx.Module):
         self.norm = layers.LayerNorm(features, eps=config.norm_eps)
         self.head = layers.Linear(features, num_classes, key=head_key, kernel_init=INIT)
 
-    def tokens(self, images_BHWC: Float[Array, "B H W 3"]) -> Float[Array, "B H W D"]:
+    def tokens(self, images_BHWC: Array) -> Float[Array, "B H W D"]:
         """Returns what the first stage reads."""
         B, *image_size, _ = images_BHWC.shape
         grid = stage_grids(self.config, (image_size[0], image_size[1]))[0]
