@@ -11,6 +11,7 @@ from tests import commands
 from tests.studies.test_study import known_runs
 from vit_scaling import UserError, cli, laws
 from vit_scaling.studies import findings, points, report
+from vit_scaling.studies.table import SEED
 
 CHINCHILLA = Path(__file__).parents[1] / "files" / "chinchilla_points.csv"
 JFT = Path(__file__).parents[1] / "files" / "jft_scaling_runs.csv"
@@ -150,6 +151,9 @@ def test_replicates_give_the_noise_between_seeds():
     ]
     assert findings.of_replicates(seeds) == pytest.approx(0.02, rel=0.15)
     assert findings.of_replicates(known_runs()) is None
+    other = [dataclasses.replace(run, group=SEED, error=1.02 * run.error) for run in known_runs()]
+    other += [dataclasses.replace(run, group="adam", error=2 * run.error) for run in known_runs()]
+    assert findings.find([*known_runs(), *other]).deviation == pytest.approx(0.02 / 2**0.5, rel=0.02)
     own = [dataclasses.replace(run, deviation=0.01) for run in known_runs()]
     assert findings.noises(own, 0.5).tolist() == [0.01] * len(own)
 

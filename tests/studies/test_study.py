@@ -11,15 +11,17 @@ import jax
 import numpy as np
 import pytest
 
+from configs import fashion_study as fashion_file
 from configs import study as study_file
 from vit_scaling import config as config_lib
+from vit_scaling import flops
 from vit_scaling.data.sources import open_source
 from vit_scaling.optim.schedule import Duration
 from vit_scaling.parallel import mesh
 from vit_scaling.studies import findings, report, runner, scaling, summary
 from vit_scaling.studies import table as runs
 from vit_scaling.studies.scaling import Comparison
-from vit_scaling.studies.table import SWEEP, Run
+from vit_scaling.studies.table import SEED, SWEEP, Run
 from vit_scaling.training import loop
 
 
@@ -38,6 +40,28 @@ def test_the_study_is_large_enough():
     assert len({job.data_images for job in jobs}) >= 2
     per_size = [job for job in jobs if job.group == SWEEP and job.size == 1 and job.data_images == 4000]
     assert len(per_size) >= 3
+
+
+def test_the_fashion_study_spans_a_factor_of_a_hundred_and_its_rate_is_that_of_mup():
+    whole = fashion_file.get_config()
+    assert (len(whole.sizes), len(whole.fractions), len(whole.images)) == (6, 4, 4)
+    digits = fashion_file.get_config("smoke")
+    jobs = scaling.plan(dataclasses.replace(digits, sizes=whole.sizes, dial=whole.dial), Path("w"))
+    params = [
+        flops.count(job.config.model, image_size=(28, 28), num_classes=10).params for job in jobs if job.group == SWEEP
+    ]
+    assert max(params) > 100 * min(params)
+    assert {(job.config.optim.lr, job.config.model.base_width) for job in jobs} == {(2e-3, 64)}
+    seeds = {(each.size, each.images): 0 for each in whole.comparisons}
+    assert len(whole.comparisons) == 2 * len(seeds) >= 8  # each with two seeds beside the sweep's
+    assert all(size in whole.sizes and images in whole.images for size, images in seeds)
+
+
+def test_runs_that_differ_in_the_seed_alone_are_replicates(study):
+    other = (("seed", 1),), (("seed", 1), ("optim.lr", 1e-3))
+    study.comparisons = tuple(Comparison(name, 2, 200, overrides) for name, overrides in zip("ab", other, strict=True))
+    groups = {job.name: job.group for job in scaling.plan(study, Path("w"))}
+    assert (groups["a_d2_i200"], groups["b_d2_i200"]) == (SEED, "b")
 
 
 def test_one_trunk_serves_every_duration_of_a_size(study):

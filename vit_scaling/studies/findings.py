@@ -16,7 +16,7 @@ from vit_scaling.laws.joint import JointLaw
 from vit_scaling.laws.power_law import Law
 from vit_scaling.laws.repeated import RepeatedLaw
 from vit_scaling.laws.robust import Floats
-from vit_scaling.studies.table import SWEEP, Run
+from vit_scaling.studies.table import SEED, SWEEP, Run
 
 
 class Residual(NamedTuple):
@@ -94,7 +94,7 @@ def find(runs: Sequence[Run], options: Options | None = None) -> Findings:
     if not 0 < options.held_out < 1:
         raise UserError(f"held_out is {options.held_out:g}; it is a share of the runs, between 0 and 1")
     sweep = [run for run in runs if run.group == SWEEP]
-    deviation = of_replicates(sweep)
+    deviation = of_replicates([run for run in runs if run.group in (SWEEP, SEED)])
     problems: list[str] = []
 
     def attempt(what: str, fitting: Callable):

@@ -26,7 +26,7 @@ class Job:
     """One run. Its folder is `runs/<name>`; `needs` names the trunk that must have finished before."""
 
     name: str
-    group: str  # runs.SWEEP, "trunk" or a comparison's name
+    group: str  # table.SWEEP, table.SEED, "trunk" or the name of a comparison or claim
     size: int
     config: Config
     steps: int  # from the start of its trunk

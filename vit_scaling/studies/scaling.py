@@ -20,7 +20,7 @@ from vit_scaling.optim import schedule
 from vit_scaling.optim.schedule import Duration
 from vit_scaling.studies import runner
 from vit_scaling.studies.runner import Job
-from vit_scaling.studies.table import SWEEP, Run
+from vit_scaling.studies.table import SEED, SWEEP, Run
 
 
 @dataclasses.dataclass
@@ -111,7 +111,8 @@ def plan(study: StudyConfig, workdir: Path) -> list[Job]:
             override(config, field, value)
         config = _ending(config, total)
         name = f"{comparison.name}_d{comparison.size}_i{comparison.images}"
-        jobs.append(Job(name, comparison.name, comparison.size, config, total, total, data_images))
+        group = SEED if {field for field, _ in comparison.overrides} == {"seed"} else comparison.name
+        jobs.append(Job(name, group, comparison.size, config, total, total, data_images))
     names = [job.name for job in jobs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"two runs of the study are called {twice[0]}; give comparisons different names")

@@ -15,7 +15,8 @@ class Run:
 
     Attributes:
         name: of the run within its study.
-        group: "sweep" for the grid that the law is fitted to, or the name of a comparison.
+        group: "sweep" for the grid that the law is fitted to, "seed" for one of its runs with another seed, or the
+            name of a comparison.
         size: the dial's setting.
         params: parameters of the model.
         data_images: different images in its training set.
@@ -73,6 +74,7 @@ def unit(runs: Sequence[Run]) -> Unit:
 
 
 SWEEP = "sweep"
+SEED = "seed"  # of runs that differ from one of the sweep in the seed alone
 _TYPES = {"name": str, "group": str, "compute": float, "error": float, "seconds": float}
 
 
