@@ -37,7 +37,7 @@ _OUTPUT = flags.DEFINE(
     cli.PathParser(), "output", None, "Folder for evaluation.json and evaluation.png.", required=True
 )
 _DATA = flags.DEFINE_string("data", None, "Set to measure, KIND:NAME:SPLIT, such as folder:/data/birds:test.")
-_DATA_DIR = flags.DEFINE(cli.PathParser(), "data_dir", None, "Where TFDS's sets lie.")
+_DATA_DIR = flags.DEFINE(cli.PathParser(bucket=True), "data_dir", None, "Where TFDS's sets lie.")
 _IMAGE_SIZE = flags.DEFINE_string("image_size", None, "Adapt the weights to this size, HEIGHTxWIDTH or one number.")
 _CROP = flags.DEFINE_string("crop", None, "central, square_central, resize or none; default: a run's own, or central.")
 _RESIZE_TO = flags.DEFINE_integer("resize_to", None, "Shorter side before the crop; default: size x 256/224.", 1)

@@ -4,6 +4,7 @@
 """
 
 import atexit
+import contextlib
 import errno
 import functools
 import importlib.util
@@ -118,12 +119,18 @@ def _copied(text: str) -> Path:
     if not path.exists():
         raise UserError(f"there is no weight file or folder {str(path)!r}")
     is_folder = path.is_dir()
-    folder = Path(tempfile.mkdtemp(prefix="vit_scaling-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = temporary_folder()
     for file in (path if is_folder else path.parent).iterdir():
         if file.is_file() and (is_folder or file.suffix == ".json" or file.name.startswith(path.name)):
             file.copy(folder / file.name)  # type: ignore[attr-defined]
     return folder if is_folder else folder / path.name
+
+
+def temporary_folder() -> Path:
+    """Returns a new local folder, which is deleted when this process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="vit_scaling-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def in_bucket(path: os.PathLike[str] | str) -> bool:
@@ -140,6 +147,33 @@ def write(path: Path, data: str | bytes) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_bytes(data)
     temporary.replace(path)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yields a local file for a library to write; it becomes `path` if nothing fails, and is gone otherwise."""
+    if in_bucket(path):
+        import fsspec
+
+        with tempfile.TemporaryDirectory(prefix="vit_scaling-") as folder:
+            yield Path(folder) / path.name
+            fsspec.filesystem("gs").put_file(str(Path(folder) / path.name), str(path))
+        return
+    temporary = path.with_name(f".{path.name}")
+    try:
+        yield temporary
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def size(path: Path) -> int:
+    """Returns the bytes of a file."""
+    status = path.stat()
+    return status.length if in_bucket(path) else status.st_size  # type: ignore[attr-defined]
 
 
 def append(path: Path, text: str) -> None:

@@ -26,7 +26,7 @@ from vit_scaling import UserError, cli, paths
 from vit_scaling.data.prepare.shards import Work
 
 _INPUT = flags.DEFINE_string("input", None, "A folder of images, tar shards, parquet or IDX files, or KIND:NAME.")
-_OUTPUT = flags.DEFINE_string("output", None, "Folder of the prepared set.")
+_OUTPUT = flags.DEFINE(cli.PathParser(bucket=True), "output", None, "Folder of the set, local or in a bucket.")
 _LIST = flags.DEFINE_bool("list", False, "Show what of --input would be read, and write nothing.")
 _CHECK = flags.DEFINE_bool("check", False, "The same, and decode every image.")
 _SHEET = flags.DEFINE(cli.PathParser(), "sheet", None, "With --list or --check: a PNG with a few images of each class.")
@@ -35,7 +35,7 @@ _VERIFY = flags.DEFINE_bool("verify", False, "Re-read the set in --output and ch
 _WORKERS = flags.DEFINE_integer("workers", os.cpu_count() or 1, "Processes that write shards; 0: none but this.", 0)
 _SHARD_EXAMPLES = flags.DEFINE_integer("shard_examples", 5_000, "Images in a shard.", 1)
 _EXCLUDE = flags.DEFINE_multi_string("exclude", [], "Evaluation images, as --input; may be repeated.")
-_DATA_DIR = flags.DEFINE(cli.PathParser(), "data_dir", None, "TFDS: the folder of its data sets.")
+_DATA_DIR = flags.DEFINE(cli.PathParser(bucket=True), "data_dir", None, "TFDS: the folder of its data sets.")
 _LABEL = flags.DEFINE_string("label", "", "TFDS, parquet: the feature or column that holds the label.")
 _DEFAULT = Work()
 _ON_CORRUPT = flags.DEFINE_enum(
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     from vit_scaling.data.prepare.job import prepare
 
     if _VERIFY.value:
-        _verify(_local("output", _OUTPUT.value))
+        _verify(_output())
         return
     if _INPUT.value is None:
         raise UserError(
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
         return
     if _SHEET.value:
         raise UserError("--sheet needs --list or --check")
-    output = _local("output", _OUTPUT.value)
+    output = _output()
     work = Work(
         on_corrupt=_ON_CORRUPT.value,
         shorter_side=_SHORTER_SIDE.value,
@@ -90,16 +90,10 @@ def main(argv: Sequence[str]) -> None:
     _report(manifest, output)
 
 
-def _local(flag: str, text: str | None) -> Path:
-    """Returns the local folder that a flag names."""
-    if not text:
-        raise UserError(f"--{flag} is missing: name the folder of the prepared set")
-    if re.match(r"\w+://", text):
-        raise UserError(
-            f"--{flag}={text} is in a bucket; prepare writes to a local folder: write it there and copy it, for "
-            f"instance with `gcloud storage cp -r SET {text}`"
-        )
-    return paths.local(text)
+def _output() -> Path:
+    if not _OUTPUT.value:
+        raise UserError("--output is missing: name the folder of the prepared set")
+    return paths.place(_OUTPUT.value)
 
 
 def _show(config: object) -> None:

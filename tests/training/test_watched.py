@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import pty
 import re
@@ -10,10 +11,12 @@ import subprocess
 import sys
 import termios
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import jax
 import pytest
 
@@ -21,7 +24,7 @@ from tests import tiny
 from vit_scaling import UserError, interop
 from vit_scaling import config as c
 from vit_scaling.parallel import mesh as mesh_lib
-from vit_scaling.training import export, loop, step_log
+from vit_scaling.training import export, loop, step_log, telemetry
 
 CONFIG = tiny.config(
     4,
@@ -75,6 +78,12 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str
 
     def interrupt(self: Any, step: int, metrics: Any) -> None:
         dispatched(self, step, metrics)
+        for number in range(5):
+            logging.getLogger("library").warning("retry %d of step %d", number, step)
+            absl.logging.warning("slow: %d", number)
+            with warnings.catch_warnings():
+                warnings.simplefilter("always")
+                warnings.warn(f"deprecated since {number}", stacklevel=1)
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -106,6 +115,19 @@ def test_a_watched_run_says_what_it_does_within_80_columns(watched: tuple[str, s
     kept = [line for line in re.split("[\r\n]", first) if line.startswith("step 2: validation")]
     assert len(kept) == 1
     assert re.search(r"accuracy \d+\.\d\d% \(n = 40, 95%: \d+\.\d to \d+\.\d\)", kept[0])
+
+
+def test_warnings_are_whole_lines_above_the_bar_once_with_their_count(watched: tuple[str, str, Path]) -> None:
+    first, second, _ = watched
+    lines = [
+        line.split("\r")[-1] for line in re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", first).replace("\r\n", "\n").split("\n")
+    ]
+    said = [line for line in lines if "warning" in line]
+    texts = ["warning: retry 0 of step 1", "warning: slow: 0", "warning: deprecated since 0"]
+    assert said == [*texts, *(f"15 times: {text}" for text in texts)]
+    assert "warning" not in second
+    assert warnings.showwarning.__module__ == "warnings"
+    assert not any(isinstance(handler, telemetry._WarningsAbove) for handler in logging.getLogger().handlers)
 
 
 def test_a_run_exports_its_weights_at_its_end(watched: tuple[str, str, Path]) -> None:

@@ -315,14 +315,19 @@ def write_folder(
 
 @contextlib.contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary folder that takes the name `path` at the end, whole or not at all.
+    """Yields a temporary folder that takes the name `path` at the end, whole or not at all, or is uploaded to a bucket.
 
     Raises:
         UserError: something is there already.
     """
-    path = paths.local(path)
+    path = paths.place(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists already; name a new folder for the weights")
+    if paths.in_bucket(path):
+        with tempfile.TemporaryDirectory(prefix="vit_scaling-") as folder:
+            yield Path(folder)
+            paths.upload(Path(folder), path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:

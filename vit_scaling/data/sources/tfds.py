@@ -61,7 +61,7 @@ def _builder(config: SourceConfig) -> Any:
     import tensorflow_datasets as tfds
 
     try:
-        builder = tfds.builder(config.name, data_dir=config.data_dir and paths.expand(config.data_dir))
+        builder = tfds.builder(config.name, data_dir=config.data_dir and str(paths.place(config.data_dir)))
     except tfds.core.DatasetNotFoundError:
         place = config.data_dir or "its default folder"
         raise UserError(f"TFDS knows no data set {config.name!r}, and there is none in {place}") from None
