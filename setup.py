@@ -7,6 +7,6 @@ which others may have too.
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["vit_scaling*"]), "vit_scaling.configs"],
+    packages=[*find_packages(include=["vit_scaling*"]), "vit_scaling.configs", "vit_scaling.pages.web"],
     package_dir={"vit_scaling.configs": "configs"},
 )
