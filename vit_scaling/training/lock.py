@@ -86,16 +86,16 @@ def _hold_object(path: Path, host: str | None = None, sleep: Callable[[float], N
     if (now := _read(path)).get("token") != owner["token"]:
         raise _refusal(path, now)
 
-    def beat(beats: int) -> None:
-        if _read(path).get("token") == owner["token"]:
-            path.write_text(json.dumps(owner | {"beats": beats}))
+    def write_own(text: str) -> None:
+        if _read(path).get("token") == owner["token"]:  # another run takes over from one that stood still
+            path.write_text(text)
 
     try:
-        with _beating(beat):
+        with _beating(lambda beats: write_own(json.dumps(owner | {"beats": beats}))):
             yield owner["token"]
     finally:
         with contextlib.suppress(Exception):  # the next start waits two heartbeats instead
-            path.write_text("{}")
+            write_own("{}")
 
 
 def _owner(host: str) -> dict[str, Any]:
