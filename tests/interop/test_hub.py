@@ -27,6 +27,7 @@ class _Hub(http.server.BaseHTTPRequestHandler):
 
     repositories: dict[str, dict[str, bytes]]
     private: dict[str, bool]
+    posts: list[str]  # the paths to which something was sent
     status = 0  # of every answer, where it is not 0
     breaks = False  # whether uploads get no answer
 
@@ -52,6 +53,7 @@ class _Hub(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.posts.append(self.path)
         if "Authorization" not in self.headers:
             return self._json({"error": "Invalid credentials"}, 401)
         if self.breaks:
@@ -65,6 +67,8 @@ class _Hub(http.server.BaseHTTPRequestHandler):
         if self.path == "/api/validate-yaml":  # of a model card
             return self._json({"errors": [], "warnings": []})
         name = "/".join(self.path.split("/")[3:5])
+        if "/branch/" in self.path:
+            return self._json({})
         if "/preupload/" in self.path:
             files = [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
             return self._json({"files": files})
@@ -92,7 +96,7 @@ class _Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Hub]]:
-    handler = type("Handler", (_Hub,), {"repositories": {}, "private": {}})
+    handler = type("Handler", (_Hub,), {"repositories": {}, "private": {}, "posts": []})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         running.handle_error = lambda *_: None  # type: ignore[method-assign]
         threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
@@ -123,6 +127,15 @@ def test_a_model_goes_there_and_comes_back(server: type[_Hub], tmp_path: Path) -
         files.keys() - {card.CARD}
     )
     assert interop.describe(f"hf://birds/vit@{COMMIT}")[1] == model.image_size
+
+
+def test_a_push_to_a_branch_makes_it_and_writes_there(server: type[_Hub], tmp_path: Path) -> None:
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "config.json").write_text("{}")
+    hub.push(tmp_path / "export", "birds/vit@v2", public=True)
+    assert server.private == {"birds/vit": False}
+    sent = [path.removeprefix("/api/models/birds/vit/").partition("?")[0] for path in server.posts]
+    assert [path for path in sent if path.startswith(("branch", "commit"))] == ["branch/v2", "commit/v2"]
 
 
 @pytest.mark.parametrize(

@@ -80,10 +80,10 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str
         dispatched(self, step, metrics)
         for number in range(5):
             logging.getLogger("library").warning("retry %d of step %d", number, step)
-            absl.logging.warning("slow: %d", number)
+            absl.logging.warning("it is %s", "slow")
             with warnings.catch_warnings():
                 warnings.simplefilter("always")
-                warnings.warn(f"deprecated since {number}", stacklevel=1)
+                warnings.warn("it is old", stacklevel=1)
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -123,11 +123,13 @@ def test_warnings_are_whole_lines_above_the_bar_once_with_their_count(watched: t
         line.split("\r")[-1] for line in re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", first).replace("\r\n", "\n").split("\n")
     ]
     said = [line for line in lines if "warning" in line]
-    texts = ["warning: retry 0 of step 1", "warning: slow: 0", "warning: deprecated since 0"]
-    assert said == [*texts, *(f"15 times: {text}" for text in texts)]
+    texts = ["warning: retry 0 of step 1", "warning: it is slow", "warning: it is old"]
+    more = ["1 of step 1 (2", "3 of step 1 (4", "2 of step 2 (8"]
+    said_more = [f"warning: retry {text} like it)" for text in more]
+    assert said == [*texts, *said_more, *(f"15 times: {text}" for text in texts)]
     assert "warning" not in second
     assert warnings.showwarning.__module__ == "warnings"
-    assert not any(isinstance(handler, telemetry._WarningsAbove) for handler in logging.getLogger().handlers)
+    assert not any(isinstance(handler, telemetry.Warnings) for handler in logging.getLogger().handlers)
 
 
 def test_a_run_exports_its_weights_at_its_end(watched: tuple[str, str, Path]) -> None:

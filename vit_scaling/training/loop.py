@@ -148,6 +148,7 @@ def _train(
     writer = telemetry.create_writer(workdir, step if resumed else None, *told)
     last.enter_context(contextlib.closing(writer))  # trackers are told the result
     progress = telemetry.Progress(step, total_steps)
+    last.enter_context(contextlib.closing(telemetry.Warnings(progress.say)))
     if origin is not None:
         progress.say(f"continuing from {origin}")
     progress.doing("compiling", line=True)

@@ -1,5 +1,6 @@
 """What a run tells about itself: metrics in files, a bar or lines on the terminal, clocks, utilisation."""
 
+import collections
 import contextlib
 import io
 import json
@@ -250,7 +251,6 @@ class Progress:
         self._start_step, self._total, self._start = step, total, time.perf_counter()
         watched = sys.stderr.isatty() and jax.process_index() == 0
         self._bar = tqdm(total=total, initial=step, bar_format=_BAR, dynamic_ncols=True) if watched else None
-        self._above = _WarningsAbove(self.say) if watched else None
 
     def advance(self) -> None:
         if self._bar is not None:
@@ -285,21 +285,27 @@ class Progress:
         self.say(f"step {step}/{self._total}, {text}, {duration(left)} left")
 
     def close(self) -> None:
-        if self._above is not None and self._bar is not None:
-            self._above.close()
+        if self._bar is not None:
             self._bar.close()
 
 
-class _WarningsAbove(logging.Handler):
-    """Says what libraries log and warn of in whole lines above the bar: a warning once, and at the end its count."""
+class Warnings(logging.Handler):
+    """Says what this process logs and warns of in lines that do not break the bar.
+
+    A warning is said once, of different ones from one place in the code the 1st, 2nd, 4th, 8th, ...; how many there
+    were is said at the end. Of several processes only the first does so; the others write as ever.
+    """
 
     def __init__(self, say: Callable[[str], None]):
         super().__init__()
         self._say = say
-        self._seen: dict[tuple[Any, ...], tuple[str, int]] = {}  # the first text of each kind, and how many there were
+        self._seen: dict[tuple[Any, ...], collections.Counter[str]] = {}  # by place, how often each text came
         self._root, self._show = logging.getLogger(), warnings.showwarning
         streams = (sys.stderr, sys.stdout, sys.__stderr__, sys.__stdout__)
         terminal = absl.logging.get_absl_handler()
+        self._removed: list[logging.Handler] = []
+        if jax.process_index() != 0:
+            return
         self._removed = [h for h in self._root.handlers if h is terminal or getattr(h, "stream", None) in streams]
         for handler in self._removed:
             self._root.removeHandler(handler)
@@ -317,16 +323,17 @@ class _WarningsAbove(logging.Handler):
         self._once(f"warning: {message}", filename, lineno)
 
     def _once(self, text: str, *place: Any) -> None:
-        first, count = self._seen.get(place, (text, 0))
-        self._seen[place] = first, count + 1
-        if not count:
-            self._say(text)
+        texts = self._seen.setdefault(place, collections.Counter())
+        texts[text] += 1
+        different = len(texts)
+        if texts[text] == 1 and different & (different - 1) == 0:
+            self._say(text if different == 1 else f"{text} ({different} like it)")
 
     def close(self) -> None:
         """Writes to the terminal again as before."""
-        for text, count in self._seen.values():
-            if count > 1:
-                self._say(f"{count} times: {text}")
+        for texts in self._seen.values():
+            if texts.total() > 1:
+                self._say(f"{texts.total()} times: {next(iter(texts))}")
         self._seen.clear()
         warnings.showwarning = self._show
         self._root.removeHandler(self)
