@@ -55,10 +55,13 @@ def pixels(weights: weights_lib.Weights, count: int, dtype: str) -> np.ndarray:
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.filterwarnings("default::DeprecationWarning")
 def test_an_onnx_file_gives_the_logits(name: str, tmp_path: pathlib.Path) -> None:
+    """In float32, whatever the model's dtype, and with the mean and std that are known of the weights."""
     pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
     weights = filled(name)
-    serving.write(weights, tmp_path / "x", layout="onnx", input_type="uint8", texts={"README.md": "hello"})
+    config = dataclasses.replace(weights.config, dtype="bfloat16", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    written = dataclasses.replace(weights, config=config)
+    serving.write(written, tmp_path / "x", layout="onnx", input_type="uint8", texts={"README.md": "hello"})
     assert {path.name for path in (tmp_path / "x").iterdir()} == {"model.onnx", "serving.json", "README.md"}
     session = onnxruntime.InferenceSession(tmp_path / "x" / "model.onnx")
     images = pixels(weights, 4, "uint8")

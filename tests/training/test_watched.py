@@ -74,7 +74,7 @@ class Terminal:
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, Path]]:
     """Returns what the terminal showed of a run that was stopped after step 3, of its continuation, and the workdir."""
     workdir = tmp_path_factory.mktemp("runs") / "watched"
-    create, dispatched = mesh_lib.create, step_log.StepLog.dispatched
+    create, dispatched, show = mesh_lib.create, step_log.StepLog.dispatched, warnings.showwarning
 
     def interrupt(self: Any, step: int, metrics: Any) -> None:
         dispatched(self, step, metrics)
@@ -91,7 +91,11 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str
         patch.setattr(mesh_lib, "create", lambda config: create(config, jax.devices()[:1]))
         with patch.context() as inner, Terminal() as first:
             inner.setattr(step_log.StepLog, "dispatched", interrupt)
+            handler = logging.StreamHandler(sys.stderr)  # as absl has one
+            inner.setattr(logging.getLogger(), "handlers", [handler, *logging.getLogger().handlers])
             assert loop.train(CONFIG, workdir) == {"interrupted": 3}
+            assert warnings.showwarning is show
+            assert handler in logging.getLogger().handlers
         with Terminal() as second:
             loop.train(CONFIG, workdir)
         yield first.text, second.text, workdir
@@ -127,8 +131,8 @@ def test_warnings_are_whole_lines_above_the_bar_once_with_their_count(watched: t
     more = ["1 of step 1 (2", "3 of step 1 (4", "2 of step 2 (8"]
     said_more = [f"warning: retry {text} like it)" for text in more]
     assert said == [*texts, *said_more, *(f"15 times: {text}" for text in texts)]
+    assert first.count("retry 0 of step 1") == 2
     assert "warning" not in second
-    assert warnings.showwarning.__module__ == "warnings"
     assert not any(isinstance(handler, telemetry.Warnings) for handler in logging.getLogger().handlers)
 
 
