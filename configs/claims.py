@@ -288,12 +288,12 @@ def _gaussian(position: str, images: int = 57_000) -> c.Config:
 
 def heads() -> Claim:
     metrics = ("heads/off_grid", "heads/one_token", "heads/shifts", "test/accuracy")
-    start, end = "after 100 images", "trained"
+    start, end = "after 1,000 images", "trained"
     return Claim(
         name="heads",
         source=f"{CORDONNIER}, section 4.2, figures 3 and 4",
         says="In the early layers heads with quadratic positions settle on a grid of different shifts.",
-        variants={start: _gaussian("quadratic", images=100), end: _gaussian("quadratic")},
+        variants={start: _gaussian("quadratic", images=1_000), end: _gaussian("quadratic")},
         expects=(
             Expectation(end, "below", start, "heads/off_grid"),
             Expectation(end, "above", start, "heads/one_token"),

@@ -41,6 +41,8 @@ def test_every_claim_has_its_runs(name):
     # Variants differ in what they are about, and in nothing else than model, optimizer and length.
     fields = [config_lib.to_dict(config) for config in claims_file.CLAIMS[name]().variants.values()]
     assert all(a != b for i, a in enumerate(fields) for b in fields[:i])
+    for config in claims_file.CLAIMS[name]().variants.values():
+        config_lib.resolve(config, 57_000)
     for other in fields[1:]:
         assert {key for key in other if other[key] != fields[0][key]} <= {"model", "optim", "duration", "schedule"}
 
