@@ -116,6 +116,9 @@ def test_smoke_trains_two_steps(name: str, tmp_path: Path, monkeypatch: pytest.M
     config = load(name, f"{variant},smoke" if variant else "smoke")
     create = mesh_lib.create
     monkeypatch.setattr(mesh_lib, "create", lambda config: create(config, jax.devices()[:1]))
+    # Programs that run twice: a third of the test is saved by not optimizing them.
+    fast = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    monkeypatch.setattr(mesh_lib, "compiler_options", lambda mesh: fast)
     config = dataclasses.replace(config, duration=c.Duration(2))
     result = loop.train(config, tmp_path / "run")
     assert result["step"] == 2
