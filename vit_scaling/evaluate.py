@@ -23,18 +23,17 @@ The weights choose among all of their classes, whatever the set has.
 import dataclasses
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from vit_scaling import UserError, cli
+from vit_scaling import UserError, cli, paths
 
 _WEIGHTS = flags.DEFINE(
     cli.PathParser(bucket=True, hub=True), "weights", None, "Run, checkpoint, weight file or folder.", required=True
 )
 _OUTPUT = flags.DEFINE(
-    cli.PathParser(), "output", None, "Folder for evaluation.json and evaluation.png.", required=True
+    cli.PathParser(bucket=True), "output", None, "Folder for evaluation.json and evaluation.png.", required=True
 )
 _DATA = flags.DEFINE_string("data", None, "Set to measure, KIND:NAME:SPLIT, such as folder:/data/birds:test.")
 _DATA_DIR = flags.DEFINE(cli.PathParser(bucket=True), "data_dir", None, "Where TFDS's sets lie.")
@@ -92,8 +91,8 @@ def main(argv: Sequence[str]) -> None:
     if _THROUGHPUT.value:
         numbers |= measure.throughput(model, weights, _BATCH_SIZE.value, _THROUGHPUT.value)
 
-    output = Path(_OUTPUT.value)
-    output.mkdir(parents=True, exist_ok=True)
+    output = paths.place(_OUTPUT.value)
+    paths.make_folder(output)
     record: dict[str, Any] = {
         "weights": _WEIGHTS.value,
         "data": dataclasses.asdict(source),

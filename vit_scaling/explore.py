@@ -16,7 +16,6 @@ while it trains.
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -41,7 +40,7 @@ _COMPARE = flags.DEFINE_multi(
 _FED = flags.DEFINE(cli.PathParser(bucket=True), "fed", None, "Run whose augmented training images are shown.")
 _STEPS = flags.DEFINE_list("steps", ["0"], "Of --fed: the steps.")
 _SEED = flags.DEFINE_integer("seed", None, "Of --fed: the seed, where it is not the run's own.", 0)
-_OUTPUT = flags.DEFINE(cli.PathParser(), "output", None, "HTML file to write.", required=True)
+_OUTPUT = flags.DEFINE(cli.PathParser(bucket=True), "output", None, "HTML file to write.", required=True)
 # Which flags each mode reads.
 _READS: dict[str, tuple[flags.FlagHolder[Any], ...]] = {
     "--weights": (_IMAGES, _COUNT, _IMAGE_SIZE, _EMA, _CHECKPOINTS),
@@ -58,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     unread = {flag.name for read in _READS.values() for flag in read} - {flag.name for flag in _READS[given[0]]}
     if ignored := sorted(f"--{name}" for name in unread if flags.FLAGS[name].present):
         raise UserError(f"{given[0]} does not read {' and '.join(ignored)}; leave that out")
-    output = Path(_OUTPUT.value)
+    output = paths.place(_OUTPUT.value)
     if output.suffix != ".html":
         raise UserError(f"--output is {str(output)!r}; name a file that ends in .html")
     # Heavy imports wait until the flags are known to be good, so that a typo is answered at once.

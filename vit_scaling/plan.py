@@ -13,12 +13,11 @@ cannot beat, not what it will take.
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from vit_scaling import UserError, cli
+from vit_scaling import UserError, cli, paths
 
 _CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_string(
@@ -33,7 +32,9 @@ _MULTI_LABEL = flags.DEFINE_bool("multi_label", False, "Labels are multi-hot row
 _PRICE = flags.DEFINE_float(
     "price_per_chip_hour", None, "Price of one chip for an hour, in any currency; the plan gives the run's.", 0.0
 )
-_OUTPUT = flags.DEFINE(cli.PathParser(), "output", None, "A file for the plan, or for all plans of a search, as JSON.")
+_OUTPUT = flags.DEFINE(
+    cli.PathParser(bucket=True), "output", None, "A file for the plan, or for all plans of a search, as JSON."
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -105,9 +106,9 @@ def _positive(text: str) -> int:
 
 def _write(value: object) -> None:
     if _OUTPUT.value is not None:
-        path = Path(_OUTPUT.value)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(value, indent=2) + "\n")
+        path = paths.place(_OUTPUT.value)
+        paths.make_folder(path.parent)
+        paths.write(path, json.dumps(value, indent=2) + "\n")
 
 
 if __name__ == "__main__":

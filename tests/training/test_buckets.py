@@ -22,6 +22,8 @@ from vit_scaling import UserError, interop, paths
 from vit_scaling import config as c
 from vit_scaling.data import sources
 from vit_scaling.data.prepare import job, shards
+from vit_scaling.evaluation import figure
+from vit_scaling.pages import page
 from vit_scaling.parallel import mesh as mesh_lib
 from vit_scaling.training import export, lock, telemetry
 
@@ -212,6 +214,15 @@ def test_a_set_is_prepared_in_a_bucket_and_read_there(
     bucket.rule = None
     assert len(failed) == 1
     assert own.id(6) == copy.id(6).replace(str(tmp_path), "gs://bucket")
+
+
+def test_pictures_and_pages_are_written_there(bucket: buckets.Bucket) -> None:
+    folder = paths.place("gs://bucket/evaluation")
+    told = {"names": ["a", "b"], "bins": [{"confidence": 0.9, "accuracy": 0.5, "share": 1.0}]}
+    figure.evaluation_figure(folder / "evaluation.png", title="two", confusion=np.eye(2, dtype=np.int64), **told)
+    assert (folder / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    page.write(folder / "page.html", "<html>")
+    assert (folder / "page.html").read_text() == "<html>"
 
 
 def test_a_host_asks_the_bucket_whether_its_run_is_finished(bucket: buckets.Bucket, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from vit_scaling import paths
+
 # Those of the pages (pages/web/page.css): after Okabe and Ito (2008), told apart in every common colour blindness.
 COLOURS = ("#0072b2", "#c65300", "#00805f", "#a9507f", "#8a7400", "#39424a")
 INK, FAINT = "#253237", "#9db4c0"
@@ -72,7 +74,8 @@ def evaluation_figure(
         xlim=(0, 1.02),
         ylim=(0, 1.02),
     )
-    figure.savefig(path, dpi=110)
+    with paths.new_file(path) as file:
+        figure.savefig(file, dpi=110)
 
 
 def short(name: str, longest: int = LONGEST) -> str:
