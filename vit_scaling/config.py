@@ -133,6 +133,7 @@ BEFORE = {
     "teacher_labels": "soft",
     "temperature": 1.0,
     "norm": "layernorm",
+    "rope": "dinov3",
     "spike_window": 128,
     **dict.fromkeys(("key_bias", "proj_bias", "mlp_bias", "content"), True),
     "position": "relative",  # of local attention; all other models always had theirs
@@ -235,7 +236,7 @@ def smoke(config: Config, model: ModelConfig) -> Config:
 RANGES = {
     **dict.fromkeys(("amount", "profile_from"), "[0, 1e15]"),
     "seed": f"[0, {2**32})",
-    **dict.fromkeys(("model.depth", "model.depths", "threads", "rope_rescale"), "[1, 4096]"),
+    **dict.fromkeys(("model.depth", "model.depths", "threads", "rope_jitter", "rope_rescale"), "[1, 4096]"),
     **dict.fromkeys(
         ("model.width", "model.mlp", "model.heads", "model.groups", "stem_heads", "stem_mixtures"), f"[1, {2**17}]"
     ),
@@ -252,7 +253,7 @@ RANGES = {
     **dict.fromkeys(("aspect", "erase_aspect"), "(0, 1000]"),
     **dict.fromkeys(("flip", "erase", "switch", "probability", "start", "final"), "[0, 1]"),
     **dict.fromkeys(("scale", "label_smoothing", "beta1", "beta2", "ema"), "[0, 1)"),
-    **dict.fromkeys(("pad", "rotate", "shear", "shift", "jitter", "mixup", "cutmix"), "[0, 16384]"),
+    **dict.fromkeys(("pad", "rotate", "shear", "shift", "jitter", "rope_shift", "mixup", "cutmix"), "[0, 16384]"),
     **dict.fromkeys(("randaugment_layers", "randaugment_magnitude"), "[0, 1000]"),
     "randaugment_std": "[0, inf]",  # timm draws uniformly at infinity
     **dict.fromkeys(("weights", "l2", "lr", "weight_decay", "head_weight_decay"), "[0, 1e30]"),

@@ -305,6 +305,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "pool_prefix": (True, "timm"),
     "pool_norm": (True, "timm"),
     "position": ("sincos2d", "huggingface timm"),
+    "rope": ("vit5", ""),
     "registers": (2, "timm"),
     "layerscale": (0.5, "timm"),
     "layerscale_mlp": (0.25, ""),

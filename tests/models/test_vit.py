@@ -330,7 +330,7 @@ def test_vit5_networks_to_the_parameter(name: str, depth: int) -> None:
     projections = 3 * width**2 + (width**2 + width)
     block = projections + 8 * width**2 + 5 * width + 2 * width + 2 * (width // vit.variant(name).heads) + 2 * width
     expected = 3 * 16 * 16 * width + width + (1 + 4 + 196) * width + depth * block + width
-    assert count(name, pool="token", position="learned+rope", **options) == expected
+    assert count(name, pool="token", position="learned+rope", rope="vit5", **options) == expected
 
 
 GOLDENS = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "vit.json").read_text())
@@ -371,21 +371,63 @@ def test_rotary_positions_see_differences_only() -> None:
         rotary.axial_angles(2, 2, 6)
 
 
-def test_rotary_coordinates_are_rescaled_in_training_only() -> None:
-    """One factor for all angles of a step, log-uniform between 1 / 2 and 2 (DINOv3)."""
-    model = build(position="rope", rope_rescale=2.0, registers=1)
+def test_rotary_coordinates_move_in_training_only() -> None:
+    """DINOv3: (coordinate + shift) * jitter * rescale; one shift and jitter for each axis, one rescale for both."""
+    model = build(position="rope", rope_shift=0.5, rope_jitter=1.25, rope_rescale=2.0, registers=1)
     plain = np.asarray(rotary.axial_angles(2, 3, 8))
-    factors = []
+    np.testing.assert_array_equal(model._angles(8, 12)[1:], plain)
+    drawn = []
     for seed in range(200):
         angles = np.asarray(model._angles(8, 12, key=jax.random.key(seed)))
-        factor = angles[1, 0] / plain[0, 0]
-        np.testing.assert_allclose(angles[1:], factor * plain, rtol=1e-4)
-        factors.append(factor)
-    logs = np.log2(factors)
-    assert -1 <= logs.min() < -0.9 < 0.9 < logs.max() <= 1
-    assert abs(logs.mean()) < 0.15  # the deviation of the mean is 0.04
-    np.testing.assert_array_equal(model._angles(8, 12)[1:], plain)
+        assert (angles[0] == 0).all()
+        angles = angles[1:].reshape(2, 3, 2, 2)  # row, column, axis, frequency
+        slopes, shifts = [], []
+        for axis, coordinates in enumerate(([-0.5, 0.5], [-2 / 3, 0, 2 / 3])):
+            along = (angles[:, 0] if axis == 0 else angles[0])[:, axis] / (2 * np.pi * np.array([1, 100**-0.5]))
+            slope, offset = np.polyfit(coordinates, along, 1)
+            np.testing.assert_allclose(slope[0], slope[1], rtol=1e-4)
+            slopes.append(slope[0])
+            shifts.append(offset[0] / slope[0])
+        drawn.append((*shifts, *np.log(slopes)))
+    y_shift, x_shift, y_scale, x_scale = np.array(drawn).T
+    rescale, jitter = (y_scale + x_scale) / 2, (y_scale - x_scale) / 2
+    for shift in (y_shift, x_shift):
+        assert -0.5 <= shift.min() < -0.45 < 0.45 < shift.max() <= 0.5
+    assert -np.log(2) - np.log(1.25) <= rescale.min() < -0.9 * np.log(2) < 0.9 * np.log(2) < rescale.max()
+    assert rescale.max() <= np.log(2) + np.log(1.25)
+    assert -np.log(1.25) <= jitter.min() < -0.6 * np.log(1.25) < 0.6 * np.log(1.25) < jitter.max() <= np.log(1.25)
+    for one, other in ((y_shift, x_shift), (y_shift, rescale), (x_shift, jitter), (rescale, jitter)):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 0.25  # 3.5 standard deviations
+
+
+def test_rotary_rescaling_alone_is_one_factor_between_a_half_and_two() -> None:
+    model = build(position="rope", rope_rescale=2.0)
+    plain = np.asarray(rotary.axial_angles(2, 3, 8))
+    logs = []
+    for seed in range(200):
+        factors = np.asarray(model._angles(8, 12, key=jax.random.key(seed))) / np.where(plain == 0, 1, plain)
+        factor = factors[0, 0]
+        np.testing.assert_allclose(factors[plain != 0], factor, rtol=1e-4)
+        logs.append(np.log2(factor))
+    assert -1 <= min(logs) < -0.9 < 0.9 < max(logs) <= 1
+    assert abs(np.mean(logs)) < 0.15  # the deviation of the mean is 0.04
     assert not np.allclose(model.encode(IMAGES, jax.random.key(0)), model.encode(IMAGES))
+
+
+def test_rotary_angles_of_vit5() -> None:
+    """Angles of each token written out (arXiv 2602.08071): patches by number, registers on a grid of their own."""
+    model = build(position="learned+rope", rope="vit5", pool="token", registers=4, width=32)  # 16 dims in a head
+    rows, columns = model.grid
+
+    def angles(y: float, x: float, base: float) -> list[float]:
+        frequencies = [base ** (-2 * i / 8) for i in range(4)]  # 8 dims for each axis, in pairs
+        return [y * f for f in frequencies] + [x * f for f in frequencies]
+
+    registers = [angles(y, x, 100) for y in range(2) for x in range(2)]
+    for scale in (1, 2):  # images of twice the size span the same coordinates
+        patches = [angles(y / scale, x / scale, 10_000) for y in range(scale * rows) for x in range(scale * columns)]
+        found = model._angles(scale * rows * 4, scale * columns * 4)
+        np.testing.assert_allclose(found, [[0.0] * 8, *registers, *patches], rtol=1e-5, atol=1e-6)
 
 
 def test_options_that_are_off_add_no_parameter() -> None:
@@ -560,6 +602,11 @@ def test_variants_that_do() -> None:
         ({"depth": 0}, "model.depth is 0"),
         ({"position": "sincos2d", "width": 18}, "multiple of 4"),
         ({"position": "rope", "width": 12}, "model.width 12 / model.heads 2 is 6"),
+        ({"rope": "vit5"}, "model.rope is 'vit5', and model.position 'learned' has no rotary positions"),
+        ({"position": "rope", "rope": "vit5", "registers": 3}, "model.registers is 3, and .* needs a square number"),
+        ({"rope_shift": 0.1}, "model.rope_shift is 0.1, model.position 'learned'"),
+        ({"position": "rope", "rope": "vit5", "rope_jitter": 1.1}, "model.rope_jitter is 1.1, .*model.rope 'vit5'"),
+        ({"position": "rope", "rope_rescale": 0.5}, "model.rope_rescale is 0.5, .* a factor of at least 1"),
         ({"mlp_kind": "glu"}, "model.mlp_kind is 'glu'; choose one of gelu, swiglu"),
         ({"pool": "map", "pool_norm": True}, "model.pool_norm needs model.pool gap, max or avgmax, not 'map'"),
         ({"layerscale_mlp": 0.1}, "model.layerscale is None; set both"),

@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
+from benchmarks import mup as benchmark
 from tests import tiny
 from vit_scaling import UserError, models, names
 from vit_scaling.models import vit
@@ -71,42 +71,16 @@ def test_vectors_start_as_large_as_at_the_base_width_and_all_else_as_without():
             np.testing.assert_array_equal(own[path], leaf)
 
 
-def changes(name, lr, width, base_width):
-    """Root mean square of what three steps change in the tokens after the last block and in the logits."""
-    own = config(width, base_width, pool="gap", depth=1)
-    graph, shape, _ = models.split(jax.eval_shape(lambda: built(own)))
-    optim = OptimConfig(name=name, weight_decay=0.0, head_weight_decay=0.0, moment_dtype="float32", clip=None)
-    update = optimizer.create(optim, shape, models.width_ratio(own))
-    batch = tiny.batch()
-    images, labels = jnp.asarray(batch["image"], jnp.float32) / 127.5 - 1, jnp.asarray(batch["label"])
-
-    def step(carry, _):
-        params, state = carry
-
-        def loss(params):
-            model = models.merge(graph, params, {})
-            seen = model.encode(images), model(images)
-            return optax.softmax_cross_entropy_with_integer_labels(seen[1], labels).mean(), seen
-
-        grads, seen = jax.grad(loss, has_aux=True)(params)
-        direction, state = update.update(grads, state, params)
-        return (jax.tree.map(lambda p, d: p - lr * d, params, direction), state), seen
-
-    @jax.jit
-    def run():
-        params = models.split(built(own))[1]
-        _, seen = jax.lax.scan(step, (params, update.init(params)), None, length=4)
-        return [jnp.sqrt(jnp.mean(jnp.square(x[3] - x[0]))) for x in seen]
-
-    return [float(x) for x in run()]
-
-
 @pytest.mark.parametrize(("name", "lr"), [("adafactor", 5e-3), ("muon", 5e-3)])
 def test_coordinate_check(name, lr):
     """Eight times the width: with muP the change of logits stays within a factor of 1.6, without it grows by 2.5."""
-    base = changes(name, lr, 16, 16)
-    flat, grown = changes(name, lr, 128, 16), changes(name, lr, 128, None)
-    print(name, base, flat, grown)
+    batch = tiny.batch()
+    images, labels = jnp.asarray(batch["image"], jnp.float32) / 127.5 - 1, jnp.asarray(batch["label"])
+
+    def changes(width, base_width):
+        return benchmark.changes(images, labels, name=name, lr=lr, width=width, base_width=base_width)
+
+    base, flat, grown = changes(16, 16), changes(128, 16), changes(128, None)
     for found, wanted in zip(flat, base, strict=True):
         assert 1 / 1.6 < found / wanted < 1.6
     assert grown[1] / base[1] > 2.5

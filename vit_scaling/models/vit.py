@@ -116,6 +116,12 @@ class AttentionPool(nnx.Module):
         return (y_B1D + self.mlp(self.norm(y_B1D)))[:, 0]
 
 
+def _log_uniform(key: PRNGKeyArray, largest: float, shape: tuple[int, ...] = ()) -> Array:
+    """Returns factors between 1 / largest and largest whose logarithm is uniform."""
+    limit = math.log(largest)
+    return jnp.exp(jax.random.uniform(key, shape, minval=-limit, maxval=limit))
+
+
 class ViT(nnx.Module):
     """Images in [-1, 1] to logits. Parameters of the blocks are stacked: `blocks/...` has a leading axis Z.
 
@@ -179,15 +185,32 @@ class ViT(nnx.Module):
     def _angles(
         self, height: int, width: int, *, patch: Patch = None, key: PRNGKeyArray | None = None
     ) -> Float[Array, "L A"] | None:
-        """Returns the rotary angles of all tokens, zero for the class token and the registers."""
+        """Returns the rotary angles of all tokens: zero for the class token, and for the registers but those of ViT-5.
+
+        With a key, which means training, coordinates are shifted, then stretched along each axis, then rescaled, all by
+        random amounts that a step's images share (DINOv3, section 3.2 and its code).
+        """
         if not rotary_positions(self.config):
             return None
-        grid = layers.grid_size((height, width), patch or self.config.patch)
-        angles_LA = rotary.axial_angles(*grid, self.config.width // self.config.heads)
+        grid, head_dim = (
+            layers.grid_size((height, width), patch or self.config.patch),
+            self.config.width // self.config.heads,
+        )
+        if self.config.rope == "vit5":
+            side = math.isqrt(self.config.registers)
+            registers_RA = rotary.index_angles((side, side), head_dim, base=100.0)
+            angles_LA = rotary.index_angles(grid, head_dim, base=10_000.0, trained=self.grid)
+            class_tokens = prefix_tokens(self.config) - self.config.registers
+            return jnp.pad(jnp.concatenate([registers_RA, angles_LA]), ((class_tokens, 0), (0, 0)))
+        shift = scale = None
+        if key is not None and self.config.rope_shift is not None:
+            limit = self.config.rope_shift
+            shift = jax.random.uniform(jax.random.fold_in(key, 1), (2,), minval=-limit, maxval=limit)
+        if key is not None and self.config.rope_jitter is not None:
+            scale = _log_uniform(jax.random.fold_in(key, 2), self.config.rope_jitter, (2,))
+        angles_LA = rotary.axial_angles(*grid, head_dim, shift=shift, scale=scale)
         if key is not None and self.config.rope_rescale is not None:
-            # Angles are proportional to coordinates; the factor is log-uniform (DINOv3, section 3.2).
-            limit = math.log(self.config.rope_rescale)
-            angles_LA *= jnp.exp(jax.random.uniform(key, minval=-limit, maxval=limit))
+            angles_LA *= _log_uniform(key, self.config.rope_rescale)  # angles are proportional to coordinates
         return jnp.pad(angles_LA, ((prefix_tokens(self.config), 0), (0, 0)))
 
     def _without_some_patches(self, x_BLD: Array, key: PRNGKeyArray) -> Array:

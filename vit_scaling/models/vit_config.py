@@ -42,6 +42,7 @@ TOKEN_POOLS = ("token", "token+gap", "token+register")
 CHOICES = {
     "pool": ("gap", "max", "avgmax", "map", *TOKEN_POOLS),
     "position": ("learned", "sincos2d", "rope", "learned+rope", "none"),
+    "rope": ("dinov3", "vit5"),
     "mlp_kind": ("gelu", "swiglu"),
     "norm": ("layernorm", "rmsnorm"),
     "gelu": tuple(layers.GELUS),
@@ -66,7 +67,10 @@ class ViTConfig:
     class_token: bool = False  # a class token even if the pool does not read it; pools of the token always have one
     pool_prefix: bool = False  # gap, max, avgmax and map read the class token and the registers, too
     pool_norm: bool = False  # gap, max and avgmax: the final norm follows the pool (timm's fc_norm), not the last block
-    position: str = "learned"  # learned | sincos2d | rope (DINOv3's) | learned+rope | none
+    position: str = "learned"  # learned | sincos2d | rope | learned+rope | none
+    # Of rotary positions. dinov3: coordinates between -1 and 1 on any grid; vit5: numbers of patches, and the
+    # registers, whose number is a square, have positions on a grid of their own.
+    rope: str = "dinov3"  # dinov3 | vit5
     registers: int = 0  # extra learned tokens (Darcet et al. 2024)
     drop_path: float = 0.0  # rate of the last block; grows linearly from 0 at the first
     drop_path_constant: bool = False  # the same rate in each block (DeiT III)
@@ -74,9 +78,11 @@ class ViTConfig:
     # FlexiViT (arXiv 2212.08013): sides of square patches, one of which each training step draws. Kernel and learned
     # positions are those of `patch` and of its grid, resized for the step; evaluation sees `patch`.
     patches: tuple[int, ...] = ()
-    rope_rescale: float | None = (
-        None  # a training step scales rotary coordinates by up to this, or its inverse (DINOv3)
-    )
+    # A training step moves the rotary coordinates of all its images at random (DINOv3): it adds up to ± rope_shift to
+    # each axis, then scales each by up to rope_jitter or its inverse, then both by up to rope_rescale or its inverse.
+    rope_shift: float | None = None
+    rope_jitter: float | None = None
+    rope_rescale: float | None = None
     base_width: int | None = None  # muP: the width at which the learning rate was chosen; heads keep their width
     layerscale: float | None = None  # initial scale of each residual branch (Touvron et al. 2021)
     layerscale_mlp: float | None = None  # of the MLP's branch, where it differs from the attention's
@@ -104,7 +110,8 @@ class ViTConfig:
 
 # Fields that change nothing of what trained weights compute.
 NOT_OF_THE_WEIGHTS = (
-    *("drop_path", "drop_path_constant", "patch_dropout", "patches", "rope_rescale", "base_width"),
+    *("drop_path", "drop_path_constant", "patch_dropout", "patches", "base_width"),
+    *("rope_shift", "rope_jitter", "rope_rescale"),
     *("dtype", "scan", "remat", "mean", "std"),
 )
 
@@ -150,11 +157,18 @@ def check(config: ViTConfig) -> None:
             f"model.patch_dropout is {config.patch_dropout} and model.position {config.position!r}; rotary positions "
             "need all patches: set patch_dropout to 0"
         )
-    if config.rope_rescale is not None and not (rotary_positions(config) and 1 <= config.rope_rescale < math.inf):
-        raise UserError(
-            f"model.rope_rescale is {config.rope_rescale} and model.position {config.position!r}; it is a factor of at "
-            "least 1 for rotary positions: set position to rope, or rope_rescale to None"
-        )
+    if config.rope == "vit5" and not rotary_positions(config):
+        raise UserError(f"model.rope is 'vit5', and model.position {config.position!r} has no rotary positions")
+    if config.rope == "vit5" and math.isqrt(config.registers) ** 2 != config.registers:
+        raise UserError(f"model.registers is {config.registers}, and model.rope 'vit5' needs a square number of them")
+    for name, least, what in (("shift", 0, "an amount"), ("jitter", 1, "a factor"), ("rescale", 1, "a factor")):
+        value = getattr(config, f"rope_{name}")
+        moves = rotary_positions(config) and config.rope == "dinov3"
+        if value is not None and not (moves and least <= value < math.inf):
+            raise UserError(
+                f"model.rope_{name} is {value}, model.position {config.position!r} and model.rope {config.rope!r}; it "
+                f"is {what} of at least {least} for rotary positions of the form 'dinov3', or None"
+            )
     if any(not 1 <= side <= layers.LARGEST for side in config.patches) or len(set(config.patches)) < len(
         config.patches
     ):
