@@ -12,6 +12,7 @@ from tests.training.test_step import BATCHES, assert_close, plain, program, run
 from vit_scaling import UserError, flops, models, names
 from vit_scaling.models import adapt, flexi, vit
 from vit_scaling.parallel import sharding
+from vit_scaling.training import checkpoint
 from vit_scaling.training import step as step_lib
 
 IMAGES = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 12, 12, 3)), jnp.float32)
@@ -121,6 +122,29 @@ def test_each_step_trains_with_the_size_that_seed_and_step_draw():
         drawn.append(min(losses, key=lambda side, loss=loss: abs(losses[side] - loss)))
         assert loss == pytest.approx(losses[drawn[-1]], rel=1e-4)
     assert 3 <= drawn.count(7) <= 9
+
+
+def test_a_run_from_disk_continues_with_the_sizes_that_it_would_have_had(tmp_path):
+    """Six steps, and three, a checkpoint on disk and three: equal to the last bit."""
+    built = program(flexible())
+    batches = [BATCHES[i % 3] for i in range(6)]
+
+    def advance(state, batches):
+        losses = []
+        for batch in batches:
+            state, metrics = built.train_step(state, sharding.put_batch(batch, sharding.batch_sharding(built.mesh)))
+            losses.append(float(metrics["loss"]))
+        return state, losses
+
+    whole, losses = advance(built.init(), batches)
+    half, first = advance(built.init(), batches[:3])
+    writer = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=1, permanent=0)
+    writer.save(3, half, {})
+    writer.close()
+    again, second = advance(checkpoint.restore(tmp_path / "checkpoints" / "3", built.state_shape)[0], batches[3:])
+    assert first + second == losses
+    for one, other in zip(jax.tree.leaves(jax.device_get(again)), jax.tree.leaves(jax.device_get(whole)), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_sharded_and_accumulated_steps_equal_whole_ones(monkeypatch):

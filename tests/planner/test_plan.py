@@ -236,6 +236,38 @@ def test_a_program_of_eight_real_devices() -> None:
     assert (one.kind, one.times, one.payload, one.group) == ("all-reduce", 5, 512, 8)
 
 
+BRANCHES = """HloModule jit_i
+
+%small (x: f32[64]) -> f32[64] {
+  %x = f32[64]{0} parameter(0)
+  ROOT %copy.1 = f32[64]{0} copy(%x)
+}
+
+%large (y: f32[64]) -> f32[64] {
+  %y = f32[64]{0} parameter(0)
+  %twice = f32[64]{0} copy(%y)
+  ROOT %sum = f32[64]{0} all-reduce(%twice), replica_groups={{0,1}}, to_apply=%add
+}
+
+ENTRY %main (index: s32[], p0: f32[64]) -> f32[64] {
+  %index = s32[] parameter(0)
+  %p0 = f32[64]{0} parameter(1)
+  ROOT %one = f32[64]{0} conditional(%index, %p0, %p0, %p0), branch_computations={%small, %large, %small}
+}
+"""
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_of_branches_the_one_that_moves_most_counts(largest: bool) -> None:
+    """A copy of 256 bytes, read and written, and in the larger branch a sum of them over two devices, read and written.
+
+    Without the larger branch no collective is left.
+    """
+    found = program.traffic(BRANCHES if largest else BRANCHES.replace("{%small, %large,", "{%small, %small,"))
+    assert [(c.kind, c.times, c.payload) for c in found.collectives] == ([("all-reduce", 1, 256)] if largest else [])
+    assert found.memory_bytes == (4 if largest else 2) * 256
+
+
 def test_no_program() -> None:
     with pytest.raises(ValueError, match="no entry computation"):
         program.traffic("hello")

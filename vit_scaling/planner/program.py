@@ -1,12 +1,13 @@
 """What a compiled program moves: its collectives and its memory traffic, read from its text.
 
 XLA's own cost analysis counts the body of a loop once, and the layers are a loop. So this module walks the text and
-counts the body of every loop as often as the loop runs it.
+counts the body of every loop as often as the loop runs it. Of the branches of a conditional, of which a step runs one,
+it counts the one that moves most (of a FlexiViT's patch sizes, the smallest).
 """
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -78,15 +79,13 @@ def traffic(text: str, slices: np.ndarray | None = None) -> Traffic:
     if entry is None:
         raise UserError("the text holds no entry computation; give compiled.as_text()")
     collectives: list[Collective] = []
-    memory = 0.0
-    for instruction, computation, times, fused in _walk(computations, entry):
+    walked = list(_walk(computations, entry))
+    for instruction, _, times, _ in walked:
         if instruction.opcode in KINDS:
             collectives.append(_collective(instruction, times, slices))
         elif instruction.opcode == "recv" and MEGASCALE in instruction.text:
             collectives.append(_between_slices(instruction, times, slices))
-        if not fused:
-            memory += times * _memory(instruction, computation, computations)
-    return Traffic(tuple(c for c in collectives if c.group > 1 and c.payload), memory)
+    return Traffic(tuple(c for c in collectives if c.group > 1 and c.payload), _moved(walked, computations))
 
 
 # ---- the text --------------------------------------------------------------------------------------------------------
@@ -186,9 +185,10 @@ def _attribute(instruction: _Instruction, name: str) -> str | None:
 # ---- the walk --------------------------------------------------------------------------------------------------------
 
 
-def _walk(
-    computations: dict[str, _Computation], name: str, times: int = 1, fused: bool = False
-) -> Iterator[tuple[_Instruction, _Computation, int, bool]]:
+_Walked = tuple[_Instruction, _Computation, int, bool]
+
+
+def _walk(computations: dict[str, _Computation], name: str, times: int = 1, fused: bool = False) -> Iterator[_Walked]:
     """Yields (instruction, its computation, how often it runs, whether it is part of a fusion)."""
     computation = computations[name]
     for instruction in computation.instructions.values():
@@ -203,8 +203,9 @@ def _walk(
         elif instruction.opcode == "conditional":
             branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.text)
             names = _NAME.findall(branches[1]) if branches else []
-            for branch in names or re.findall(r"(?:true|false)_computation=%([\w.\-]+)", instruction.text):
-                yield from _walk(computations, branch, times, fused)
+            names = names or re.findall(r"(?:true|false)_computation=%([\w.\-]+)", instruction.text)
+            branches_walked = [list(_walk(computations, branch, times, fused)) for branch in names]
+            yield from max(branches_walked, key=lambda walked: _moved(walked, computations), default=[])
         else:
             inner = _attribute(instruction, "calls")
             if inner is None and instruction.opcode == "call":
@@ -306,6 +307,11 @@ def _groups(instruction: _Instruction) -> np.ndarray | None:
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def _moved(walked: Iterable[_Walked], computations: dict[str, _Computation]) -> float:
+    """Returns the bytes that instructions read and write, as often as they run."""
+    return sum(times * _memory(i, inside, computations) for i, inside, times, fused in walked if not fused)
 
 
 def _memory(instruction: _Instruction, computation: _Computation, computations: dict[str, _Computation]) -> float:
