@@ -1,14 +1,14 @@
 """Does muP carry a learning rate over to wider networks? The coordinate check and a sweep, on the built-in digits.
 
-    nice python -m benchmarks.mup FOLDER [--steps=200]
+    nice python -m benchmarks.mup FOLDER [--steps=100] [--seeds=1] [--optimizers=adam,adafactor,muon]
 
 Coordinate check: the root mean square by which three steps change the tokens after the last block and the logits of 16
 digits, at widths 16, 64 and 256, without muP and with a base width of 16.
 
 Sweep: ViTs of depth 2 and widths 32, 64 and 128, without muP and with a base width of 32, each at learning rates a
 factor of two apart: three at first, and more until the best, by the training loss of the last quarter of the steps
-(the mean of two seeds), has a worse one on either side. Test errors at the widest: three seeds, with the rate that is
-best at width 32. FOLDER/mup.jsonl keeps finished runs and the same command continues; FOLDER/mup.png shows all.
+(the mean over the seeds), has a worse one on either side. Test errors at the widest: three seeds, with the rate that
+is best at width 32. FOLDER/mup.jsonl keeps finished runs and the same command continues; FOLDER/mup.png shows all.
 """
 
 import argparse
@@ -26,10 +26,8 @@ from vit_scaling import models, names
 from vit_scaling.models import vit
 from vit_scaling.optim import optimizer
 
-OPTIMIZERS = ("adam", "adafactor", "muon")
 CHECKED, SWEPT = (16, 64, 256), (32, 64, 128)
-CHECK_RATE, START = 5e-3, 4e-3
-TUNING_SEEDS = (0, 1)
+CHECK_RATE, START = 5e-3, 8e-3
 
 
 def network(width, base_width, *, depth, head_dim):
@@ -88,7 +86,7 @@ class Check:
         return {"tokens": tokens, "logits": logits}
 
 
-def sweep(records, name, width, base_width, steps):
+def sweep(records, name, width, base_width, *, steps, seeds):
     """Returns {learning rate: mean training loss}, and the best rate."""
     config = network(width, base_width if width != base_width else None, depth=2, head_dim=16)
     kind = "muP" if config.base_width else "SP"
@@ -96,7 +94,7 @@ def sweep(records, name, width, base_width, steps):
     def loss(lr):
         runs = (
             records.run(f"{name}, {kind}, width {width}", lambda: recipes.Trainer(config, name, steps), lr, seed)
-            for seed in TUNING_SEEDS
+            for seed in range(seeds)
         )
         return statistics.mean(run["loss"] for run in runs)
 
@@ -113,9 +111,10 @@ def errors(records, name, width, base_width, lr, steps):
 
 
 def plot(checks, sweeps):
-    figure = Figure(figsize=(9.6, 7.6), layout="constrained")
-    axes = figure.subplots(3, 3)
-    for column, name in enumerate(OPTIMIZERS):
+    optimizers = list(dict.fromkeys(name for name, _, _ in checks))
+    figure = Figure(figsize=(3.2 * len(optimizers), 7.6), layout="constrained")
+    axes = figure.subplots(3, len(optimizers), squeeze=False)
+    for column, name in enumerate(optimizers):
         for kind, style in (("SP", "--"), ("muP", "-")):
             for what, colour in (("tokens", "#33658a"), ("logits", "#b5651d")):
                 values = [checks[name, kind, width][what] for width in CHECKED]
@@ -145,18 +144,22 @@ def plot(checks, sweeps):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--optimizers", type=lambda text: text.split(","), default=["adam", "adafactor", "muon"])
     arguments = parser.parse_args()
     records = recipes.Records(arguments.folder / "mup.jsonl")
     checks, sweeps, rows = {}, {}, []
-    for name in OPTIMIZERS:
+    for name in arguments.optimizers:
         for kind, base in (("SP", None), ("muP", CHECKED[0])):
             for width in CHECKED:
                 make = lambda name=name, width=width, base=base: Check(name, width, base)  # noqa: E731
                 checks[name, kind, width] = records.run(f"check: {name}, {kind}, width {width}", make, CHECK_RATE, 0)
         for kind, base in (("SP", None), ("muP", SWEPT[0])):
             for width in SWEPT:
-                sweeps[name, kind, width] = sweep(records, name, width, base, arguments.steps)
+                sweeps[name, kind, width] = sweep(
+                    records, name, width, base, steps=arguments.steps, seeds=arguments.seeds
+                )
             best = [sweeps[name, kind, width][1] for width in SWEPT]
             test = errors(records, name, SWEPT[-1], base, best[0], arguments.steps)
             rows.append((name, kind, *(f"{lr:g}" for lr in best), test))
@@ -165,7 +168,7 @@ def main():
     print(f"change in three steps at width {CHECKED[-1]} over that at width {CHECKED[0]}")
     table = [
         (name, kind, *(f"{ratio(name, kind, what):.2f}" for what in ("tokens", "logits")))
-        for name in OPTIMIZERS
+        for name in arguments.optimizers
         for kind in ("SP", "muP")
     ]
     print(names.render_table(("optimizer", "", "tokens", "logits"), table, markdown=True))

@@ -1,4 +1,4 @@
-"""State and update time of our Adafactor and Muon beside optax's AdamW, Adafactor and Muon.
+"""State and update time of our optimizers beside optax's AdamW and Adafactor.
 
     python -m benchmarks.optimizer                     # bytes of ViT-g/14, abstractly; time of an update on ViT-B/16
     python -m benchmarks.optimizer --time Ti/16 --rounds 3
@@ -33,6 +33,8 @@ def optimizers(params):
             ("adafactor", "float32"),
             ("adam", "bfloat16"),
             ("muon", "bfloat16"),
+            ("lamb", "bfloat16"),
+            ("lion", "bfloat16"),
         )
     }
     return {name: optimizer.create(config, params) for name, config in ours.items()} | {

@@ -1,6 +1,6 @@
 """Recipes compared on the built-in digits at equal budgets: optimizers, and training with and without patch dropout.
 
-    nice python -m benchmarks.recipes FOLDER [--images=20000]
+    nice python -m benchmarks.recipes FOLDER [--images=10000]
 
 A ViT of depth 3 and width 32 sees so many images in batches of 50, with warmup and a linear decay. Each learning rate
 trains three seeds. The rates start with three, a factor of two apart, and the grid grows until the best one, by the
@@ -31,7 +31,7 @@ from vit_scaling.optim.schedule import Duration, ScheduleConfig
 BATCH, SEEDS = 50, (0, 1, 2)
 MODEL = vit.ViTConfig(width=32, depth=3, mlp=128, heads=2, patch=(7, 7), pool="map", remat="none")
 # The middle one of the first three learning rates.
-START = {"adafactor": 4e-3, "adam": 4e-3, "muon": 4e-3, "lion": 4e-4, "lamb": 1e-2}
+START = {"adafactor": 8e-3, "adam": 8e-3, "muon": 8e-3, "lion": 8e-4, "lamb": 2e-2}
 RECIPES = {name: (name, 0.0) for name in START} | {"adafactor, half of the patches": ("adafactor", 0.5)}
 
 
@@ -128,7 +128,7 @@ def enclosed_best(value, start):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--images", type=int, default=10_000)
     arguments = parser.parse_args()
     records = Records(arguments.folder / "recipes.jsonl")
     rows = []
