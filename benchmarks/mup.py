@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, ScalarFormatter
+from matplotlib.ticker import NullLocator
 
 from benchmarks import recipes
 from vit_scaling import models, names
@@ -110,6 +110,12 @@ def errors(records, name, width, base_width, lr, steps):
     return f"{100 * statistics.mean(runs):.1f} ± {100 * statistics.stdev(runs):.1f}"
 
 
+def _ticks(axis, places):
+    axis.set_xlim(places[0] / 1.2, places[-1] * 1.2)
+    axis.set_xticks(places, [f"{place:g}" for place in places], fontsize="small")
+    axis.xaxis.set_minor_locator(NullLocator())
+
+
 def plot(checks, sweeps):
     optimizers = list(dict.fromkeys(name for name, _, _ in checks))
     figure = Figure(figsize=(3.2 * len(optimizers), 7.6), layout="constrained")
@@ -125,14 +131,16 @@ def plot(checks, sweeps):
                 axis.plot(list(losses), list(losses.values()), marker=".", color=colour, label=f"width {width}")
                 axis.plot(best, losses[best], "o", markersize=9, markerfacecolor="none", color=colour)
                 axis.set(xscale="log", xlabel="learning rate", title=f"{name}, {kind}")
-        axes[0, column].set(xscale="log", yscale="log", xlabel="width", title=f"{name}: change in 3 steps")
-        axes[0, column].set_xticks(CHECKED)
-        axes[0, column].xaxis.set_major_formatter(ScalarFormatter())
-        axes[0, column].xaxis.set_minor_locator(NullLocator())
-        top = max(value for k in ("SP", "muP") for value in [max(sweeps[name, k, w][0].values()) for w in SWEPT])
-        low = min(value for k in ("SP", "muP") for value in [min(sweeps[name, k, w][0].values()) for w in SWEPT])
+        axes[0, column].set(
+            xscale="log", yscale="log", ylim=(0.02, 2), xlabel="width", title=f"{name}: change in 3 steps"
+        )
+        _ticks(axes[0, column], CHECKED)
+        tried = [sweeps[name, kind, width][0] for kind in ("SP", "muP") for width in SWEPT]
+        losses = [loss for one in tried for loss in one.values()]
+        margin = 0.05 * (max(losses) - min(losses))
         for row in (1, 2):
-            axes[row, column].set_ylim(low - 0.05 * (top - low), top + 0.05 * (top - low))
+            axes[row, column].set_ylim(min(losses) - margin, max(losses) + margin)
+            _ticks(axes[row, column], sorted({lr for one in tried for lr in one}))
     axes[0, 0].set_ylabel("root mean square")
     axes[1, 0].set_ylabel("training loss")
     axes[2, 0].set_ylabel("training loss")
