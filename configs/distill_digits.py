@@ -4,8 +4,8 @@
     ./run.sh train --config=configs/smoke.py --workdir=runs/smoke
     ./run.sh train --config=configs/distill_digits.py:runs/smoke --workdir=runs/student
 
-The word behind the colon is a run, a checkpoint or a weight file of ten classes for images of 28 x 28 pixels.
---config.loss.teacher=None trains the same student on the labels.
+The word behind the colon is a run, a checkpoint or a weight file of ten classes for images of 28 x 28 pixels; the word
+`labels` trains the same student on the labels.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ SMOKE = pathlib.Path(__file__).with_name("smoke.py")
 
 
 def get_config(arg: str | None = None) -> c.Config:
-    """Takes the teacher, and `smoke`."""
+    """Takes the teacher, or `labels` for none, and `smoke`."""
     arguments = c.arguments(arg, variants=None, default="runs/smoke")
     model = vit.ViTConfig(width=32, depth=2, mlp=128, heads=2, patch=(7, 7), pool="map")
     config = dataclasses.replace(
@@ -28,7 +28,7 @@ def get_config(arg: str | None = None) -> c.Config:
         model=model,
         optim=c.OptimConfig(name="adafactor", lr=2e-3, weight_decay=0.03, head_weight_decay=0.03),
         schedule=c.ScheduleConfig(kind="cosine", warmup=c.Duration(200), cooldown=c.Duration(0)),
-        loss=c.LossConfig(teacher=arguments.variant),
+        loss=c.LossConfig(teacher=None if arguments.variant == "labels" else arguments.variant),
     )
     config.data.mixing = MixingConfig(mixup=0.2, per="example")
     config.evaluation.fewshot = None

@@ -61,6 +61,11 @@ def test_every_config_is_importable_and_gives_its_command() -> None:
         assert dataclasses.is_dataclass(module.get_config())
 
 
+def test_a_student_of_the_digits_has_a_teacher_or_the_labels() -> None:
+    assert load("distill_digits", "runs/other").loss.teacher == "runs/other"
+    assert load("distill_digits", "labels").loss.teacher is None
+
+
 # ---- golden configs: every field of every resolved config ------------------------------------------------------------
 
 GOLDEN = Path(__file__).parent / "files" / "configs"
