@@ -40,7 +40,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "distill_digits": ("tests/files/checkpoint_before",),  # the teacher
 }
 # Studies are no experiments of their own: tests/studies and tests/test_finetune.py have them.
-STUDIES = {"claims", "study", "transfer_sweep"}
+STUDIES = {"claims", "study", "transfer_sweep", "fashion_study"}
 
 WHOLE = [(name, variant) for name, variants in VARIANTS.items() for variant in variants]
 

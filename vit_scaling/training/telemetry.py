@@ -313,11 +313,10 @@ class Warnings(logging.Handler):
         warnings.showwarning = self._warned
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = f"{record.levelname.lower()}: {self.format(record)}"
         if record.levelno < logging.WARNING:
-            self._say(text)
-        else:
-            self._once(text, record.pathname, record.lineno)
+            self._say(f"{record.levelname.lower()}: {self.format(record)}")
+        else:  # "error: " begins the one sentence that ends a run; what a library logs does not end it
+            self._once(f"warning: {self.format(record)}", record.pathname, record.lineno)
 
     def _warned(self, message: Any, category: Any, filename: str, lineno: int, *_: Any, **__: Any) -> None:
         self._once(f"warning: {message}", filename, lineno)
