@@ -14,7 +14,7 @@ import pytest
 from vit_scaling import cli
 from vit_scaling import config as c
 from vit_scaling.parallel import mesh as mesh_lib
-from vit_scaling.training import loop, telemetry
+from vit_scaling.training import identity, loop, telemetry
 from vit_scaling.training import workdir as workdirs
 from vit_scaling.training.step import batch_shape, build
 
@@ -112,7 +112,7 @@ BEFORE = json.loads(gzip.decompress((GOLDEN.parent / "configs_before.json.gz").r
 @pytest.mark.parametrize("name", BEFORE)
 def test_a_run_from_before_continues(name: str) -> None:
     ((argument, old),) = BEFORE[name].items()
-    assert c.differences(old, json.loads(text_of(name))[argument]) == []
+    assert identity.differences(old, json.loads(text_of(name))[argument]) == []
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -175,14 +175,14 @@ def test_arguments() -> None:
 def test_differences_name_the_fields() -> None:
     config = load("smoke", "")
     other = dataclasses.replace(config, seed=1, mesh=c.MeshConfig(data=2), log=c.LogConfig(stop_after_skipped=1))
-    assert c.differences(c.to_dict(config), c.to_dict(other)) == ["seed is 0 there and 1 here"]
-    assert c.differences(c.to_dict(config), c.to_dict(config)) == []
+    assert identity.differences(c.to_dict(config), c.to_dict(other)) == ["seed is 0 there and 1 here"]
+    assert identity.differences(c.to_dict(config), c.to_dict(config)) == []
     # A run of before a field existed is one in which it was off.
     older = {name: value for name, value in c.to_dict(config).items() if name != "init"}
     older["model"] = {name: value for name, value in older["model"].items() if name not in ("mean", "std")}
-    assert c.differences(older, c.to_dict(config)) == []
+    assert identity.differences(older, c.to_dict(config)) == []
     started = dataclasses.replace(config, init=c.InitConfig(path="weights"))
-    assert c.differences(older, c.to_dict(started)) == ["init.path is None there and 'weights' here"]
+    assert identity.differences(older, c.to_dict(started)) == ["init.path is None there and 'weights' here"]
 
 
 @pytest.mark.parametrize(

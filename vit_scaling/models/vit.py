@@ -192,10 +192,8 @@ class ViT(nnx.Module):
         """
         if not rotary_positions(self.config):
             return None
-        grid, head_dim = (
-            layers.grid_size((height, width), patch or self.config.patch),
-            self.config.width // self.config.heads,
-        )
+        grid = layers.grid_size((height, width), patch or self.config.patch)
+        head_dim = self.config.width // self.config.heads
         if self.config.rope == "vit5":
             side = math.isqrt(self.config.registers)
             registers_RA = rotary.index_angles((side, side), head_dim, base=100.0)

@@ -19,6 +19,7 @@ from vit_scaling import UserError, flops
 from vit_scaling import config as config_lib
 from vit_scaling.config import Config
 from vit_scaling.data.sources import SourceConfig, open_source
+from vit_scaling.training import identity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ def done(job: Job, workdir: Path) -> bool:
         return False
     resolved = config_lib.resolve(job.config, job.data_images)
     stored = json.loads(record.read_text())["config"]
-    if differing := config_lib.differences(stored, config_lib.to_dict(resolved)):
+    if differing := identity.differences(stored, config_lib.to_dict(resolved)):
         raise UserError(f"{workdir} belongs to another study: in {job.name} {differing[0]}; name another --workdir")
     return True
 

@@ -35,7 +35,7 @@ from vit_scaling.interop import run
 from vit_scaling.names import render_table
 from vit_scaling.optim import optimizer, schedule
 from vit_scaling.parallel import processes, sharding
-from vit_scaling.training import figure, telemetry
+from vit_scaling.training import figure, identity, telemetry
 from vit_scaling.training.step import Program
 
 # What a process that was killed before it wrote config.json may have left.
@@ -45,7 +45,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 # A branch may end otherwise than its trunk, and nothing else.
 BRANCH_MAY_CHANGE = (
-    *config_lib.MAY_CHANGE,
+    *identity.MAY_CHANGE,
     "duration",
     "schedule.cooldown",
     "schedule.cooldown_from",
@@ -79,7 +79,7 @@ def trunk(config: Config) -> Path | None:
         )
     run.require(origin)
     stored = run.record_of(origin)["config"]
-    differing = config_lib.differences(stored, config_lib.to_dict(config), BRANCH_MAY_CHANGE)
+    differing = identity.differences(stored, config_lib.to_dict(config), BRANCH_MAY_CHANGE)
     if differing:
         raise UserError(f"a branch differs from its trunk in its cooldown alone, but {differing[0]}")
     return origin
@@ -114,7 +114,7 @@ def agree(config: Config, sets: Mapping[str, Any], weights: str | None = None) -
         UserError: in every process: which of them differs from process 0, and in what.
     """
     own = {"sets": dict(sets), "weights": weights, "config": config_lib.to_dict(config), **environment()}
-    answers = processes.gather(config_lib.differences(processes.tell(own), own, may_change=()))
+    answers = processes.gather(identity.differences(processes.tell(own), own, may_change=()))
     for process, differing in enumerate(answers):
         if differing:
             more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
@@ -135,7 +135,7 @@ def check(workdir: Path, config: Config, sets: Mapping[str, Any]) -> None:
             raise UserError(f"the workdir {workdir} exists and holds no run of this project; name a new one")
         return
     record, resolved = run.read_config(workdir), config_lib.to_dict(config)
-    differing = config_lib.differences(record["config"], resolved)
+    differing = identity.differences(record["config"], resolved)
     if differing:
         more = f", and {len(differing) - 1} more fields differ" if len(differing) > 1 else ""
         raise UserError(
@@ -156,7 +156,7 @@ def claim(
 ) -> str:
     """Makes the workdir this experiment's and returns the identity of the run. config.json also names the classes.
 
-    What the first start wrote stays, but for fields that may change (`config.MAY_CHANGE`) and their sets.
+    What the first start wrote stays, but for fields that may change (`identity.MAY_CHANGE`) and their sets.
 
     Raises:
         UserError: as `check`; the workdir is left as it was.
