@@ -23,8 +23,7 @@ def half():
 
 
 def test_each_image_keeps_its_own_patches_in_order_and_all_other_tokens(half):
-    numbered = jnp.broadcast_to(jnp.arange(3 + 16.0)[None, :, None], (500, 19, 16))
-    found = np.asarray(half._without_some_patches(numbered, jax.random.key(1)))[:, :, 0]
+    found = np.asarray(half._kept_tokens(500, 3 + 16, jax.random.key(1)))
     assert found.shape == (500, 3 + 8)
     assert (found[:, :3] == [0, 1, 2]).all()
     patches = found[:, 3:]
@@ -35,13 +34,19 @@ def test_each_image_keeps_its_own_patches_in_order_and_all_other_tokens(half):
     np.testing.assert_allclose(share, 0.5, atol=0.1)  # 4.5 standard deviations
 
 
-def test_blocks_see_the_kept_tokens_and_no_others(half):
-    key = jax.random.key(2)
-    x = half._without_some_patches(half._tokens(jnp.asarray(IMAGES)), jax.random.fold_in(key, 2))
-    for layer in range(2):
-        block = jax.tree.map(lambda leaf, i=layer: leaf[i], half.blocks)
-        x = block(x, jnp.float32(0), None, None)
-    np.testing.assert_allclose(half.encode(jnp.asarray(IMAGES), key), half.norm(x), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_blocks_see_the_kept_tokens_and_no_others(half, position):
+    model = half if position == "learned" else built(patch_dropout=0.5, registers=2, class_token=True, position="rope")
+    key, images = jax.random.key(2), jnp.asarray(IMAGES)
+    kept, tokens, angles = model._kept_tokens(6, 19, jax.random.fold_in(key, 2)), model._tokens(images), None
+    found = model.encode(images, key)
+    for index in (0, 5):  # one image at a time, its tokens and their angles picked by hand
+        x = tokens[index, kept[index]][None]
+        if position == "rope":
+            angles = model._angles(8, 8)[kept[index]]
+        for layer in range(2):
+            x = jax.tree.map(lambda leaf, i=layer: leaf[i], model.blocks)(x, jnp.float32(0), None, angles)
+        np.testing.assert_allclose(found[index], model.norm(x)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_without_a_key_or_a_rate_nothing_is_dropped(half):
@@ -54,6 +59,4 @@ def test_without_a_key_or_a_rate_nothing_is_dropped(half):
 def test_bad_rates_are_named():
     with pytest.raises(UserError, match=r"model.patch_dropout"):
         built(patch_dropout=1.0)
-    with pytest.raises(UserError, match="rotary positions need all patches: set patch_dropout to 0"):
-        built(patch_dropout=0.5, position="rope")
     assert vit.kept_patches(vit.ViTConfig(patch_dropout=0.99), 16) == 1

@@ -249,7 +249,7 @@ class Attention(nnx.Module):
         self,
         x_BLD: Float[Array, "B L D"],
         context_BSD: Float[Array, "B S D"] | None = None,
-        angles_LA: Float[Array, "L A"] | None = None,
+        angles_LA: Float[Array, "*B L A"] | None = None,
     ) -> Float[Array, "B L D"]:
         """Mixes the values of the context. With angles, queries and keys are rotated first; see `ops.rotary`."""
         context_BSD = x_BLD if context_BSD is None else context_BSD

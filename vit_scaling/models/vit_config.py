@@ -152,11 +152,6 @@ def check(config: ViTConfig) -> None:
             f"model.position {config.position!r} needs heads of a multiple of 4 dims; model.width {config.width} / "
             f"model.heads {config.heads} is {config.width // config.heads}"
         )
-    if rotary_positions(config) and config.patch_dropout:
-        raise UserError(
-            f"model.patch_dropout is {config.patch_dropout} and model.position {config.position!r}; rotary positions "
-            "need all patches: set patch_dropout to 0"
-        )
     if config.rope == "vit5" and not rotary_positions(config):
         raise UserError(f"model.rope is 'vit5', and model.position {config.position!r} has no rotary positions")
     if config.rope == "vit5" and math.isqrt(config.registers) ** 2 != config.registers:

@@ -71,11 +71,12 @@ def _outer(y: Array, x: Array, head_dim: int, base: float) -> Float[Array, "L A"
     return jnp.concatenate([jnp.outer(y_L, frequency), jnp.outer(x_L, frequency)], axis=1)
 
 
-def rotate(x_BLNK: Float[Array, "B L N K"], angles_LA: Float[Array, "L A"]) -> Float[Array, "B L N K"]:
+def rotate(x_BLNK: Float[Array, "B L N K"], angles_LA: Float[Array, "*B L A"]) -> Float[Array, "B L N K"]:
     """Rotates dimensions (i, i + K / 2) of every head by angle i of its token, in float32; the dtype stays x's.
 
-    An angle of zero leaves a token as it is.
+    The images share the angles, or each has its own. An angle of zero leaves a token as it is.
     """
     first, second = jnp.split(x_BLNK.astype(jnp.float32), 2, axis=-1)
-    cos, sin = (f(angles_LA)[None, :, None, :] for f in (jnp.cos, jnp.sin))
+    angles_BL1A = angles_LA.reshape(-1, angles_LA.shape[-2], 1, angles_LA.shape[-1])
+    cos, sin = jnp.cos(angles_BL1A), jnp.sin(angles_BL1A)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLNK.dtype)
