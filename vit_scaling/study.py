@@ -7,9 +7,9 @@
     ./run.sh study --points=runs.csv --compute=core_days --error=top1/100
 
 The study runs on this machine, one process for each run, --parallel at a time (with more than one, process i sees GPU
-i). The same command, given again, continues a study that was killed and tries failed runs again. Results so far are in
-<workdir>/runs.csv, <workdir>/report.md, <workdir>/report.html and <workdir>/figures/. The exit code is 1 if any run
-failed.
+i and has its share of the cores). The same command, given again, continues a study that was killed and tries failed
+runs again. Results so far are in <workdir>/runs.csv, <workdir>/report.md, <workdir>/report.html and
+<workdir>/figures/. The exit code is 1 if any run failed.
 
 With --points nothing runs: the laws are fitted to a table of runs, with a column for each quantity. A column may be
 given with a factor, COLUMN*NUMBER or COLUMN/NUMBER. The report is written to --workdir, by default FILE's name in

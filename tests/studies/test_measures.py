@@ -92,7 +92,8 @@ def test_activations_are_those_between_the_pairs_of_a_stage(tmp_path):
     def after(pairs: int) -> float:
         module = whole.module()
         module.stage1.blocks = jax.tree.map(lambda leaf: leaf[:pairs], module.stage1.blocks)
-        return float(jnp.std(module.stage1.trunk(module.tokens(images_BHWC), jnp.zeros((pairs, 2)), None)[0]))
+        trunk = jax.jit(lambda x_BHWD: module.stage1.trunk(x_BHWD, jnp.zeros((pairs, 2)), None)[0])
+        return float(jnp.std(trunk(jax.jit(module.tokens)(images_BHWC))))
 
     assert found == pytest.approx(after(2) / after(1), rel=1e-4)
     assert found > 1.00001

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import sys
 import threading
@@ -52,9 +53,16 @@ def test_the_fashion_study_spans_a_factor_of_a_hundred_and_its_rate_is_that_of_m
     ]
     assert max(params) > 100 * min(params)
     assert {(job.config.optim.lr, job.config.model.base_width) for job in jobs} == {(2e-3, 64)}
-    seeds = {(each.size, each.images): 0 for each in whole.comparisons}
-    assert len(whole.comparisons) == 2 * len(seeds) >= 8  # each with two seeds beside the sweep's
-    assert all(size in whole.sizes and images in whole.images for size, images in seeds)
+    compared = [each for each in whole.comparisons if each.name in ("seed1", "seed2")]
+    points = {(each.size, each.images) for each in compared}
+    assert len(compared) == 2 * len(points) >= 8  # each with two seeds beside the sweep's
+    assert all(each.size in whole.sizes and each.images in whole.images for each in whole.comparisons)
+    # Half and twice the learning rate, at widths on both sides of the one where it was chosen.
+    rates = {each.size: [] for each in whole.comparisons if each.name.startswith("rate")}
+    for each in whole.comparisons:
+        if each.size in rates and each.name.startswith("rate"):
+            rates[each.size].append(dict(each.overrides)["optim.lr"])
+    assert rates == {2: [1e-3, 4e-3], 4: [1e-3, 4e-3], 7: [1e-3, 4e-3]}
 
 
 def test_runs_that_differ_in_the_seed_alone_are_replicates(study):
@@ -182,6 +190,27 @@ def test_a_failed_run_does_not_sink_the_rest(study, tmp_path):
     assert len(table) == 5
     run = table[-1]
     assert (run.error, run.fewshot_error, run.images, run.seconds) == (0.25, 0.5, 200, 180.0)
+
+
+AFFINITY = """
+import os, sys, time
+end = time.time() + 30
+while len(os.sched_getaffinity(0)) == int(sys.argv[1]) and time.time() < end: time.sleep(0.01)
+print(*os.sched_getaffinity(0))
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_runs_side_by_side_share_no_core(study, tmp_path):
+    jobs = [job for job in scaling.plan(study, tmp_path) if job.needs is None][:2]
+    cores = os.sched_getaffinity(0)
+    command = [sys.executable, "-c", AFFINITY, str(len(cores))]
+    runner.run_all(jobs, tmp_path, lambda job: command, parallel=2, say=lambda line: None)
+    first, second = (set(map(int, runner.log_file(tmp_path, job.name).read_text().split())) for job in jobs)
+    assert first
+    assert second
+    assert not first & second
+    assert first | second == cores
 
 
 def test_a_stopped_study_continues(study, tmp_path):

@@ -3,6 +3,7 @@
 A killed study continues where it was, and a run that fails does not stop the others.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -107,18 +108,19 @@ def run_all(
     Args:
         jobs: as `plan` orders them.
         command: of a job's process.
-        parallel: processes at a time; with more than one, process i sees GPU i alone.
+        parallel: processes at a time; with more than one, process i sees GPU i alone and has its share of the cores.
         say: prints a line of progress.
     """
     finished = {job.name for job in jobs if done(job, workdir)}
     waiting = [job for job in jobs if job.name not in finished]
-    total, left = len(jobs), sum(work(job) for job in waiting)
+    works = {job.name: work(job) for job in jobs}
+    total, left = len(jobs), sum(works[job.name] for job in waiting)
     if finished:
         say(f"{len(finished)} of {total} runs have finished before")
 
     def remaining(runs: int) -> str:
         """By the clocks of what has finished, earlier too: steps take time by their FLOPs, all else by the run."""
-        clocks = [(work(job), _clock(job, workdir)) for job in jobs if job.name in finished]
+        clocks = [(works[job.name], _clock(job, workdir)) for job in jobs if job.name in finished]
         if not clocks:
             return ""
         stepping = sum(seconds["step"] for _, seconds in clocks)
@@ -132,7 +134,7 @@ def run_all(
         while waiting or running:
             for job in [job for job in waiting if job.needs in failed]:
                 waiting.remove(job)
-                left -= work(job)
+                left -= works[job.name]
                 failed[job.name] = f"its trunk {job.needs} failed"
             for slot in set(range(parallel)) - set(running):
                 ready = next((job for job in waiting if job.needs is None or job.needs in finished), None)
@@ -145,7 +147,7 @@ def run_all(
                     continue
                 del running[slot]
                 seconds = time.monotonic() - since
-                left -= work(job)
+                left -= works[job.name]
                 if process.returncode == 0 and done(job, workdir):
                     finished.add(job.name)
                     outcome = f"finished in {seconds:.0f} s"
@@ -181,7 +183,16 @@ def _start(job: Job, workdir: Path, command: list[str], slot: int, parallel: int
     environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(workdir.absolute() / "compiled"))
     with path.open("w") as log:
         # A session of its own: Ctrl-C reaches the study, which then asks its runs to save and stop.
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+    # Cores that are not shared: operations that are split over cores would wait for another run's.
+    if parallel > 1 and hasattr(os, "sched_setaffinity"):  # Linux
+        own = sorted(os.sched_getaffinity(0))[slot::parallel]
+        if own:
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                os.sched_setaffinity(process.pid, own)
+    return process
 
 
 def _last_line(path: Path) -> str:
