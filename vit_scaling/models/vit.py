@@ -235,7 +235,7 @@ class ViT(nnx.Module):
         angles_key = None if key is None else jax.random.fold_in(key, self.config.depth + 1)
         angles_LA = self._angles(*images_BHWC.shape[1:3], patch=patch, key=angles_key)
         if key is not None and self.config.patch_dropout:
-            kept_BK = self._kept_tokens(*x_BLD.shape[:2], jax.random.fold_in(key, self.config.depth))
+            kept_BK = self._kept_tokens(x_BLD.shape[0], x_BLD.shape[1], jax.random.fold_in(key, self.config.depth))
             x_BLD = jnp.take_along_axis(x_BLD, kept_BK[:, :, None], axis=1)
             angles_LA = None if angles_LA is None else angles_LA[kept_BK]  # [B L A]
         keys = None if key is None else jax.random.split(key, self.config.depth)
