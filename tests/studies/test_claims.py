@@ -68,6 +68,17 @@ def test_claims_that_need_the_same_run_share_it(tmp_path):
     assert kernel.values["kernel 3"]["test/accuracy"] == [0.5, 0.5]
 
 
+def test_pruning_is_not_seen_where_no_head_was_pruned():
+    claim = claims_file.CLAIMS["pruning"]()
+
+    def verdict(heads: float) -> str:
+        values = {"test/accuracy": [0.7, 0.72], "pruned/heads": [heads] * 2, "pruned/accuracy_change": [0.0, 0.0]}
+        both = dict.fromkeys(claim.variants, values)
+        return claims.Outcome(claim, both, [claims.judge(each, both) for each in claim.expects]).verdict
+
+    assert (verdict(0.0), verdict(2.0)) == (NOT_SEEN, SEEN)
+
+
 def test_a_claim_about_a_number_has_one_sample(tmp_path):
     values = {"a": {"changed": [0.0, 0.0]}, "b": {"changed": [0.1, 0.12]}}
     exact = Expectation("a", "equal to", 0.0, "changed")

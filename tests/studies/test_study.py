@@ -65,6 +65,14 @@ def test_the_fashion_study_spans_a_factor_of_a_hundred_and_its_rate_is_that_of_m
     assert rates == {2: [1e-3, 4e-3], 4: [1e-3, 4e-3], 7: [1e-3, 4e-3]}
 
 
+def test_each_share_of_the_data_is_opened_once(study, monkeypatch):
+    opened, real = [], runner.open_source
+    monkeypatch.setattr(runner, "open_source", lambda source: opened.append(source.split) or real(source))
+    runner._training_set.cache_clear()
+    scaling.plan(dataclasses.replace(study, fractions=(0.5, 1.0)), Path("w"))
+    assert sorted(opened) == ["train", "train[:50%]"]
+
+
 def test_runs_that_differ_in_the_seed_alone_are_replicates(study):
     other = (("seed", 1),), (("seed", 1), ("optim.lr", 1e-3))
     study.comparisons = tuple(Comparison(name, 2, 200, overrides) for name, overrides in zip("ab", other, strict=True))

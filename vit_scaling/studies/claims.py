@@ -48,7 +48,7 @@ class Claim:
         says: what the paper says, in one sentence.
         variants: experiments by name.
         expects: the claim in terms of the variants.
-        minutes: what it takes on two cores, as estimated.
+        minutes: what it took on two cores, two runs at a time.
         metrics: what the table shows, by the names in `result.json`, or what `measure` adds.
         measure: from the folder of a finished run and its config to further metrics; see measures.py.
     """
@@ -251,7 +251,7 @@ def _table(outcome: Outcome, seeds: int) -> str:
             shown.append(f"{mean:.2f} ± {deviation:.2f}" if unit > 1 else f"{mean:.3g} ± {deviation:.2g}")
         rows.append([variant, f"{cost.params:,}", f"{cost.train_flops / 1e6:.1f}", *shown])
     header = ["variant", "parameters", "training MFLOPs per image", *metrics]
-    return render_table(header, rows, markdown=True) + f"\n\nMean and deviation over {seeds} seeds.\n"
+    return render_table(header, rows, markdown=True) + f"\n\nMean and deviation over {seeds} seeds."
 
 
 def draw(outcome: Outcome) -> Figure:

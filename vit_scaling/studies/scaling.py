@@ -15,7 +15,6 @@ from typing import Any
 from vit_scaling import UserError, flops
 from vit_scaling import config as config_lib
 from vit_scaling.config import Config
-from vit_scaling.data.sources import open_source
 from vit_scaling.optim import schedule
 from vit_scaling.optim.schedule import Duration
 from vit_scaling.studies import runner
@@ -155,7 +154,7 @@ def _config(study: StudyConfig, size: int, fraction: float) -> tuple[Config, int
     config.data.batch_size = round(config.data.batch_size * grown**dial.batch_power)
     if fraction < 1:
         config.data.train.split += f"[:{round(100 * fraction)}%]"
-    return config, len(open_source(config.data.train))
+    return config, runner.training_set(config)[0]
 
 
 def _lengths(study: StudyConfig, batch_size: int, images: int) -> tuple[int, int]:
