@@ -195,6 +195,7 @@ def _metrics(claim: Claim, config: Config, folder: Path) -> dict[str, float]:
     if claim.measure is not None:
         kept = folder / f"measured_{claim.name}.json"  # claims may share a run
         if not kept.exists():
+            print(f"measuring {folder} for {claim.name}", flush=True)
             kept.write_text(json.dumps(claim.measure(folder, config)))
         metrics |= json.loads(kept.read_text())
     if missing := [metric for metric in claim.metrics if metric not in metrics]:
