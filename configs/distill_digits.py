@@ -5,7 +5,11 @@
     ./run.sh train --config=configs/distill_digits.py:runs/smoke --workdir=runs/student
 
 The word behind the colon is a run, a checkpoint or a weight file of ten classes for images of 28 x 28 pixels; the word
-`labels` trains the same student on the labels.
+`labels` trains the same student on the labels. The gain shows where labels are few (docs/recipes.md):
+
+    ./run.sh train --config=configs/distill_digits.py:labels --workdir=runs/labels \\
+        --config.data.train.split='train[:100]' --config.duration.amount=1600
+    ./run.sh train --config=configs/distill_digits.py:runs/smoke --workdir=runs/student --config.duration.amount=40
 """
 
 import dataclasses
