@@ -215,10 +215,8 @@ def test_runs_side_by_side_share_no_core(study, tmp_path):
     command = [sys.executable, "-c", AFFINITY, str(len(cores))]
     runner.run_all(jobs, tmp_path, lambda job: command, parallel=2, say=lambda line: None)
     first, second = (set(map(int, runner.log_file(tmp_path, job.name).read_text().split())) for job in jobs)
-    assert first
-    assert second
     assert not first & second
-    assert first | second == cores
+    assert len(first) == len(second) == len(cores) // 2
 
 
 def test_a_stopped_study_continues(study, tmp_path):

@@ -2,8 +2,8 @@
 
 No class token by default; a GAP or MAP head; options of ViT-22B (Dehghani et al. 2023, arXiv 2302.05442), of the
 plain ViT (Beyer et al. 2022, arXiv 2205.01580), of CLIP (arXiv 2103.00020) and of DINOv2 and DINOv3 (arXiv 2508.10104).
-Shapes: B batch, H W image, L tokens, D width, N heads, K head dim or kept tokens, A angles (half
-the head dim), Z layers, M classes.
+Shapes: B batch, H W image, L tokens, T tokens that patch dropout keeps, P patches, D width, N heads, K head dim,
+A angles (K / 2), Z layers, M classes.
 """
 
 import functools
@@ -212,12 +212,12 @@ class ViT(nnx.Module):
             angles_LA *= _log_uniform(key, self.config.rope_rescale)  # angles are proportional to coordinates
         return jnp.pad(angles_LA, ((prefix_tokens(self.config), 0), (0, 0)))
 
-    def _kept_tokens(self, images: int, tokens: int, key: PRNGKeyArray) -> Int[Array, "B K"]:
+    def _kept_tokens(self, images: int, tokens: int, key: PRNGKeyArray) -> Int[Array, "B T"]:
         """Returns where the class token, the registers and a random choice of each image's patches are, in order."""
         prefix = prefix_tokens(self.config)
         order_BP = jnp.argsort(jax.random.uniform(key, (images, tokens - prefix)), axis=1)
-        patches_BK = jnp.sort(order_BP[:, : kept_patches(self.config, tokens - prefix)], axis=1) + prefix
-        return jnp.concatenate([jnp.broadcast_to(jnp.arange(prefix), (images, prefix)), patches_BK], axis=1)
+        patches_BT = jnp.sort(order_BP[:, : kept_patches(self.config, tokens - prefix)], axis=1) + prefix
+        return jnp.concatenate([jnp.broadcast_to(jnp.arange(prefix), (images, prefix)), patches_BT], axis=1)
 
     def _drop_path_rates(self) -> Float[Array, "Z"]:
         last = self.config.drop_path
@@ -235,9 +235,9 @@ class ViT(nnx.Module):
         angles_key = None if key is None else jax.random.fold_in(key, self.config.depth + 1)
         angles_LA = self._angles(*images_BHWC.shape[1:3], patch=patch, key=angles_key)
         if key is not None and self.config.patch_dropout:
-            kept_BK = self._kept_tokens(x_BLD.shape[0], x_BLD.shape[1], jax.random.fold_in(key, self.config.depth))
-            x_BLD = jnp.take_along_axis(x_BLD, kept_BK[:, :, None], axis=1)
-            angles_LA = None if angles_LA is None else angles_LA[kept_BK]  # [B L A]
+            kept_BT = self._kept_tokens(x_BLD.shape[0], x_BLD.shape[1], jax.random.fold_in(key, self.config.depth))
+            x_BLD = jnp.take_along_axis(x_BLD, kept_BT[:, :, None], axis=1)
+            angles_LA = None if angles_LA is None else angles_LA[kept_BT]  # [B L A]
         keys = None if key is None else jax.random.split(key, self.config.depth)
 
         def step(x_BLD: Array, layer: tuple[Block, Array, PRNGKeyArray | None]) -> tuple[Array, None]:

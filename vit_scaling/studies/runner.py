@@ -186,12 +186,14 @@ def _start(job: Job, workdir: Path, command: list[str], slot: int, parallel: int
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
-    # Cores that are not shared: operations that are split over cores would wait for another run's.
+    # Operations that are split over cores would wait for another run's. Equally many each: on them depends the order in
+    # which XLA on CPU adds.
     if parallel > 1 and hasattr(os, "sched_setaffinity"):  # Linux
-        own = sorted(os.sched_getaffinity(0))[slot::parallel]
-        if own:
+        cores = sorted(os.sched_getaffinity(0))
+        share = len(cores) // parallel
+        if share:
             with contextlib.suppress(ProcessLookupError):  # it has ended
-                os.sched_setaffinity(process.pid, own)
+                os.sched_setaffinity(process.pid, cores[slot * share : (slot + 1) * share])
     return process
 
 
