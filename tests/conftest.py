@@ -3,7 +3,9 @@
 import atexit
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterator
 
 # Before JAX starts. One process of eight devices serves the sharding tests; the others use the first device.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -28,6 +30,28 @@ jaxtyping.install_import_hook("vit_scaling", "tests.typechecker.check")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+_constants: dict[str, object] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def constants_stay() -> Iterator[None]:
+    """A test file that leaves a constant of the package changed would change what later files test."""
+    _constants.update({name: value for name, value in _found_constants().items() if name not in _constants})
+    yield
+    changed = [name for name, value in _found_constants().items() if _constants.get(name, value) is not value]
+    assert not changed, f"this file left other values in {changed}"
+
+
+def _found_constants() -> dict[str, object]:
+    return {
+        f"{path}.{name}": value
+        for path, module in list(sys.modules.items())
+        if path.startswith("vit_scaling.")
+        for name, value in list(vars(module).items())
+        if name.isupper()
+    }
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -188,9 +188,8 @@ def train(workdir: str, coordinator: str | None = None, number: str = "0") -> di
     from vit_scaling import paths
     from vit_scaling.parallel import mesh as mesh_lib
     from vit_scaling.parallel import processes
-    from vit_scaling.training import lock, loop
+    from vit_scaling.training import loop
 
-    lock.HEARTBEAT_SECONDS, lock.VISIBLE_SECONDS = 0.5, 5.0
     if coordinator is not None:
         processes.start(coordinator, 2, int(number))
         return loop.train(tiny.config(mesh=c.MeshConfig(replica=2, data=1)), paths.place(workdir))
@@ -217,7 +216,9 @@ def copied(bucket: Bucket, workdir: str, folder: Path) -> Path:
 def main() -> None:
     if len(sys.argv) > 1:
         from vit_scaling.parallel import processes
+        from vit_scaling.training import lock
 
+        lock.HEARTBEAT_SECONDS, lock.VISIBLE_SECONDS = 0.5, 5.0  # in this process only
         try:
             train(*sys.argv[1:])
         except Exception:
