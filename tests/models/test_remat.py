@@ -6,12 +6,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from vit_scaling import models
 from vit_scaling.models import attention_cnn, resnet, swin, vit
+from vit_scaling.ops import attention, kernels
 
 CASES = {
     "vit": (functools.partial(vit.ViTConfig, 16, 2, 16, 2, (8, 8)), 16),
+    "vit in bfloat16": (functools.partial(vit.ViTConfig, 16, 2, 16, 2, (8, 8), dtype="bfloat16"), 16),
     "vit, swiglu and rope": (
         functools.partial(vit.ViTConfig, 16, 2, 16, 2, (8, 8), mlp_kind="swiglu", position="rope"),
         16,
@@ -69,6 +72,16 @@ def test_the_default_does_not_compute_local_attention_a_third_time():
     """Its own backward pass recomputes logits, block by block; products of two activations are in it alone."""
     assert counted("sasa", "none")["activations"] == counted("sasa", "dots")["activations"]
     assert counted("sasa", "none")["activations"] < counted("sasa", "full")["activations"]
+
+
+def test_the_default_does_not_run_the_attention_of_cudnn_twice(monkeypatch):
+    monkeypatch.setattr(kernels, "platform", lambda: "gpu")
+    monkeypatch.setattr(attention, "_refused_by_cudnn", lambda *_: None)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    counts = {remat: counted.__wrapped__("vit in bfloat16", remat) for remat in ("none", "dots", "full")}
+    runs = {remat: count["dot_product_attention_fwd_wrapper"] for remat, count in counts.items()}
+    assert runs == {"none": 1, "dots": 1, "full": 2}
+    assert all(count["dot_product_attention_bwd_wrapper"] == 1 for count in counts.values())
 
 
 def test_unrolled_layers_follow_the_same_policy():

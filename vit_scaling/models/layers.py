@@ -37,14 +37,18 @@ GELUS = {
 
 
 def _expensive(primitive: Any, *args: Any, **parameters: Any) -> bool:
-    """Whether an operation is a matrix product or a convolution with parameters, rather than of two activations."""
-    if primitive is jax.lax.conv_general_dilated_p:
+    """Whether an operation is a product or a convolution with parameters, or cuDNN's attention.
+
+    The backward pass of cuDNN's attention needs its result and a number for each row. Both are small.
+    """
+    if primitive is jax.lax.conv_general_dilated_p or primitive.name == "dot_product_attention_fwd_wrapper":
         return True
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **parameters)
 
 
 # What a block keeps for its backward pass: everything; what is expensive to compute again, which is its products with
-# parameters and the results of local attention; nothing. Elementwise work is faster to repeat than to read from memory.
+# parameters, cuDNN's attention and the results of local attention; nothing. Elementwise work is faster to repeat than
+# to read from memory.
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
