@@ -35,7 +35,7 @@ from vit_scaling.interop import run
 from vit_scaling.names import render_table
 from vit_scaling.optim import optimizer, schedule
 from vit_scaling.parallel import processes, sharding
-from vit_scaling.training import figure, identity, telemetry
+from vit_scaling.training import identity, telemetry
 from vit_scaling.training.step import Program
 
 # What a process that was killed before it wrote config.json may have left.
@@ -336,6 +336,8 @@ def finish(
     measured_on = next((name for name in ("test", "validation") if f"{name}/accuracy" in values), None)
     accuracy = None if measured_on is None else values[f"{measured_on}/accuracy"]
     try:
+        from vit_scaling.training import figure  # matplotlib takes a while to import, which no start waits for
+
         images, labels, predictions = suite.examples(figure.PREDICTIONS)
         figure.run_figure(
             workdir / "figure.png",
