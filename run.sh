@@ -35,8 +35,8 @@ relative to this folder. The environment is made once, in .venv, and again when 
 TEXT
 }
 
-# glibc takes large arrays from the kernel in huge pages. XLA gets new memory for every step on a CPU, and in pages of
-# 4 KiB a tenth of the step is page faults (docs/performance.md).
+# On a CPU, XLA allocates new memory for every step, and a tenth of the step goes to page faults of 4 KiB each. This makes
+# glibc ask for huge pages (docs/performance.md).
 export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}
 
 say() { printf '\033[1m==> %s\033[0m\n' "$*" >&2; }

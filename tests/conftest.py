@@ -32,19 +32,16 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-_constants: dict[str, object] = {}
-
-
 @pytest.fixture(scope="module", autouse=True)
 def constants_stay() -> Iterator[None]:
-    """A test file that leaves a constant of the package changed would change what later files test."""
-    _constants.update({name: value for name, value in _found_constants().items() if name not in _constants})
+    """Fails a test file that leaves a constant of the package changed, and with it what later files test."""
+    before = _constants()
     yield
-    changed = [name for name, value in _found_constants().items() if _constants.get(name, value) is not value]
-    assert not changed, f"this file left other values in {changed}"
+    changed = [name for name, value in _constants().items() if before.get(name, value) is not value]
+    assert not changed, f"this file changed {changed}"
 
 
-def _found_constants() -> dict[str, object]:
+def _constants() -> dict[str, object]:
     return {
         f"{path}.{name}": value
         for path, module in list(sys.modules.items())

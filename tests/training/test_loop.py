@@ -559,3 +559,9 @@ def test_package_without_metadata(monkeypatch):
     """A package that was copied into place, without its metadata, does not stop a run."""
     monkeypatch.setattr(workdirs, "PACKAGES", (*workdirs.PACKAGES, "no-such-package"))
     assert workdirs.environment()["versions"]["no-such-package"] == "unknown"
+
+
+def test_a_start_does_not_import_what_only_its_end_needs():
+    code = "import sys, vit_scaling.training.loop; print({'matplotlib', 'tensorflow', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "set()\n"

@@ -186,8 +186,8 @@ def _start(job: Job, workdir: Path, command: list[str], slot: int, parallel: int
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
-    # Operations that are split over cores would wait for another run's. Equally many each: on them depends the order in
-    # which XLA on CPU adds.
+    # Operations that are split over cores would wait for another run's. All runs get the same number of cores, because
+    # the order in which XLA adds on a CPU depends on that number.
     if parallel > 1 and hasattr(os, "sched_setaffinity"):  # Linux
         cores = sorted(os.sched_getaffinity(0))
         share = len(cores) // parallel
