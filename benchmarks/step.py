@@ -9,7 +9,7 @@
 
 Work is "step" (forward, backward, clipping by global norm, AdamW), "gradient" (forward and backward) or "forward", of
 random images and labels, without drop path. Each side is a process that stays alive; the sides take turns, `--calls`
-calls at a time, so that a change of the machine's speed meets all of them. Printed: the median of a call, the median
+calls at a time after one that is not timed, so that a change of the machine's speed meets all of them. Printed: the median of a call, the median
 over rounds of the other side's time by ours with its least and largest, CPU seconds of all threads, and the peak memory
 of each process, on a GPU the GPU's. There the rate of model FLOPs is also given as a share of what a product of two
 8192 x 8192 matrices reaches. Where two sides have the same network, they run the same weights and their logits must
@@ -331,7 +331,7 @@ def matmul_flops():
 
 
 def serve(job):
-    """Prints one line of JSON when ready, then one for each line that it reads: the cost of one call."""
+    """Prints one line of JSON when ready, then one for each line that it reads: the cost of a call in a turn."""
     name, _, variant = job["side"].partition(":")
     sides = {"ours": ours, "run": run, "linen": linen, "torch": torch, "timm": timm}
     call, wait, logits = sides[name](job, variant)
@@ -339,6 +339,9 @@ def serve(job):
     wait()
     print(json.dumps({"logits": np.asarray(logits, np.float64).reshape(-1)[:2000].tolist()}), flush=True)
     for _ in sys.stdin:
+        # In a run a step follows another step of the same run, and does not find its memory gone to other processes.
+        call()
+        wait()
         start, cpu = time.perf_counter(), time.process_time()
         for _ in range(job["calls"]):
             call()

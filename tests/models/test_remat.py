@@ -9,7 +9,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from vit_scaling import models
-from vit_scaling.models import attention_cnn, resnet, swin, vit
+from vit_scaling.models import attention_cnn, layers, resnet, swin, vit
 from vit_scaling.ops import attention, kernels
 
 CASES = {
@@ -66,6 +66,19 @@ def test_the_default_computes_no_product_with_parameters_twice_and_repeats_eleme
     none, dots, full = (counted(case, remat) for remat in ("none", "dots", "full"))
     assert none["parameters"] == dots["parameters"] < full["parameters"]
     assert none["rsqrt"] < dots["rsqrt"]
+
+
+@pytest.mark.parametrize(("scan", "length"), [(True, 1), (True, 2), (False, 1), (False, 2)])
+def test_a_barrier_keeps_the_recomputation_behind_the_forward_pass_where_no_loop_does(scan, length):
+    """XLA makes no loop of a single layer, so a stack of one needs the barrier too."""
+
+    def loss(x, kernels):
+        step = lambda x, kernel: (jnp.sin(x @ kernel), None)  # noqa: E731
+        return jnp.sum(jnp.square(layers.scan_layers(step, x, kernels, scan=scan, remat="full")[0]))
+
+    shapes = jax.ShapeDtypeStruct((8, 8), jnp.float32), jax.ShapeDtypeStruct((length, 8, 8), jnp.float32)
+    program = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).as_text()
+    assert ("optimization_barrier" in program) == (not scan or length == 1)
 
 
 def test_the_default_does_not_compute_local_attention_a_third_time():

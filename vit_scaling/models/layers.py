@@ -96,14 +96,16 @@ def scan_layers(step: Callable, carry: Any, per_layer: Any, *, scan: bool, remat
         scan: True compiles one layer and loops over it, False unrolls all layers.
         remat: a key of `REMAT_POLICIES`.
     """
-    return jax.lax.scan(rematerialize(step, remat, in_loop=scan), carry, per_layer, unroll=not scan)
+    # XLA makes no loop of a single layer, such as the one pair of blocks in most of Swin's stages.
+    looped = scan and jax.tree.leaves(per_layer)[0].shape[0] > 1
+    return jax.lax.scan(rematerialize(step, remat, in_loop=looped), carry, per_layer, unroll=not scan)
 
 
 def rematerialize(step: Callable, remat: str, *, in_loop: bool) -> Callable:
     """Returns the function with a backward pass that recomputes what the policy does not keep."""
     if remat == "none":
         return step
-    # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
+    # Inside a scan the loop itself keeps the recomputation apart from the forward pass; elsewhere a barrier does.
     return jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=not in_loop)
 
 
