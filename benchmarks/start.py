@@ -32,6 +32,7 @@ def since_the_process_began():
 
 def child(config, workdir, save):
     """Trains up to the first step and prints where the time went; with `save`, stops as a signal stops it."""
+    sys.argv[0] = "vit-scaling"  # by which cli.py knows that the process is the command
     from vit_scaling import cli
     from vit_scaling.training import loop, step_log
 

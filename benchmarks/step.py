@@ -9,11 +9,12 @@
 
 Work is "step" (forward, backward, clipping by global norm, AdamW), "gradient" (forward and backward) or "forward", of
 random images and labels, without drop path. Each side is a process that stays alive; the sides take turns, `--calls`
-calls at a time after one that is not timed, so that a change of the machine's speed meets all of them. Printed: the median of a call, the median
-over rounds of the other side's time by ours with its least and largest, CPU seconds of all threads, and the peak memory
-of each process, on a GPU the GPU's. There the rate of model FLOPs is also given as a share of what a product of two
-8192 x 8192 matrices reaches. Where two sides have the same network, they run the same weights and their logits must
-agree before anything is timed. CPU seconds are what to compare on a machine that has other work.
+calls at a time after one that is not timed, so that a change of the machine's speed meets all of them. Printed: the
+median of a call, the median over rounds of the other side's time by ours with its least and largest, CPU seconds of
+all threads, and the peak memory of each process, on a GPU the GPU's. There the rate of model FLOPs is also given as a
+share of what a product of two 8192 x 8192 matrices reaches. Where two sides have the same network, they run the same
+weights and their logits must agree before anything is timed. CPU seconds are what to compare on a machine that has
+other work.
 
 Sides: "ours" (the config's defaults: scanned, remat "dots"), "ours:none" and so on with another remat policy,
 "ours:unrolled"; "run", the training step that `train` runs, from uint8 images; "linen" (ViT only); "torch",

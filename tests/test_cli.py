@@ -204,6 +204,13 @@ def test_ctrl_c_while_modules_are_imported_ends_with_one_line(number: int, tmp_p
 HERE = [name for name in cli.COMMANDS if (ROOT / "vit_scaling" / f"{name}.py").exists()]
 
 
+@pytest.mark.parametrize(("program", "rarely"), [("vit-scaling", True), ("notebook", False)])
+def test_a_command_collects_garbage_rarely_and_a_program_that_imports_it_as_before(program: str, rarely: bool) -> None:
+    code = f"import gc, sys; sys.argv[0] = {program!r}; import vit_scaling.cli; print(gc.get_threshold()[0])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (int(done.stdout) > 10_000) == rarely, done.stderr
+
+
 def test_every_command_is_known() -> None:
     top = {path.stem for path in (ROOT / "vit_scaling").glob("*.py")}
     assert top - {"__init__", "cli", "config", "names", "paths"} <= set(cli.COMMANDS)

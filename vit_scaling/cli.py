@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 a fault of the program (with its traceback) or of the mach
 """
 # ruff: noqa: E402
 
+import gc
 import os
 import signal
 import sys
@@ -32,6 +33,8 @@ def _is_program() -> bool:
 
 if _is_program():  # before the slow imports below and in the commands
     signal.signal(signal.SIGINT, _interrupted)
+    # By default Python looks for cycles after 700 new objects. A start makes a million, and took a fifth longer.
+    gc.set_threshold(50_000, 20, 20)
 
 import dataclasses
 import re

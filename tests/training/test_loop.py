@@ -335,6 +335,19 @@ def test_a_workdir_that_goes_when_the_run_has_finished_is_a_sentence(
     assert read(tmp_path / "elsewhere") == read(uninterrupted)
 
 
+@pytest.mark.parametrize(("asked", "kept"), [(1.0, 0.0), (0.3, 0.3)])
+def test_small_programs_are_kept_too_unless_the_user_says_otherwise(tmp_path: Path, asked: float, kept: float) -> None:
+    names = ("jax_persistent_cache_min_compile_time_secs", "jax_compilation_cache_dir")
+    before = {name: jax.config.values[name] for name in names}
+    try:
+        jax.config.update(names[0], asked)
+        workdirs.keep_compilations(tmp_path)
+        assert jax.config.values[names[0]] == kept
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
 def test_the_step_is_compiled_once_and_the_seed_decides(
     uninterrupted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
