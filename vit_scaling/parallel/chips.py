@@ -7,6 +7,7 @@ of the host's network card as the larger clouds offer it.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -33,6 +34,13 @@ class Chip:
     l2: int = 0  # and MiB of L2 cache
 
 
+def _gpu(
+    name: str, kind: str, flops: float, memory: float, bandwidth: float, ici: float, dcn: float, *own: Any
+) -> Chip:
+    """Returns a GPU; `own` are sms, capability, shared and l2."""
+    return Chip(name, kind, 1, flops, memory, bandwidth, ici, dcn, 0, 8, *own)
+
+
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -43,65 +51,11 @@ CHIPS = {
         Chip("v5p", "TPU v5", 1, 459e12, 95.73 * GIB, 2765e9, 600e9, 6.25e9, 3, 8960),
         Chip("v6e", "TPU v6 lite", 1, 918e12, 31.24 * GIB, 1640e9, 400e9, 12.5e9, 2, 256),
         Chip("tpu7x", "TPU7x", 2, 1153.5e12, 94.74 * GIB, 3690e9, 300e9, 6.25e9, 3, 9216),
-        Chip(
-            "a100-40gb",
-            "NVIDIA A100-SXM4-40GB",
-            1,
-            312e12,
-            40e9,
-            1555e9,
-            300e9,
-            25e9,
-            sms=108,
-            capability=(8, 0),
-            shared=164,
-            l2=40,
-        ),
-        Chip(
-            "a100",
-            "NVIDIA A100-SXM4-80GB",
-            1,
-            312e12,
-            80e9,
-            2039e9,
-            300e9,
-            25e9,
-            sms=108,
-            capability=(8, 0),
-            shared=164,
-            l2=40,
-        ),
-        Chip(
-            "h100",
-            "NVIDIA H100 80GB HBM3",
-            1,
-            989e12,
-            80e9,
-            3350e9,
-            450e9,
-            50e9,
-            sms=132,
-            capability=(9, 0),
-            shared=228,
-            l2=50,
-        ),
-        Chip(
-            "h200", "NVIDIA H200", 1, 989e12, 141e9, 4800e9, 450e9, 50e9, sms=132, capability=(9, 0), shared=228, l2=50
-        ),
-        Chip(
-            "b200",
-            "NVIDIA B200",
-            1,
-            2250e12,
-            180e9,
-            7700e9,
-            900e9,
-            50e9,
-            sms=148,
-            capability=(10, 0),
-            shared=228,
-            l2=126,
-        ),
+        _gpu("a100-40gb", "NVIDIA A100-SXM4-40GB", 312e12, 40e9, 1555e9, 300e9, 25e9, 108, (8, 0), 164, 40),
+        _gpu("a100", "NVIDIA A100-SXM4-80GB", 312e12, 80e9, 2039e9, 300e9, 25e9, 108, (8, 0), 164, 40),
+        _gpu("h100", "NVIDIA H100 80GB HBM3", 989e12, 80e9, 3350e9, 450e9, 50e9, 132, (9, 0), 228, 50),
+        _gpu("h200", "NVIDIA H200", 989e12, 141e9, 4800e9, 450e9, 50e9, 132, (9, 0), 228, 50),
+        _gpu("b200", "NVIDIA B200", 2250e12, 180e9, 7700e9, 900e9, 50e9, 148, (10, 0), 228, 126),
     )
 }
 TPUS = tuple(chip.name for chip in CHIPS.values() if chip.dims)
