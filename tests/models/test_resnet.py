@@ -185,6 +185,31 @@ def fill(shape, a, b):
     return np.sin(a * np.arange(np.prod(shape)) + b).reshape(shape).astype(np.float32)
 
 
+@pytest.mark.parametrize(
+    ("size", "stride", "side"), [(1, 1, 5), (1, 2, 5), (1, 2, 6), (3, 1, 5), (3, 2, 5), (3, 2, 6), (7, 2, 9)]
+)
+def test_a_convolution_and_its_gradients_are_those_of_xla(size, stride, side):
+    keys = jax.random.split(jax.random.key(0), 3)
+    conv = spatial.Conv(3, 4, size, key=keys[0], stride=stride)
+    images_BHWC = jax.random.normal(keys[1], (2, side, side + 1, 3))
+    kernel = conv.kernel[...]
+    y, pull = jax.vjp(lambda x, kernel: spatial.convolve(x, kernel, stride), images_BHWC, kernel)
+    graphdef, state = nnx.split(conv)
+    own, own_pull = jax.vjp(lambda x, state: nnx.merge(graphdef, state)(x), images_BHWC, state)
+    np.testing.assert_allclose(own, y, rtol=1e-5, atol=1e-5)
+    cotangent = jax.random.normal(keys[2], y.shape)
+    for ours, theirs in zip(jax.tree.leaves(own_pull(cotangent)), pull(cotangent), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_no_gradient_is_a_convolution_on_a_cpu():
+    """In a loop over layers XLA takes fifty times as long for it as for products."""
+    conv = spatial.Conv(3, 4, 3, key=jax.random.key(0))
+    graphdef, state = nnx.split(conv)
+    gradient = jax.grad(lambda state, x: jnp.sum(jnp.square(nnx.merge(graphdef, state)(x))), argnums=(0, 1))
+    assert str(jax.make_jaxpr(gradient)(state, jnp.ones((1, 5, 5, 3)))).count("conv_general_dilated[") == 1
+
+
 def test_golden_augmented_attention():
     """A 2x3 map, one head, 4 channels of keys and 2 of values: numbers of a plain loop in float64."""
     layer = spatial.AugmentedConv(10, 1, (2, 3), key=jax.random.key(0), key_fraction=0.4, value_fraction=0.2)

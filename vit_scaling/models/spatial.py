@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vit_scaling import UserError
 from vit_scaling.models import layers
-from vit_scaling.ops import local, relative
+from vit_scaling.ops import kernels, local, relative
 
 POSITIONS = ("relative", "absolute", "none")
 
@@ -26,6 +26,47 @@ POSITIONS = ("relative", "absolute", "none")
 def he_normal(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
     """Normal with variance 2 / (kernel elements x outputs): He et al. 2015, fan-out."""
     return jax.random.normal(key, shape) * (2 / (math.prod(shape[:-2]) * shape[-1])) ** 0.5
+
+
+def convolve(x_BHWC: Array, kernel_hwCE: Array, stride: int) -> Array:
+    """Convolves with a square kernel of odd side, after padding by half of it on each side."""
+    pad = ((kernel_hwCE.shape[0] - 1) // 2,) * 2
+    form = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x_BHWC, kernel_hwCE, (stride, stride), (pad, pad), dimension_numbers=form)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def convolve_on_cpu(x_BHWC: Array, kernel_hwCE: Array, stride: int) -> Array:
+    """`convolve` with another gradient: in a loop over layers, XLA's takes a CPU fifty times as long."""
+    return convolve(x_BHWC, kernel_hwCE, stride)
+
+
+def _every(x_BHWC: Array, stride: int) -> Array:
+    """Returns every `stride`-th row and column; a slice, where jnp's own index is a gather."""
+    return jax.lax.slice(x_BHWC, (0,) * 4, x_BHWC.shape, (1, stride, stride, 1))
+
+
+def _shifted_products(x_BHWC: Array, kernel_hwCE: Array, stride: int) -> Array:
+    """`convolve` as a sum of one product for each pixel of the kernel."""
+    (_, H, W, _), size = x_BHWC.shape, kernel_hwCE.shape[0]
+    pad = (size // 2,) * 2
+    x_BHWC = jnp.pad(x_BHWC, ((0, 0), pad, pad, (0, 0)))
+    y_BHWE = jnp.zeros((), x_BHWC.dtype)
+    for a in range(size):
+        for c in range(size):
+            y_BHWE += layers.product(_every(x_BHWC[:, a : a + H, c : c + W], stride), kernel_hwCE[a, c])
+    return y_BHWE
+
+
+def _forward(x_BHWC: Array, kernel_hwCE: Array, stride: int) -> tuple[Array, tuple[Array, Array]]:
+    return convolve(x_BHWC, kernel_hwCE, stride), (x_BHWC, kernel_hwCE)
+
+
+def _backward(stride: int, kept: tuple[Array, Array], y_BHWE: Array) -> tuple[Array, Array]:
+    return jax.vjp(functools.partial(_shifted_products, stride=stride), *kept)[1](y_BHWE)
+
+
+convolve_on_cpu.defvjp(_forward, _backward)
 
 
 class Conv(nnx.Module):
@@ -36,14 +77,11 @@ class Conv(nnx.Module):
         self.stride = stride
 
     def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 E"]:
-        pad = (self.kernel.shape[0] - 1) // 2
-        return jax.lax.conv_general_dilated(
-            x_BHWC,
-            self.kernel[...].astype(x_BHWC.dtype),
-            (self.stride, self.stride),
-            ((pad, pad), (pad, pad)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        kernel_hwCE = self.kernel[...].astype(x_BHWC.dtype)
+        if len(kernel_hwCE) == 1:
+            return layers.product(_every(x_BHWC, self.stride), kernel_hwCE[0, 0])
+        form = convolve_on_cpu if kernels.platform() == "cpu" else convolve
+        return form(x_BHWC, kernel_hwCE, self.stride)
 
 
 class BatchNorm(nnx.Module):
