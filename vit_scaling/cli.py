@@ -34,7 +34,7 @@ def _is_program() -> bool:
 if _is_program():  # before the slow imports below and in the commands
     signal.signal(signal.SIGINT, _interrupted)
     # By default Python looks for cycles after 700 new objects. A start makes a million, and took a fifth longer.
-    gc.set_threshold(50_000, 20, 20)
+    gc.set_threshold(50_000)
 
 import dataclasses
 import re

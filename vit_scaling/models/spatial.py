@@ -47,11 +47,11 @@ def _every(x_BHWC: Array, stride: int) -> Array:
 
 
 def _shifted_products(x_BHWC: Array, kernel_hwCE: Array, stride: int) -> Array:
-    """`convolve` as a sum of one product for each pixel of the kernel."""
-    (_, H, W, _), size = x_BHWC.shape, kernel_hwCE.shape[0]
+    """`convolve` as a sum of one product for each pixel of the kernel, in float32 as XLA sums inside a convolution."""
+    (_, H, W, _), size, dtype = x_BHWC.shape, kernel_hwCE.shape[0], relative.accumulator(x_BHWC)
     pad = (size // 2,) * 2
-    x_BHWC = jnp.pad(x_BHWC, ((0, 0), pad, pad, (0, 0)))
-    y_BHWE = jnp.zeros((), x_BHWC.dtype)
+    x_BHWC, kernel_hwCE = jnp.pad(x_BHWC.astype(dtype), ((0, 0), pad, pad, (0, 0))), kernel_hwCE.astype(dtype)
+    y_BHWE = jnp.zeros((), dtype)
     for a in range(size):
         for c in range(size):
             y_BHWE += layers.product(_every(x_BHWC[:, a : a + H, c : c + W], stride), kernel_hwCE[a, c])
@@ -63,7 +63,8 @@ def _forward(x_BHWC: Array, kernel_hwCE: Array, stride: int) -> tuple[Array, tup
 
 
 def _backward(stride: int, kept: tuple[Array, Array], y_BHWE: Array) -> tuple[Array, Array]:
-    return jax.vjp(functools.partial(_shifted_products, stride=stride), *kept)[1](y_BHWE)
+    y, pull = jax.vjp(functools.partial(_shifted_products, stride=stride), *kept)
+    return pull(y_BHWE.astype(y.dtype))
 
 
 convolve_on_cpu.defvjp(_forward, _backward)
