@@ -81,6 +81,12 @@ def test_a_barrier_keeps_the_recomputation_behind_the_forward_pass_where_no_loop
     assert ("optimization_barrier" in program) == (not scan or length == 1)
 
 
+def test_the_default_keeps_the_statistics_of_norms():
+    """Softmax sums are the only sums of activations that it repeats: one for the block's attention."""
+    assert counted("vit", "dots")["reduce_sum"] == counted("vit", "none")["reduce_sum"] + 1
+    assert counted("vit", "full")["reduce_sum"] > counted("vit", "dots")["reduce_sum"] + 3
+
+
 def test_the_default_does_not_compute_local_attention_a_third_time():
     """Its own backward pass recomputes logits, block by block; products of two activations are in it alone."""
     assert counted("sasa", "none")["activations"] == counted("sasa", "dots")["activations"]

@@ -5,6 +5,7 @@ Shapes: B batch, H W image or grid, C channels, L tokens, S context tokens, D wi
 A rotary angles (K / 2).
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,12 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vit_scaling import UserError
 from vit_scaling.models import flexi
 from vit_scaling.ops import attention as attention_ops
 from vit_scaling.ops import kernels, rotary
+from vit_scaling.ops.relative import accumulator
 
 Initializer = Callable[[PRNGKeyArray, tuple[int, ...]], Array]
 
@@ -47,12 +50,12 @@ def _expensive(primitive: Any, *args: Any, **parameters: Any) -> bool:
 
 
 # What a block keeps for its backward pass: everything; what is expensive to compute again, which is its products with
-# parameters, cuDNN's attention and the results of local attention; nothing. Elementwise work is faster to repeat than
-# to read from memory.
+# parameters, cuDNN's attention, the results of local attention and the statistics of its norms; nothing. Elementwise
+# work is faster to repeat than to read from memory.
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        _expensive, jax.checkpoint_policies.save_only_these_names("local_attention")
+        _expensive, jax.checkpoint_policies.save_only_these_names("local_attention", "norm")
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -183,7 +186,36 @@ class Linear(nnx.Module):
     def apply(self, x: Array, kernel: Array) -> Array:
         """Maps with a kernel made from the layer's own, such as one for another patch."""
         y = product(x, kernel.astype(x.dtype), self.input_dims)
-        return y if self.bias is None else y + expand(self.bias[...].astype(x.dtype), y.ndim)
+        if self.bias is None:
+            return y
+        # In float32, so that the bias's gradient, a sum over all tokens, is added up in float32.
+        dtype = accumulator(y)
+        return (y.astype(dtype) + expand(self.bias[...].astype(dtype), y.ndim)).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _normalize(x_D: Array, eps: float) -> Array:
+    """Returns (x - mean) / sqrt(variance + eps) over the last axis, in float32."""
+    return _normalize_forward(x_D, eps)[0]
+
+
+def _normalize_forward(x_D: Array, eps: float) -> tuple[Array, Any]:
+    x32_D = x_D.astype(jnp.float32)
+    # Two numbers for a token, which remat keeps. With them the gradients of scale and bias need one pass over x.
+    mean_1 = checkpoint_name(jnp.mean(x32_D, axis=-1, keepdims=True), "norm")
+    variance_1 = checkpoint_name(jnp.mean(jnp.square(x32_D - mean_1), axis=-1, keepdims=True), "norm")
+    return (x32_D - mean_1) * jax.lax.rsqrt(variance_1 + eps), (x_D, mean_1, variance_1)
+
+
+def _normalize_backward(eps: float, saved: tuple[Array, Array, Array], g_D: Array) -> tuple[Array]:
+    x_D, mean_1, variance_1 = saved
+    inverse_1 = jax.lax.rsqrt(variance_1 + eps)
+    y_D = (x_D.astype(jnp.float32) - mean_1) * inverse_1
+    along_y_1 = jnp.mean(g_D * y_D, axis=-1, keepdims=True)
+    return (((g_D - jnp.mean(g_D, axis=-1, keepdims=True) - y_D * along_y_1) * inverse_1).astype(x_D.dtype),)
+
+
+_normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 class LayerNorm(nnx.Module):
@@ -195,10 +227,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        x32 = x.astype(jnp.float32)
-        centered = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        y = centered * jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + self.eps)
-        y = y * expand(self.scale[...], x.ndim)
+        y = _normalize(x, self.eps) * expand(self.scale[...], x.ndim)
         if self.bias is not None:
             y = y + expand(self.bias[...], x.ndim)
         return y.astype(x.dtype)

@@ -12,9 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from vit_scaling import UserError
 from vit_scaling.models import layers
@@ -70,19 +70,27 @@ class WindowAttention(nnx.Module):
         return 16 * jax.nn.sigmoid(self.cpb_mlp(coordinates_R2))
 
     def __call__(
-        self, x_BGnD: Float[Array, "B G n D"], regions_Gn: Int[np.ndarray, "G n"] | None
-    ) -> tuple[Float[Array, "B G n D"], Float[Array, "B G N n n"]]:
-        """Returns the mixed tokens and the attention weights."""
-        q_BGnNK, k_BGnNK, v_BGnNK = self.query(x_BGnD), self.key(x_BGnD), self.value(x_BGnD)
+        self, x_BHWD: Float[Array, "B H W D"], window: int, shift: int, rule: str, maps: bool = False
+    ) -> tuple[Float[Array, "B H W D"], Float[Array, "B G N n n"] | None]:
+        """Returns the mixed tokens of a grid and, where `maps`, the attention weights of the (shifted) windows."""
+        height, width = x_BHWD.shape[1:3]
+        head_dim = self.query.kernel.shape[-1]
+        fused = not maps and windows.fits_kernel(height, width, window, head_dim, x_BHWD.dtype)
+        x = x_BHWD if fused else windows.split(x_BHWD, window, shift, rule)
+        q, k, v = self.query(x), self.key(x), self.value(x)
         if self.logit_scale is None:
-            q_BGnNK *= q_BGnNK.shape[-1] ** -0.5
+            q *= head_dim**-0.5
         else:
             scale_N1 = jnp.exp(jnp.minimum(self.logit_scale[...], MAX_LOGIT_SCALE))[:, None]
-            q_BGnNK = (windows.unit(q_BGnNK) * layers.expand(scale_N1, 5)).astype(x_BGnD.dtype)
-            k_BGnNK = windows.unit(k_BGnNK).astype(x_BGnD.dtype)
-        bias_Nnn = windows.relative_bias(self.bias_table(), math.isqrt(x_BGnD.shape[2]))
-        y_BGnNK, weights_BGNnn = windows.window_attention(q_BGnNK, k_BGnNK, v_BGnNK, bias_Nnn, regions_Gn)
-        return self.out(y_BGnNK), weights_BGNnn
+            q = (windows.unit(q) * layers.expand(scale_N1, 5)).astype(x.dtype)
+            k = windows.unit(k).astype(x.dtype)
+        bias_Nnn = windows.relative_bias(self.bias_table(), window)
+        if fused:
+            y_BHWNK = windows.grid_attention(q, k, v, bias_Nnn, window, shift, rule)
+            return self.out(checkpoint_name(y_BHWNK, "local_attention")), None
+        regions_Gn = windows.regions(height, width, window, shift, rule) if shift else None
+        y_BGnNK, weights_BGNnn = windows.window_attention(q, k, v, bias_Nnn, regions_Gn)
+        return windows.join(self.out(y_BGnNK), height, width, shift, rule), weights_BGNnn if maps else None
 
 
 class PositionNetwork(nnx.Module):
@@ -117,16 +125,19 @@ class Block(nnx.Module):
                 norm.scale[...] = jnp.zeros_like(norm.scale[...])
 
     def __call__(
-        self, x_BHWD: Float[Array, "B H W D"], window: int, shift: int, rate: Array, key: PRNGKeyArray | None
-    ) -> tuple[Float[Array, "B H W D"], Float[Array, "B G N n n"]]:
-        """Returns the tokens and the attention weights of the (shifted) windows."""
+        self,
+        x_BHWD: Float[Array, "B H W D"],
+        window: int,
+        shift: int,
+        rate: Array,
+        key: PRNGKeyArray | None,
+        maps: bool = False,
+    ) -> tuple[Float[Array, "B H W D"], Float[Array, "B G N n n"] | None]:
+        """Returns the tokens and, where `maps`, the attention weights of the (shifted) windows."""
         x_BHWD = constrain(x_BHWD)
         key1, key2 = (None, None) if key is None else jax.random.split(key)
-        height, width = x_BHWD.shape[1:3]
-        regions_Gn = windows.regions(height, width, window, shift, self.rule) if shift else None
         y_BHWD = self.norm1(x_BHWD) if self.norm_first else x_BHWD
-        y_BGnD, weights_BGNnn = self.attention(windows.split(y_BHWD, window, shift, self.rule), regions_Gn)
-        y_BHWD = windows.join(y_BGnD, height, width, shift, self.rule)
+        y_BHWD, weights_BGNnn = self.attention(y_BHWD, window, shift, self.rule, maps)
         x_BHWD += layers.drop_path(y_BHWD if self.norm_first else self.norm1(y_BHWD), rate, key1)
         y_BHWD = self.mlp(self.norm2(x_BHWD)) if self.norm_first else self.norm2(self.mlp(x_BHWD))
         return x_BHWD + layers.drop_path(y_BHWD, rate, key2), weights_BGNnn
@@ -195,9 +206,10 @@ class Stage(nnx.Module):
         def step(x_BHWD: Array, pair: tuple[Pair, Array, Array | None]) -> tuple[Array, Any]:
             blocks, rates_2, keys_2 = pair
             key1, key2 = (None, None) if keys_2 is None else keys_2
-            x_BHWD, plain = blocks.plain(x_BHWD, window, 0, rates_2[0], key1)
-            x_BHWD, shifted = blocks.shifted(x_BHWD, window, shift, rates_2[1], key2)
-            return x_BHWD, jnp.stack([plain, shifted]) if maps else None
+            x_BHWD, plain = blocks.plain(x_BHWD, window, 0, rates_2[0], key1, maps)
+            x_BHWD, shifted = blocks.shifted(x_BHWD, window, shift, rates_2[1], key2, maps)
+            weights: list[Any] = [plain, shifted]
+            return x_BHWD, jnp.stack(weights) if maps else None
 
         scan_pairs = functools.partial(layers.scan_layers, step, scan=self.config.scan, remat=self.config.remat)
         pairs = (self.blocks, rates_P2, keys_P2)

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from vit_scaling import UserError
+from vit_scaling.ops import kernels, windows_pallas
 
 # The published code adds this to the logits of masked pairs, not minus infinity; published weights depend on it.
 MASKED = -100.0
@@ -155,6 +156,33 @@ def window_attention(
     weights_BGNnn = jax.nn.softmax(logits_BGNnn, axis=-1).astype(v_BGnNK.dtype)
     # In this order of axes the product takes a CPU half the time of the einsum (see ops/attention.py).
     return jnp.swapaxes(weights_BGNnn @ jnp.swapaxes(v_BGnNK, 2, 3), 2, 3), weights_BGNnn
+
+
+def fits_kernel(height: int, width: int, window: int, head_dim: int, dtype: jnp.dtype) -> bool:
+    """Returns whether `grid_attention` runs: on a GPU in half precision, where the window divides the grid."""
+    return (
+        kernels.platform() == "gpu"
+        and dtype in (jnp.bfloat16, jnp.float16)
+        and window <= windows_pallas.LARGEST_WINDOW
+        and head_dim in windows_pallas.HEAD_DIMS
+        and height % window == 0
+        and width % window == 0
+    )
+
+
+def grid_attention(
+    q_BHWNK: Float[Array, "B H W N K"],
+    k_BHWNK: Float[Array, "B H W N K"],
+    v_BHWNK: Float[Array, "B H W N K"],
+    bias_Nnn: Float[Array, "N n n"],
+    window: int,
+    shift: int = 0,
+    rule: str = "official",
+) -> Float[Array, "B H W N K"]:
+    """Returns the result of `split`, `window_attention` and `join` by a fused kernel; see `fits_kernel`."""
+    height, width = q_BHWNK.shape[1:3]
+    sides = _sides(height, width, window, shift, rule)
+    return windows_pallas.window_attention(q_BHWNK, k_BHWNK, v_BHWNK, bias_Nnn, window, sides, MASKED)
 
 
 def unit(x: Float[Array, "*batch K"]) -> Float[Array, "*batch K"]:

@@ -97,7 +97,10 @@ def attention(text: str) -> str:
     kernels = {
         "cuDNN's fused attention": any("__cudnn$fmha" in line for line in calls),
         "flash attention (Pallas)": any("flash_attention" in line for line in calls),
-        "local attention (Pallas)": any("pallas_call" in line and "flash_attention" not in line for line in calls),
+        "window attention (Pallas)": any("window_attention" in line for line in calls),
+        "local attention (Pallas)": any(
+            "pallas_call" in line and "flash_attention" not in line and "window_attention" not in line for line in calls
+        ),
     }
     return ", ".join(name for name, used in kernels.items() if used) or "XLA operations"
 

@@ -1,0 +1,142 @@
+"""The fused kernel of window attention against windows that are cut out, attended to and put back."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from vit_scaling import models
+from vit_scaling.models import swin
+from vit_scaling.ops import windows, windows_pallas
+from vit_scaling.parallel import mesh as mesh_lib
+from vit_scaling.parallel import sharding
+from vit_scaling.parallel.mesh import MeshConfig
+
+# (height, width, window, shift, rule): windows of 16 tokens, which fill a tile, and of 49 and 9, which leave padding;
+# one window; and timm's rule, which shifts one side only where the other is no longer than the window.
+CASES = [
+    (8, 12, 4, 2, "official"),
+    (8, 12, 4, 0, "official"),
+    (14, 21, 7, 3, "official"),
+    (7, 7, 7, 0, "official"),
+    (6, 9, 3, 1, "official"),
+    (14, 7, 7, 3, "timm"),
+]
+
+
+def arrays(height, width, window, heads=2, batch=2):
+    """Returns queries, keys, values, the gradient of the result, and a bias."""
+    random = np.random.default_rng(0)
+    tokens = random.normal(size=(4, batch, height, width, heads, 16))
+    bias = random.normal(size=(heads, window**2, window**2))
+    return *(jnp.asarray(x, jnp.float32) for x in tokens), jnp.asarray(bias, jnp.float32)
+
+
+def cut(q, k, v, bias, window, shift, rule):
+    """What the kernel does, by the operations that run elsewhere."""
+    _, H, W, N, K = q.shape
+    q, k, v = (windows.split(x.reshape(*x.shape[:3], N * K), window, shift, rule) for x in (q, k, v))
+    numbers = windows.regions(H, W, window, shift, rule) if shift else None
+    y, _ = windows.window_attention(*(x.reshape(*x.shape[:3], N, K) for x in (q, k, v)), bias, numbers)
+    return windows.join(y.reshape(*y.shape[:3], N * K), H, W, shift, rule).reshape(-1, H, W, N, K)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Runs the kernel's program on a CPU, wherever it would run on a GPU."""
+    kernel = functools.partial(windows_pallas.window_attention, interpret=True)
+    monkeypatch.setattr(windows_pallas, "window_attention", kernel)
+    divides = lambda height, width, window, *_: not (height % window or width % window)  # noqa: E731
+    monkeypatch.setattr(windows, "fits_kernel", divides)
+
+
+@pytest.mark.parametrize(("height", "width", "window", "shift", "rule"), CASES)
+def test_values_and_gradients(height, width, window, shift, rule, interpreted):
+    q, k, v, g, bias = arrays(height, width, window)
+    case = {"window": window, "shift": shift, "rule": rule}
+    y, gradients = jax.vjp(functools.partial(windows.grid_attention, **case), q, k, v, bias)
+    expected, others = jax.vjp(functools.partial(cut, **case), q, k, v, bias)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    for name, ours, theirs in zip(("q", "k", "v", "bias"), gradients(g), others(g), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=3e-5, err_msg=name)
+
+
+def test_very_negative_logits_stay_finite(interpreted):
+    """All logits of a window about -1000, as a bias may make them."""
+    q, k, v, g, bias = arrays(4, 8, 4)
+    y, gradients = jax.vjp(functools.partial(windows.grid_attention, window=4), q, k, v, bias - 1000)
+    expected, others = jax.vjp(functools.partial(windows.grid_attention, window=4), q, k, v, bias)
+    np.testing.assert_allclose(y, expected, atol=1e-3)
+    np.testing.assert_allclose(gradients(g)[0], others(g)[0], atol=1e-3)
+
+
+def test_a_split_batch_and_split_heads(interpreted):
+    """On two by two devices, the gradient of the bias too, which is a sum over the devices' images."""
+    mesh = mesh_lib.create(MeshConfig(model=2), jax.devices()[:4])
+    q, k, v, g, bias = arrays(6, 9, 3)
+
+    @jax.jit
+    def run(q, k, v, g, bias):
+        y, gradients = jax.vjp(functools.partial(windows.grid_attention, window=3, shift=1), q, k, v, bias)
+        return y, *gradients(g)
+
+    expected = run(q, k, v, g, bias)
+    placed = [jax.device_put(x, sharding.batch_sharding(mesh)) for x in (q, k, v, g)]
+    with jax.set_mesh(mesh):
+        results = run(*placed, bias)
+    for ours, theirs in zip(results, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_network_has_the_same_logits_and_gradients(version, request):
+    config = swin.SwinConfig(version, width=32, depths=(2,), heads=(2,), window=4, drop_path=0.0)
+    model = models.build(config, image_size=(32, 64), num_classes=3, key=jax.random.key(0))
+    graphdef, parameters, _ = models.split(model)
+    # V2's norms start at zero: without other numbers its blocks would be the identity.
+    parameters = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), parameters)
+    images = jax.random.normal(jax.random.key(2), (2, 32, 64, 3))
+
+    def loss(parameters):
+        logits = models.merge(graphdef, parameters, {})(images)
+        return jnp.sum(jnp.square(logits)), logits
+
+    run = lambda: jax.jit(jax.grad(lambda p: loss(p), has_aux=True))(parameters)  # noqa: E731 (traced anew each time)
+    gradients, logits = run()
+    request.getfixturevalue("interpreted")
+    fused_gradients, fused_logits = run()
+    np.testing.assert_allclose(fused_logits, logits, rtol=1e-4, atol=1e-5)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradients))
+    for ours, theirs in zip(jax.tree.leaves(fused_gradients), jax.tree.leaves(gradients), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6 * largest)
+
+
+@pytest.mark.parametrize(
+    ("platform", "side", "dtype", "kernels"),
+    [
+        ("cuda", 64, "bfloat16", 8),  # two stages of two blocks, each with a kernel forward and one backward
+        ("cuda", 64, "float32", 0),
+        ("cuda", 40, "bfloat16", 0),  # windows of 4 do not divide the grids of 10 and 5
+        ("tpu", 64, "bfloat16", 0),
+    ],
+)
+def test_which_networks_lower_to_the_kernel(platform, side, dtype, kernels):
+    """Remat keeps the kernel's result, so no forward kernel runs twice."""
+    config = swin.SwinConfig(width=32, depths=(2, 2), heads=(2, 4), window=4, dtype=dtype, scan=False)
+    build = lambda key: models.build(config, image_size=(side, side), num_classes=3, key=key)  # noqa: E731
+    graphdef, parameters, _ = models.split(jax.eval_shape(build, jax.random.key(0)))
+    kind, name = ("TPU v5 lite", "tpu") if platform == "tpu" else ("NVIDIA H200", "gpu")
+    device = AbstractDevice(kind, 1 if platform == "tpu" else None, name)
+    one = mesh_lib.create(MeshConfig(), jax.devices()[:1])
+    mesh = AbstractMesh((1,) * len(one.axis_names), one.axis_names, one.axis_types, abstract_device=device)
+
+    def loss(parameters, images):
+        return jnp.sum(models.merge(graphdef, parameters, {})(images))
+
+    images = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
+    with jax.sharding.use_abstract_mesh(mesh):
+        lowered = jax.jit(jax.grad(loss)).trace(parameters, images).lower(lowering_platforms=(platform,))
+    assert lowered.as_text().count("__gpu$xla.gpu.triton") == kernels
