@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vit_scaling import UserError
-from vit_scaling.ops import kernels, local_pallas
+from vit_scaling.ops import kernels
 from vit_scaling.ops.relative import MASKED, accumulator, outside, skew
 
 BACKENDS = ("blocks", "shifts", "pallas")
+PALLAS_PLATFORMS = ("tpu", "gpu")
 BORDERS = ("mask", "zero")
 
 
@@ -62,6 +63,8 @@ def local_attention(
     if backend == "blocks":
         return _blocks(q, k, v, rel_row, rel_col, masked, block or block_size(*q.shape[1:3]))
     if backend == "pallas":
+        from vit_scaling.ops import local_pallas  # imports Pallas, which few runs need
+
         return local_pallas.local_attention(q, k, v, rel_row, rel_col, masked)
     return _shifts(q, k, v, rel_row, rel_col, masked)
 
@@ -125,9 +128,9 @@ def _check(
         raise UserError(f"block is {block}; it must be a positive number of pixels, or None to choose by map size")
     if backend not in BACKENDS:
         raise UserError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
-    if backend == "pallas" and kernels.platform() not in local_pallas.PLATFORMS:
+    if backend == "pallas" and kernels.platform() not in PALLAS_PLATFORMS:
         raise UserError(
-            f"backend 'pallas' runs on {' and '.join(local_pallas.PLATFORMS)}, not on {kernels.platform()}; here "
+            f"backend 'pallas' runs on {' and '.join(PALLAS_PLATFORMS)}, not on {kernels.platform()}; here "
             "choose one of blocks, shifts"
         )
 

@@ -26,7 +26,6 @@ from jaxtyping import Array
 from vit_scaling.ops import kernels
 from vit_scaling.ops.relative import MASKED, outside, skew
 
-PLATFORMS = ("tpu", "gpu")
 TILE = 8
 
 

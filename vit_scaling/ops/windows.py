@@ -14,10 +14,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from vit_scaling import UserError
-from vit_scaling.ops import kernels, windows_pallas
+from vit_scaling.ops import kernels
 
 # The published code adds this to the logits of masked pairs, not minus infinity; published weights depend on it.
 MASKED = -100.0
+# The kernel keeps a few tiles of 64 x 64 float32 numbers in the registers of a program; of 256 x 256 none would fit.
+KERNEL_WINDOW = 8
+# Triton multiplies powers of two, 16 at least.
+KERNEL_HEAD_DIMS = (16, 32, 64, 128)
 
 
 RULES = ("official", "timm")
@@ -163,8 +167,8 @@ def fits_kernel(height: int, width: int, window: int, head_dim: int, dtype: jnp.
     return (
         kernels.platform() == "gpu"
         and dtype in (jnp.bfloat16, jnp.float16)
-        and window <= windows_pallas.LARGEST_WINDOW
-        and head_dim in windows_pallas.HEAD_DIMS
+        and window <= KERNEL_WINDOW
+        and head_dim in KERNEL_HEAD_DIMS
         and height % window == 0
         and width % window == 0
     )
@@ -180,6 +184,8 @@ def grid_attention(
     rule: str = "official",
 ) -> Float[Array, "B H W N K"]:
     """Returns the result of `split`, `window_attention` and `join` by a fused kernel; see `fits_kernel`."""
+    from vit_scaling.ops import windows_pallas  # imports Pallas, which few runs need
+
     height, width = q_BHWNK.shape[1:3]
     sides = _sides(height, width, window, shift, rule)
     return windows_pallas.window_attention(q_BHWNK, k_BHWNK, v_BHWNK, bias_Nnn, window, sides, MASKED)

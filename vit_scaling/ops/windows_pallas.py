@@ -21,10 +21,6 @@ from vit_scaling.ops import kernels
 
 # Logits of padding tokens. Finite, so that a row of padding has a softmax.
 _PADDING = -1e30
-# A few tiles of 64 x 64 float32 numbers fit into the registers of a program; of 256 x 256 none does.
-LARGEST_WINDOW = 8
-# Triton multiplies powers of two, 16 at least.
-HEAD_DIMS = (16, 32, 64, 128)
 
 
 class Plan(NamedTuple):
