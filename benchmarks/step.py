@@ -11,10 +11,10 @@ Work is "step" (forward, backward, clipping by global norm, AdamW), "gradient" (
 random images and labels, without drop path. Each side is a process that stays alive; the sides take turns, `--calls`
 calls at a time after one that is not timed, so that a change of the machine's speed meets all of them. Printed: the
 median of a call, the median over rounds of the other side's time by ours with its least and largest, CPU seconds of
-all threads, and the peak memory of each process, on a GPU the GPU's. There the rate of model FLOPs is also given as a
-share of what a product of two 8192 x 8192 matrices reaches. Where two sides have the same network, they run the same
-weights and their logits must agree before anything is timed. CPU seconds are what to compare on a machine that has
-other work.
+all threads, and the peak memory of each process while it makes steps, on a GPU the GPU's. There the rate of model FLOPs
+is also given as a share of what a product of two 8192 x 8192 matrices reaches. Where two sides have the same network,
+they run the same weights and their logits must agree before anything is timed. CPU seconds are what to compare on a
+machine that has other work.
 
 Sides: "ours" (the config's defaults: scanned, remat "dots"), "ours:none" and so on with another remat policy,
 "ours:unrolled"; "run", the training step that `train` runs, from uint8 images; "linen" (ViT only); "torch",
@@ -23,6 +23,7 @@ not compared). Parameters are float32 on all sides, also where the products are 
 """
 
 import argparse
+import ctypes
 import functools
 import json
 import os
@@ -298,8 +299,22 @@ def torch_calls(model, variant, job, logits_of):
     return call, torch.cuda.synchronize if device == "cuda" else lambda: None, logits
 
 
+STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def forget_peak():
+    """Begins the peak of resident memory anew, so that it is that of the steps and not of compiling; on Linux.
+
+    First every side gives back to the system what it has freed, as `train` does after compiling.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+    if os.access(FORGET, os.W_OK):
+        FORGET.write_text("5")
+
+
 def peak_memory():
-    """Returns the most bytes that this process has held: of the GPU's memory, if it has one."""
+    """Returns the most bytes that this process has held since `forget_peak`: of the GPU's memory, if it has one."""
     if "jax" in sys.modules:
         import jax
 
@@ -308,6 +323,8 @@ def peak_memory():
             return stats["peak_bytes_in_use"]
     elif "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
         return sys.modules["torch"].cuda.max_memory_allocated()
+    if os.access(FORGET, os.W_OK):
+        return int(STATUS.read_text().split("VmHWM:")[1].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -338,6 +355,7 @@ def serve(job):
     call, wait, logits = sides[name](job, variant)
     call()
     wait()
+    forget_peak()
     print(json.dumps({"logits": np.asarray(logits, np.float64).reshape(-1)[:2000].tolist()}), flush=True)
     for _ in sys.stdin:
         # In a run a step follows another step of the same run, and does not find its memory gone to other processes.

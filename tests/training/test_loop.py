@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -578,3 +579,17 @@ def test_a_start_does_not_import_what_only_its_end_needs():
     code = "import sys, vit_scaling.training.loop; print({'matplotlib', 'tensorflow', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout == "set()\n"
+
+
+def test_freed_memory_goes_back_to_the_system() -> None:
+    """glibc keeps what lies below memory in use; blocks of 100 kB are of the size that it keeps."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    blocks = [bytearray(100_000) for _ in range(1000)]
+    held, last = resident(), blocks[-1]
+    del blocks
+    loop._give_memory_back()
+    assert held - resident() > 50_000_000
+    assert len(last) == 100_000

@@ -4,6 +4,7 @@ Read `_train` from top to bottom: its order is the order of a run.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import functools
@@ -155,6 +156,7 @@ def _train(
     watchdog.beat(compiles=True)
     with clock.book("compile"):
         train_step = _compiled(setup)
+        _give_memory_back()
     batches = _batches(setup, step)
     on_devices = loader.to_device(batches, sharding.batch_sharding(setup.program.mesh), ahead=1)
     log = StepLog(config, workdir, source.num_classes, writer, progress, clock, step)
@@ -283,6 +285,13 @@ def _compiled(setup: _Setup) -> Any:
     program, source = setup.program, setup.source
     batch = batch_shape(setup.config, source.num_classes, source.multi_label, program.mesh)
     return program.train_step.lower(program.state_shape, batch).compile()
+
+
+def _give_memory_back() -> None:
+    """Gives the system what compiling has freed, which glibc would keep: 0.3 GB for a ViT-S on a CPU."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _batches(setup: _Setup, step: int) -> loader.Batches:
