@@ -4,8 +4,7 @@ import dataclasses
 import gc
 import json
 import shutil
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,43 +64,6 @@ def test_eight_devices_state_on_other_meshes(saved: tuple[Path, Any], devices: i
     ):
         assert leaf.sharding.is_equivalent_to(shape.sharding, leaf.ndim)
         np.testing.assert_array_equal(leaf, old)
-
-
-def test_a_save_waits_for_no_digests_and_its_state_may_be_donated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state, begin, released = program(4, data=4).init(), run.begin_digests, threading.Event()
-    before, shapes = jax.device_get(state), program(4, data=4).state_shape
-
-    def held(tree: Any) -> Callable[[], dict[str, str]]:
-        finish = begin(tree)
-        return lambda: finish() if released.wait(10) else {}
-
-    monkeypatch.setattr(run, "begin_digests", held)
-    writer = checkpoint.Checkpoints(tmp_path, keep=1, permanent=0)
-    writer.save(0, state, {})
-    assert not checkpoint.steps(tmp_path)
-    double = jax.jit(lambda state: jax.tree.map(lambda x: x + x, state), donate_argnums=0)
-    jax.block_until_ready(double(state))
-    released.set()
-    writer.close()
-    monkeypatch.undo()
-    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
-    restored, record = checkpoint.restore(tmp_path / "0", shapes)
-    assert len(record["digests"]) == len(jax.tree.leaves(before))
-    jax.tree.map(np.testing.assert_array_equal, restored, before)
-
-
-def test_digests_that_fail_fail_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing() -> dict[str, str]:
-        raise RuntimeError("no digests")
-
-    monkeypatch.setattr(run, "begin_digests", lambda tree: failing)
-    writer = checkpoint.Checkpoints(tmp_path, keep=1, permanent=0)
-    writer.save(0, program(1).init(), {})
-    with pytest.raises(RuntimeError, match="no digests"):
-        writer.close()
-    assert not checkpoint.steps(tmp_path)
 
 
 def test_unfinished_checkpoints_are_ignored(saved: tuple[Path, Any], tmp_path: Path) -> None:

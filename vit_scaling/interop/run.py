@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -150,19 +150,7 @@ def _read_arrays(checkpoint: Path, names: tuple[str, ...]) -> dict[str, Any]:
 
 def handlers() -> dict[str, Any]:
     """Returns Orbax's handlers of a checkpoint's two items."""
-    return {STATE: ocp.StandardCheckpointHandler(), RECORD: _record_handler()}
-
-
-def _record_handler() -> ocp.JsonCheckpointHandler:
-    """Writes a record that may be a function: it is called in the background, where it waits for digests."""
-    handler = ocp.JsonCheckpointHandler()  # not a class of our own: Orbax registers arguments by the exact class
-    write = handler._save_fn
-
-    async def write_result(x: Any, directory: Any) -> None:
-        await write(x() if callable(x) else x, directory)
-
-    handler._save_fn = write_result
-    return handler
+    return {STATE: ocp.StandardCheckpointHandler(), RECORD: ocp.JsonCheckpointHandler()}
 
 
 class reading:  # noqa: N801 (used as a function)
@@ -235,16 +223,11 @@ def _sha256(value: Any) -> str:
 
 def digests(tree: Any) -> dict[str, str]:
     """Returns {path: digest} of arrays on the devices, each computed where it lies; the same in every process."""
-    return begin_digests(tree)()
-
-
-def begin_digests(tree: Any) -> Callable[[], dict[str, str]]:
-    """Starts to compute `digests`, which the function that it returns waits for; the arrays may be donated before."""
     named = leaves(tree)
     if not named:
-        return dict
-    values = _on_devices(_replicated(next(iter(named.values()))))(list(named.values()))
-    return lambda: {path: _hex(row) for path, row in zip(named, jax.device_get(values), strict=True)}
+        return {}
+    values = jax.device_get(_on_devices(_replicated(next(iter(named.values()))))(list(named.values())))
+    return {path: _hex(row) for path, row in zip(named, values, strict=True)}
 
 
 def _replicated(leaf: Any) -> jax.sharding.Sharding | None:

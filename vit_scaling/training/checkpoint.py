@@ -5,7 +5,6 @@ ones are complete and intact; nothing else reads a checkpoint.
 """
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import json
@@ -176,10 +175,8 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, record: Mapping[str, Any]) -> None:
         """Starts to write a checkpoint; returns once the state's memory may be reused."""
-        # The devices compute the digests while Orbax copies; the record waits for them in the background.
-        digests, now = run.begin_digests(state), copy.deepcopy({**record, "step": step})
-        record_args = ocp.args.JsonSave(lambda: run.seal(now, digests()))
-        args = {STATE: ocp.args.StandardSave(state), RECORD: record_args}
+        record = run.seal({**record, "step": step}, run.digests(state))
+        args = {STATE: ocp.args.StandardSave(state), RECORD: ocp.args.JsonSave(record)}
         self._manager.save(step, args=ocp.args.Composite(**args), force=True)
 
     def close(self) -> None:
