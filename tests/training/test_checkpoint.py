@@ -173,8 +173,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_newest_intact_one(
     shape, passed_over = one(), 0
     files = sorted(path.relative_to(stepped[0]) for path in (stepped[0] / "checkpoints" / "2").rglob("*"))
     files = [name for name in files if (stepped[0] / name).is_file()]
-    # Every file is deleted; of the rest every third, another one for each kind.
-    picked = files if fault == "deleted" else files[["emptied", "halved", "flipped"].index(fault) :: 3]
+    # A flipped bit of an array only its digest shows, so no file is left out there, whatever Orbax named it.
+    picked = files if fault in ("deleted", "flipped") else files[["emptied", "halved"].index(fault) :: 2]
     for number, name in enumerate(picked):
         workdir = tmp_path / str(number)
         shutil.copytree(stepped[0], workdir)
