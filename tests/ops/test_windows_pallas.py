@@ -1,6 +1,8 @@
 """The fused kernel of window attention against windows that are cut out, attended to and put back."""
 
+import contextlib
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -140,3 +142,15 @@ def test_which_networks_lower_to_the_kernel(platform, side, dtype, kernels):
     with jax.sharding.use_abstract_mesh(mesh):
         lowered = jax.jit(jax.grad(loss)).trace(parameters, images).lower(lowering_platforms=(platform,))
     assert lowered.as_text().count("__gpu$xla.gpu.triton") == kernels
+
+
+@pytest.mark.parametrize(
+    ("capability", "fits"), [("9.0", True), ("8.0", True), ("7.5", False), ("gfx942", False), (None, False)]
+)
+def test_gpus_that_the_kernel_is_not_made_for_are_said_and_run_xla(capability, fits, monkeypatch):
+    """AMD's give an architecture for a compute capability; no bfloat16 before 8.0."""
+    device = types.SimpleNamespace(**({} if capability is None else {"compute_capability": capability}))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [device])
+    with contextlib.nullcontext() if fits else pytest.warns(UserWarning, match="instead of a kernel: (this|a) GPU"):
+        assert windows.fits_kernel(56, 56, 7, 32, jnp.dtype("bfloat16")) == fits

@@ -18,8 +18,6 @@ from vit_scaling.ops import kernels
 FLASH_TOKENS = 1024
 # The flash kernel works on tiles of this many tokens; sequences are padded to a multiple.
 _FLASH_TILE = 128
-# A GPU older than this has no fused attention in cuDNN.
-_CUDNN_CAPABILITY = (8, 0)
 
 
 def attention_weights(q_BLNK: Float[Array, "B L N K"], k_BSNK: Float[Array, "B S N K"]) -> Float[Array, "B N L S"]:
@@ -64,12 +62,8 @@ def implementation(q_BLNK: Float[Array, "B L N K"], k_BSNK: Float[Array, "B S N 
 @functools.cache
 def _refused_by_cudnn(q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: str) -> str | None:
     """Returns why cuDNN's attention cannot run on these shapes; None where it can."""
-    if jax.default_backend() == "gpu":  # else the program is compiled for devices that are only described
-        capability = getattr(jax.local_devices(backend="gpu")[0], "compute_capability", None)
-        if capability is None or "." not in capability:
-            return "this GPU is not NVIDIA's"
-        if tuple(int(part) for part in capability.split(".")) < _CUDNN_CAPABILITY:
-            return f"a GPU of compute capability {capability} is older than what it needs, 8.0"
+    if refusal := kernels.refused_by_gpu():
+        return refusal
     q, k = jax.ShapeDtypeStruct(q_shape, dtype), jax.ShapeDtypeStruct(k_shape, dtype)
     try:
         jax.eval_shape(lambda q, k, v: jax.vjp(cudnn, q, k, v)[0], q, k, k)

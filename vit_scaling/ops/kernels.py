@@ -5,8 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
+
+# A GPU older than this has no fused attention in cuDNN and no bfloat16.
+_CAPABILITY = (8, 0)
 
 
 def platform() -> str:
@@ -14,6 +18,21 @@ def platform() -> str:
     mesh = jax.sharding.get_abstract_mesh()
     name = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
     return "gpu" if name in ("cuda", "rocm") else name
+
+
+def refused_by_gpu() -> str | None:
+    """Returns why this machine's GPU runs no kernel that is made for NVIDIA's; None where it does.
+
+    None also where there is no GPU: then a program is compiled for devices that are only described.
+    """
+    if jax.default_backend() != "gpu":
+        return None
+    capability = getattr(jax.local_devices(backend="gpu")[0], "compute_capability", None)
+    if capability is None or "." not in capability:
+        return "this GPU is not NVIDIA's"
+    if tuple(int(part) for part in capability.split(".")) < _CAPABILITY:
+        return f"a GPU of compute capability {capability} is older than what it needs, 8.0"
+    return None
 
 
 def per_device(
@@ -37,3 +56,10 @@ def per_device(
     on, on_shared = PartitionSpec(*spec), PartitionSpec(*spec[1:])
     in_specs = (on,) * len(args) + (on_shared,) * len(shared)
     return jax.shard_map(function, in_specs=in_specs, out_specs=on, check_vma=False)(*args, *shared)
+
+
+def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    """Returns the product of two matrices inside a kernel, summed in float32 over these axes of a and of b."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)

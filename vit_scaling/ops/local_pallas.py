@@ -100,12 +100,6 @@ def _position(q: Array, rel_row: Array, rel_col: Array, Y: int, X: int, m: int, 
 # --- Arithmetic of one pair of tiles and one head ---------------------------------------------------------------------
 
 
-def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
 def _spread(m: int, d: int, axis: int) -> Array:
     """Returns the [M, S] matrix of 0 and 1 that takes logits by row (axis 0) or column of keys to tile d's keys."""
     shape = (m * TILE, TILE * TILE)
@@ -116,7 +110,11 @@ def _spread(m: int, d: int, axis: int) -> Array:
 
 
 def _logits(q: Array, k: Array, row: Array, col: Array, m: int, dy: int, dx: int) -> Array:
-    return _dot(q, k, (1, 1)) + _dot(row, _spread(m, dy, 0), (1, 0)) + _dot(col, _spread(m, dx, 1), (1, 0))
+    return (
+        kernels.dot(q, k, (1, 1))
+        + kernels.dot(row, _spread(m, dy, 0), (1, 0))
+        + kernels.dot(col, _spread(m, dx, 1), (1, 0))
+    )
 
 
 # --- Kernels ----------------------------------------------------------------------------------------------------------
@@ -147,7 +145,7 @@ def _forward_kernel(plan: Plan, *refs: Any) -> None:
         weights = [jnp.exp(x - top) for x in logits]
         total = sum(jnp.sum(w, axis=1, keepdims=True) for w in weights)
         values = [_head(v, n, heads) for v in value_refs]
-        y = sum(_dot(w.astype(v.dtype), v, (1, 0)) for w, v in zip(weights, values, strict=True))
+        y = sum(kernels.dot(w.astype(v.dtype), v, (1, 0)) for w, v in zip(weights, values, strict=True))
         results.append((y / total, top + jnp.log(total)))
     _store(outputs, results)
 
@@ -163,10 +161,10 @@ def _query_kernel(plan: Plan, *refs: Any) -> None:
         for k_ref, v_ref, (dy, dx) in zip(key_refs, value_refs, pairs, strict=True):
             k, v = _head(k_ref, n, heads), _head(v_ref, n, heads)
             weights = jnp.exp(_logits(q, k, row, col, m, dy, dx) - log_sum)
-            dlogits = weights * (_dot(g, v, (1, 1)) - delta)
-            dq += _dot(dlogits.astype(k.dtype), k, (1, 0))
-            drow += _dot(dlogits, _spread(m, dy, 0), (1, 1))
-            dcol += _dot(dlogits, _spread(m, dx, 1), (1, 1))
+            dlogits = weights * (kernels.dot(g, v, (1, 1)) - delta)
+            dq += kernels.dot(dlogits.astype(k.dtype), k, (1, 0))
+            drow += kernels.dot(dlogits, _spread(m, dy, 0), (1, 1))
+            dcol += kernels.dot(dlogits, _spread(m, dx, 1), (1, 1))
         results.append((dq, drow, dcol))
     _store(outputs, results)
 
@@ -185,9 +183,9 @@ def _key_kernel(plan: Plan, rows: int, columns: int, *refs: Any) -> None:
             # Beyond the map the tile of queries is a copy of the nearest one (see _seen_by), which counts elsewhere.
             there = (y >= dy) & (y - dy < rows) & (x >= dx) & (x - dx < columns)
             weights = jnp.where(there, jnp.exp(_logits(q, k, row, col, m, dy, dx) - log_sum), 0.0)
-            dlogits = weights * (_dot(g, v, (1, 1)) - delta)
-            dk += _dot(dlogits.astype(q.dtype), q, (0, 0))
-            dv += _dot(weights.astype(g.dtype), g, (0, 0))
+            dlogits = weights * (kernels.dot(g, v, (1, 1)) - delta)
+            dk += kernels.dot(dlogits.astype(q.dtype), q, (0, 0))
+            dv += kernels.dot(weights.astype(g.dtype), g, (0, 0))
         results.append((dk, dv))
     _store(outputs, results)
 

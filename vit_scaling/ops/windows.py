@@ -8,6 +8,8 @@ R rows of a bias table ((2·window - 1)²). A window is a square, its side count
 tokens are in row-major order.
 """
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -163,8 +165,11 @@ def window_attention(
 
 
 def fits_kernel(height: int, width: int, window: int, head_dim: int, dtype: jnp.dtype) -> bool:
-    """Returns whether `grid_attention` runs: on a GPU in half precision, where the window divides the grid."""
-    return (
+    """Returns whether `grid_attention` runs: on an NVIDIA GPU in half precision, where the window divides the grid.
+
+    On another GPU a warning says once that it does not.
+    """
+    fits = (
         kernels.platform() == "gpu"
         and dtype in (jnp.bfloat16, jnp.float16)
         and window <= KERNEL_WINDOW
@@ -172,6 +177,10 @@ def fits_kernel(height: int, width: int, window: int, head_dim: int, dtype: jnp.
         and height % window == 0
         and width % window == 0
     )
+    refusal = kernels.refused_by_gpu() if fits else None
+    if refusal is not None:
+        warnings.warn(f"window attention runs as plain XLA operations instead of a kernel: {refusal}", stacklevel=2)
+    return fits and refusal is None
 
 
 def grid_attention(

@@ -18,9 +18,7 @@ from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float
 
 from vit_scaling.ops import kernels
-
-# Logits of padding tokens. Finite, so that a row of padding has a softmax.
-_PADDING = -1e30
+from vit_scaling.ops.relative import MASKED
 
 
 class Plan(NamedTuple):
@@ -65,7 +63,7 @@ def window_attention(
     plan = Plan(H, W, window, shift, masked, K, interpret)
     missing = plan.tile - window**2
     bias_NTT = jnp.pad(bias_Nnn.astype(jnp.float32), ((0, 0), (0, missing), (0, 0)))
-    bias_NTT = jnp.pad(bias_NTT, ((0, 0), (0, 0), (0, missing)), constant_values=_PADDING)
+    bias_NTT = jnp.pad(bias_NTT, ((0, 0), (0, 0), (0, missing)), constant_values=MASKED)
     bias_TM = bias_NTT.swapaxes(0, 1).reshape(plan.tile, N * plan.tile)
     y_BLC = _attend(*(x.reshape(B, H * W, N * K) for x in (q_BHWNK, k_BHWNK, v_BHWNK)), bias_TM, plan)
     return y_BLC.reshape(B, H, W, N, K)
@@ -101,17 +99,11 @@ class _Window:
         pltriton.store(ref.at[self.index], x_TK.astype(ref.dtype), mask=self.mask)
 
     def softmax(self, q_TK: Array, k_TK: Array, bias_TT: Array) -> Array:
-        logits_TT = _dot(q_TK, k_TK, (1, 1)) + bias_TT
+        logits_TT = kernels.dot(q_TK, k_TK, (1, 1)) + bias_TT
         if self.plan.shift != (0, 0):
             logits_TT += jnp.where(self.region_T[:, None] != self.region_T[None, :], self.plan.masked, 0.0)
         weights_TT = jnp.exp(logits_TT - jnp.max(logits_TT, axis=1, keepdims=True))
         return weights_TT / jnp.sum(weights_TT, axis=1, keepdims=True)
-
-
-def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _forward_kernel(plan: Plan, q_ref: Any, k_ref: Any, v_ref: Any, bias_ref: Any, y_ref: Any) -> None:
@@ -121,7 +113,7 @@ def _forward_kernel(plan: Plan, q_ref: Any, k_ref: Any, v_ref: Any, bias_ref: An
         window = _Window(plan, head, row, column)
         q_TK, k_TK, v_TK = (window.read(ref) for ref in (q_ref, k_ref, v_ref))
         weights_TT = window.softmax(q_TK, k_TK, bias_TT)
-        window.write(y_ref, _dot(weights_TT.astype(v_TK.dtype), v_TK, (1, 0)))
+        window.write(y_ref, kernels.dot(weights_TT.astype(v_TK.dtype), v_TK, (1, 0)))
         return carry
 
     jax.lax.fori_loop(0, plan.width // plan.window, attend, None)
@@ -135,12 +127,12 @@ def _backward_kernel(plan: Plan, *refs: Any) -> None:
         window = _Window(plan, head, row, column)
         q_TK, k_TK, v_TK, g_TK = (window.read(ref) for ref in (q_ref, k_ref, v_ref, g_ref))
         weights_TT = window.softmax(q_TK, k_TK, bias_TT)
-        window.write(dv_ref, _dot(weights_TT.astype(g_TK.dtype), g_TK, (0, 0)))
-        dweights_TT = _dot(g_TK, v_TK, (1, 1))
+        window.write(dv_ref, kernels.dot(weights_TT.astype(g_TK.dtype), g_TK, (0, 0)))
+        dweights_TT = kernels.dot(g_TK, v_TK, (1, 1))
         dlogits_TT = weights_TT * (dweights_TT - jnp.sum(weights_TT * dweights_TT, axis=1, keepdims=True))
         half_TT = dlogits_TT.astype(q_TK.dtype)
-        window.write(dq_ref, _dot(half_TT, k_TK, (1, 0)))
-        window.write(dk_ref, _dot(half_TT, q_TK, (0, 0)))
+        window.write(dq_ref, kernels.dot(half_TT, k_TK, (1, 0)))
+        window.write(dk_ref, kernels.dot(half_TT, q_TK, (0, 0)))
         return dbias_TT + dlogits_TT
 
     dbias_ref[...] = jax.lax.fori_loop(0, plan.width // plan.window, attend, jnp.zeros_like(bias_TT))

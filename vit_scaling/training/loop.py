@@ -156,7 +156,6 @@ def _train(
     watchdog.beat(compiles=True)
     with clock.book("compile"):
         train_step = _compiled(setup)
-        _give_memory_back()
     batches = _batches(setup, step)
     on_devices = loader.to_device(batches, sharding.batch_sharding(setup.program.mesh), ahead=1)
     log = StepLog(config, workdir, source.num_classes, writer, progress, clock, step)
@@ -284,7 +283,9 @@ def _compiled(setup: _Setup) -> Any:
     """Returns the train step, compiled for the shapes of the run's state and batches."""
     program, source = setup.program, setup.source
     batch = batch_shape(setup.config, source.num_classes, source.multi_label, program.mesh)
-    return program.train_step.lower(program.state_shape, batch).compile()
+    compiled = program.train_step.lower(program.state_shape, batch).compile()
+    _give_memory_back()
+    return compiled
 
 
 def _give_memory_back() -> None:
