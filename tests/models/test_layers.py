@@ -1,5 +1,7 @@
 """Shared layers whose gradients are written by hand or depend on the precision of a sum."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from flax import nnx
 
 from vit_scaling.models import layers
+from vit_scaling.ops import kernels
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2)])
@@ -41,3 +44,25 @@ def test_the_gradient_of_a_bias_is_summed_in_float32():
     y, gradient = jax.vjp(lambda state: nnx.merge(graphdef, state)(x), state)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(gradient(jnp.ones_like(y))[0]["bias"][...], 20_000)
+
+
+@pytest.mark.parametrize("inputs", [6, (2, 3)])
+def test_maps_side_by_side_are_one_product_on_a_gpu_and_give_the_same(inputs, monkeypatch):
+    make = functools.partial(layers.Linear, inputs, (2, 4), bias_init=layers.normal(1))
+    maps = [make(key=jax.random.key(i), bias=i != 1) for i in range(3)]
+    graphdef, state = nnx.split(maps)
+    x = jax.random.normal(jax.random.key(3), (5, 7, *np.atleast_1d(inputs)))
+
+    def outputs_and_gradients():
+        return jax.vjp(lambda state, x: layers.side_by_side(nnx.merge(graphdef, state), x), state, x)
+
+    apart, gradients = outputs_and_gradients()
+    monkeypatch.setattr(kernels, "platform", lambda: "gpu")
+    together, together_gradients = outputs_and_gradients()
+    for ours, theirs in zip(together, apart, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    g = [jnp.cos(y) for y in apart]
+    for ours, theirs in zip(jax.tree.leaves(together_gradients(g)), jax.tree.leaves(gradients(g)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    jaxpr = jax.make_jaxpr(lambda state, x: layers.side_by_side(nnx.merge(graphdef, state), x))(state, x)
+    assert str(jaxpr).count("dot_general[") == 1

@@ -15,7 +15,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from tests.golden import fill
 from vit_scaling import UserError, flops, models, names
 from vit_scaling.models import layers, vit
-from vit_scaling.ops import rotary
+from vit_scaling.ops import attention, kernels, rotary
 
 # Scaling Vision Transformers, Table 2: parameters in millions and forward GFLOPs at 224 and at 384 pixels.
 # The parameter column counts the trunk: no MAP head, no classifier.
@@ -474,6 +474,42 @@ def test_scan_is_a_loop_over_the_layers_and_unrolled_is_none() -> None:
 
     assert "stablehlo.while" in lowered(True)
     assert "stablehlo.while" not in lowered(False)
+
+
+@pytest.mark.parametrize(("platform", "loop"), [("cpu", True), ("tpu", True), ("gpu", False)])
+def test_layers_are_a_loop_but_on_gpus(platform: str, loop: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the config says otherwise."""
+    monkeypatch.setattr(kernels, "platform", lambda: platform)
+    step = lambda x, kernel: (x @ kernel, None)  # noqa: E731
+    for scan, expected in ((None, loop), (True, True), (False, False)):
+        run = functools.partial(layers.scan_layers, step, scan=scan, remat="dots")
+        lowered = jax.jit(run).lower(jnp.ones((2, 4)), jnp.ones((3, 4, 4))).as_text()
+        assert ("stablehlo.while" in lowered) == expected
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pool": "token"},
+        {"pool": "token", "registers": 2, "position": "rope", "qk_norm": True, "pre_norm": True},
+        {"pool": "map", "position": "rope", "patch_dropout": 0.5},
+    ],
+)
+def test_a_padded_token_changes_no_number(fields: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs an odd number of tokens is padded before the first layer."""
+    model = build(**fields)
+    expected = loss_and_gradient(model, model.config)
+    tokens = model.encode(IMAGES)
+    asked = []
+    monkeypatch.setattr(attention, "padded_length", lambda tokens, *_: asked.append(tokens) or tokens + 1)
+    padded = model.encode(IMAGES)
+    assert padded.shape == tokens.shape
+    np.testing.assert_allclose(padded, tokens, rtol=1e-5, atol=1e-5)
+    found = loss_and_gradient(model, model.config)
+    assert asked
+    noise = 1e-6 * max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(expected))
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=noise)
 
 
 def test_drop_path_needs_a_key_and_keeps_the_mean() -> None:

@@ -111,6 +111,55 @@ def test_a_missing_cudnn_is_said_once_and_runs_as_xla():
     assert ["cuDNN is not detected" in str(warning.message) for warning in seen] == [True]
 
 
+def test_keys_that_are_padding_count_for_nothing():
+    """Neither their values nor, in the gradients, they themselves; also where the kernel is cuDNN's."""
+    q, k, v = arrays(6, 6)
+    plain, gradients = jax.vjp(lambda q, k, v: attention.attention(q, k, v, 5), q, k, v)
+    np.testing.assert_allclose(plain, oracle(q, k[:, :5], v[:, :5]), atol=1e-6)
+    for gradient in gradients(jnp.cos(plain))[1:]:
+        assert np.abs(gradient[:, 4]).min() > 0
+        np.testing.assert_array_equal(gradient[:, 5], 0)
+
+
+@pytest.mark.parametrize(("tokens", "keys"), [(6, 5), (6, None), (5, None)])
+def test_cudnn_is_told_which_keys_count(tokens, keys, monkeypatch):
+    plain, seen = jax.nn.dot_product_attention, []
+
+    def kernel(q, k, v, *, implementation, **lengths):
+        seen.append(lengths)
+        assert q.shape[1] % 2 == k.shape[1] % 2 == 0
+        return plain(q, k, v, implementation="xla", **lengths)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    q, k, v = arrays(tokens, tokens)
+    if keys:
+        v = v.at[:, keys:].set(1e6)  # would be seen in the result
+    y, gradients = jax.vjp(lambda *a: attention.cudnn(*a, keys), q, k, v)
+    real = keys or tokens
+    assert y.shape == q.shape
+    np.testing.assert_allclose(y[:, :real], oracle(q, k[:, :real], v[:, :real])[:, :real], atol=1e-5)
+    expected = jax.vjp(lambda *a: attention.attention(*a, keys), q, k, v)[1]
+    g = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape).at[:, real:].set(0)
+    for name, ours, theirs in zip("qkv", gradients(g), expected(g), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=name)
+    assert bool(seen[0]) == (real % 2 == 1)
+
+
+@pytest.mark.parametrize(
+    ("platform", "tokens", "dtype", "expected"),
+    [
+        ("gpu", 197, "bfloat16", 198),
+        ("gpu", 196, "bfloat16", 196),
+        ("gpu", 197, "float32", 197),
+        ("tpu", 197, "bfloat16", 197),
+        ("cpu", 197, "bfloat16", 197),
+    ],
+)
+def test_how_many_tokens_a_network_carries(platform, tokens, dtype, expected, cudnn):
+    with described(platform):
+        assert attention.padded_length(tokens, 2, 64, jnp.dtype(dtype)) == expected
+
+
 @pytest.mark.parametrize("tokens", [196, 197])
 def test_cudnn_is_what_is_lowered_for_cuda(tokens, cudnn):
     """Also for odd lengths: JAX refuses their gradient unless they are padded."""

@@ -38,7 +38,7 @@ class AttentionCNNConfig:
     pruned_heads: tuple[int, ...] = ()  # layer * heads + head, silenced for good: see `prunable_heads`
     norm_eps: float = 1e-12
     dtype: str = "float32"  # of the computation; parameters, positions and norms are float32
-    scan: bool = True  # one compiled block looped over the layers; unrolled otherwise
+    scan: bool | None = None  # True: a loop over one compiled block; False: unrolled; None: unrolled on GPUs alone
     remat: str = "dots"  # none | dots | full: what the backward pass recomputes
     # By channel, for images in [0, 1]: the model sees (image - mean) / std; by default [-1, 1].
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)

@@ -61,6 +61,8 @@ REMAT_POLICIES = {
 }
 
 DTYPES = ("float32", "bfloat16")
+# The kernel of layer norm keeps whole rows in the registers of a program.
+KERNEL_WIDTH = 8192
 LARGEST = 2**17  # of a width, depth or number of heads: a hundred times the largest published ones
 
 
@@ -89,16 +91,18 @@ def check(config: Any, *, choices: Mapping[str, Sequence[Any]], positive: Sequen
             raise UserError(f"model.{field} is {getattr(config, field)}; it must be at least 0 and below 1")
 
 
-def scan_layers(step: Callable, carry: Any, per_layer: Any, *, scan: bool, remat: str) -> tuple[Any, Any]:
+def scan_layers(step: Callable, carry: Any, per_layer: Any, *, scan: bool | None, remat: str) -> tuple[Any, Any]:
     """Runs `step(carry, layer)` over stacked layers, as `jax.lax.scan` does.
 
     Args:
         step: one layer, (carry, layer) to (carry, output).
         carry: what goes from layer to layer.
         per_layer: arrays with a leading axis over layers.
-        scan: True compiles one layer and loops over it, False unrolls all layers.
+        scan: True compiles one layer and loops over it, False unrolls all layers. None unrolls them on GPUs alone,
+            where a loop writes zeros for what it keeps of each layer, and then copies it there.
         remat: a key of `REMAT_POLICIES`.
     """
+    scan = kernels.platform() != "gpu" if scan is None else scan
     # XLA makes no loop of a single layer, such as the one pair of blocks in most of Swin's stages.
     looped = scan and jax.tree.leaves(per_layer)[0].shape[0] > 1
     return jax.lax.scan(rematerialize(step, remat, in_loop=looped), carry, per_layer, unroll=not scan)
@@ -185,12 +189,27 @@ class Linear(nnx.Module):
 
     def apply(self, x: Array, kernel: Array) -> Array:
         """Maps with a kernel made from the layer's own, such as one for another patch."""
-        y = product(x, kernel.astype(x.dtype), self.input_dims)
+        return self.shift(product(x, kernel.astype(x.dtype), self.input_dims))
+
+    def shift(self, y: Array) -> Array:
+        """Adds the bias."""
         if self.bias is None:
             return y
         # In float32, so that the bias's gradient, a sum over all tokens, is added up in float32.
         dtype = accumulator(y)
-        return (y.astype(dtype) + expand(self.bias[...].astype(dtype), y.ndim)).astype(x.dtype)
+        return (y.astype(dtype) + expand(self.bias[...].astype(dtype), y.ndim)).astype(y.dtype)
+
+
+def side_by_side(maps: Sequence[Linear], x: Array) -> list[Array]:
+    """Returns what linear maps of one shape make of the same input: on a GPU by one product, elsewhere by one each.
+
+    A GPU multiplies by a wide matrix faster than by three narrow ones, and reads the input once.
+    """
+    if kernels.platform() != "gpu":
+        return [map_(x) for map_ in maps]
+    axis = maps[0].input_dims
+    y = product(x, jnp.stack([map_.kernel[...].astype(x.dtype) for map_ in maps], axis), axis)
+    return [map_.shift(jax.lax.index_in_dim(y, i, x.ndim - axis, False)) for i, map_ in enumerate(maps)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -227,10 +246,22 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
+        if self._has_kernel(x):
+            from vit_scaling.ops import norm_pallas  # takes Pallas to import
+
+            bias_D = jnp.zeros_like(self.scale[...]) if self.bias is None else self.bias[...]
+            rows = x.reshape(x.shape[0], -1, x.shape[-1])
+            return norm_pallas.layer_norm(rows, self.scale[...], bias_D, self.eps).reshape(x.shape)
         y = _normalize(x, self.eps) * expand(self.scale[...], x.ndim)
         if self.bias is not None:
             y = y + expand(self.bias[...], x.ndim)
         return y.astype(x.dtype)
+
+    @staticmethod
+    def _has_kernel(x: Array) -> bool:
+        # Of arrays of four axes the third may be heads, which a mesh splits.
+        shape_fits = x.ndim >= 3 and x.shape[-1] <= KERNEL_WIDTH and (x.ndim == 3 or not kernels.splits_heads())
+        return shape_fits and kernels.runs_on_gpu("layer norm", x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -274,24 +305,32 @@ class Attention(nnx.Module):
         self.query_norm: Any = None if head_norm is None else head_norm(head_dim)
         self.key_norm: Any = None if head_norm is None else head_norm(head_dim)
 
-    def _query_key(self, x_BLD: Array, context_BSD: Array, angles_LA: Array | None) -> tuple[Array, Array]:
-        q_BLNK, k_BSNK = self.query(x_BLD), self.key(context_BSD)
+    def _query_key_value(
+        self, x_BLD: Array, context_BSD: Array | None, angles_LA: Array | None
+    ) -> tuple[Array, Array, Array]:
+        if context_BSD is None:
+            q_BLNK, k_BSNK, v_BSNK = side_by_side((self.query, self.key, self.value), x_BLD)
+        else:
+            q_BLNK, k_BSNK, v_BSNK = self.query(x_BLD), self.key(context_BSD), self.value(context_BSD)
         if self.query_norm is not None:
             q_BLNK, k_BSNK = self.query_norm(q_BLNK), self.key_norm(k_BSNK)
         if angles_LA is not None:
             q_BLNK, k_BSNK = rotary.rotate(q_BLNK, angles_LA), rotary.rotate(k_BSNK, angles_LA)
-        return q_BLNK, k_BSNK
+        return q_BLNK, k_BSNK, v_BSNK
 
     def __call__(
         self,
         x_BLD: Float[Array, "B L D"],
         context_BSD: Float[Array, "B S D"] | None = None,
         angles_LA: Float[Array, "*B L A"] | None = None,
+        tokens: int | None = None,
     ) -> Float[Array, "B L D"]:
-        """Mixes the values of the context. With angles, queries and keys are rotated first; see `ops.rotary`."""
-        context_BSD = x_BLD if context_BSD is None else context_BSD
-        q_BLNK, k_BSNK = self._query_key(x_BLD, context_BSD, angles_LA)
-        return self.out(attention_ops.attention(q_BLNK, k_BSNK, self.value(context_BSD)))
+        """Mixes the values of the context. With angles, queries and keys are rotated first; see `ops.rotary`.
+
+        `tokens` are how many of the context count, where the others are padding; None for all.
+        """
+        q_BLNK, k_BSNK, v_BSNK = self._query_key_value(x_BLD, context_BSD, angles_LA)
+        return self.out(attention_ops.attention(q_BLNK, k_BSNK, v_BSNK, tokens))
 
     def weights(
         self,
@@ -300,8 +339,8 @@ class Attention(nnx.Module):
         context_BSD: Float[Array, "B S D"] | None = None,
     ) -> Float[Array, "B N L S"]:
         """Returns how much each token attends to each one of the context (itself by default), in float32."""
-        context_BSD = x_BLD if context_BSD is None else context_BSD
-        return attention_ops.attention_weights(*self._query_key(x_BLD, context_BSD, angles_LA))
+        q_BLNK, k_BSNK, _ = self._query_key_value(x_BLD, context_BSD, angles_LA)
+        return attention_ops.attention_weights(q_BLNK, k_BSNK)
 
 
 class Mlp(nnx.Module):

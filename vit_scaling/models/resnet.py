@@ -53,7 +53,7 @@ class ResNetConfig:
     bn_decay: float = 0.9
     bn_eps: float = 1e-5
     dtype: str = "float32"  # of the computation; parameters, norms and statistics are float32
-    scan: bool = True  # one compiled block looped over a group's equal blocks; unrolled otherwise
+    scan: bool | None = None  # True: a loop over one compiled block; False: unrolled; None: unrolled on GPUs alone
     remat: str = "dots"  # none | dots | full: what the backward pass recomputes
     # By channel, for images in [0, 1]: the model sees (image - mean) / std; by default [-1, 1].
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)

@@ -77,7 +77,7 @@ class WindowAttention(nnx.Module):
         head_dim = self.query.kernel.shape[-1]
         fused = not maps and windows.fits_kernel(height, width, window, head_dim, x_BHWD.dtype)
         x = x_BHWD if fused else windows.split(x_BHWD, window, shift, rule)
-        q, k, v = self.query(x), self.key(x), self.value(x)
+        q, k, v = layers.side_by_side((self.query, self.key, self.value), x)
         if self.logit_scale is None:
             q *= head_dim**-0.5
         else:

@@ -55,7 +55,7 @@ class SwinConfig:
     gelu: str = "exact"  # exact | tanh
     norm_eps: float = 1e-5
     dtype: str = "float32"  # of the computation; parameters, softmax and position bias are float32
-    scan: bool = True  # one compiled pair of blocks looped over a stage; unrolled otherwise
+    scan: bool | None = None  # True: a loop over one compiled block; False: unrolled; None: unrolled on GPUs alone
     remat: str = "dots"  # none | dots | full: what the backward pass of a pair recomputes
     # By channel, for images in [0, 1]: the model sees (image - mean) / std; by default [-1, 1].
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)

@@ -32,7 +32,7 @@ from vit_scaling.models.vit_config import (
     variant,
     width_ratio,
 )
-from vit_scaling.ops import rotary
+from vit_scaling.ops import attention, rotary
 from vit_scaling.parallel.sharding import constrain
 
 __all__ = ["NOT_OF_THE_WEIGHTS", "SIZES", "TOKEN_POOLS", "Size", "ViT", "ViTConfig", "check", "feature_width",
@@ -75,7 +75,12 @@ class Block(nnx.Module):
         self.layerscale2 = None if mlp_scale is None else nnx.Param(jnp.full(config.width, mlp_scale))
 
     def __call__(
-        self, x_BLD: Float[Array, "B L D"], rate: Array, key: PRNGKeyArray | None, angles_LA: Array | None
+        self,
+        x_BLD: Float[Array, "B L D"],
+        rate: Array,
+        key: PRNGKeyArray | None,
+        angles_LA: Array | None,
+        tokens: int | None = None,
     ) -> Float[Array, "B L D"]:
         x_BLD = constrain(x_BLD)
         key1, key2 = (None, None) if key is None else jax.random.split(key)
@@ -86,7 +91,7 @@ class Block(nnx.Module):
             return layers.drop_path(y_BLD, rate, key)
 
         y_BLD = self.norm1(x_BLD)
-        attended_BLD = branch(self.attention(y_BLD, angles_LA=angles_LA), self.layerscale1, key1)
+        attended_BLD = branch(self.attention(y_BLD, angles_LA=angles_LA, tokens=tokens), self.layerscale1, key1)
         if self.norm2 is None:
             return x_BLD + attended_BLD + branch(self.mlp(y_BLD), self.layerscale2, key2)
         x_BLD = x_BLD + attended_BLD
@@ -239,14 +244,21 @@ class ViT(nnx.Module):
             x_BLD = jnp.take_along_axis(x_BLD, kept_BT[:, :, None], axis=1)
             angles_LA = None if angles_LA is None else angles_LA[kept_BT]  # [B L A]
         keys = None if key is None else jax.random.split(key, self.config.depth)
+        tokens, heads = x_BLD.shape[1], self.config.heads
+        padding = attention.padded_length(tokens, heads, self.config.width // heads, x_BLD.dtype) - tokens
+        if padding:  # attention leaves it out, and each other layer works on each token by itself
+            x_BLD = jnp.pad(x_BLD, ((0, 0), (0, padding), (0, 0)))
+            if angles_LA is not None:
+                angles_LA = jnp.pad(angles_LA, ((0, 0),) * (angles_LA.ndim - 2) + ((0, padding), (0, 0)))
 
         def step(x_BLD: Array, layer: tuple[Block, Array, PRNGKeyArray | None]) -> tuple[Array, None]:
             block, rate, key = layer
-            return block(x_BLD, rate, key if self.config.drop_path else None, angles_LA), None
+            return block(x_BLD, rate, key if self.config.drop_path else None, angles_LA, tokens), None
 
         per_layer = (self.blocks, self._drop_path_rates(), keys)
         x_BLD, _ = layers.scan_layers(step, x_BLD, per_layer, scan=self.config.scan, remat=self.config.remat)
-        return constrain(x_BLD) if self.config.pool_norm else self.norm(constrain(x_BLD))
+        x_BLD = constrain(x_BLD[:, :tokens])
+        return x_BLD if self.config.pool_norm else self.norm(x_BLD)
 
     def features(
         self, images_BHWC: Float[Array, "B H W 3"], key: PRNGKeyArray | None = None, patch: Patch = None

@@ -101,7 +101,7 @@ class ViTConfig:
     gelu: str = "tanh"  # tanh | exact | quick
     norm_eps: float = 1e-6
     dtype: str = "float32"  # of the computation; parameters are float32, positions and norms computed in it
-    scan: bool = True  # one compiled block looped over the layers; unrolled otherwise
+    scan: bool | None = None  # True: a loop over one compiled block; False: unrolled; None: unrolled on GPUs alone
     remat: str = "dots"  # none | dots | full: what the backward pass recomputes
     # By channel, for images in [0, 1]: the model sees (image - mean) / std; by default [-1, 1].
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)

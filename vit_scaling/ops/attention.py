@@ -28,12 +28,23 @@ def attention_weights(q_BLNK: Float[Array, "B L N K"], k_BSNK: Float[Array, "B S
 
 
 def attention(
-    q_BLNK: Float[Array, "B L N K"], k_BSNK: Float[Array, "B S N K"], v_BSNK: Float[Array, "B S N K"]
+    q_BLNK: Float[Array, "B L N K"],
+    k_BSNK: Float[Array, "B S N K"],
+    v_BSNK: Float[Array, "B S N K"],
+    keys: int | None = None,
 ) -> Float[Array, "B L N K"]:
-    """Returns softmax(q·k / sqrt(K)) v, with the softmax in float32 and the result in v's dtype."""
+    """Returns softmax(q·k / sqrt(K)) v, with the softmax in float32 and the result in v's dtype.
+
+    Args:
+        q_BLNK: queries.
+        k_BSNK: keys.
+        v_BSNK: values.
+        keys: how many keys count; those after them are padding (see `padded_length`). None for all.
+    """
     name = implementation(q_BLNK, k_BSNK)
     if name == "cudnn":
-        return cudnn(q_BLNK, k_BSNK, v_BSNK)
+        return cudnn(q_BLNK, k_BSNK, v_BSNK, keys)
+    k_BSNK, v_BSNK = k_BSNK[:, :keys], v_BSNK[:, :keys]
     if name == "flash":
         return flash(q_BLNK, k_BSNK, v_BSNK)
     weights_BNLS = attention_weights(q_BLNK, k_BSNK).astype(v_BSNK.dtype)
@@ -41,7 +52,7 @@ def attention(
     return jnp.swapaxes(weights_BNLS @ jnp.swapaxes(v_BSNK, 1, 2), 1, 2)
 
 
-def implementation(q_BLNK: Float[Array, "B L N K"], k_BSNK: Float[Array, "B S N K"]) -> str:
+def implementation(q_BLNK: Array | jax.ShapeDtypeStruct, k_BSNK: Array | jax.ShapeDtypeStruct) -> str:
     """Returns which implementation a call is traced with.
 
     "cudnn": cuDNN's fused attention, on NVIDIA GPUs in half precision, unless there is one query; where JAX finds no
@@ -53,7 +64,7 @@ def implementation(q_BLNK: Float[Array, "B L N K"], k_BSNK: Float[Array, "B S N 
         refusal = _refused_by_cudnn(shape, k_BSNK.shape, q_BLNK.dtype.name)
         if refusal is None:
             return "cudnn"
-        warnings.warn(f"attention runs as plain XLA operations instead of cuDNN's kernel: {refusal}", stacklevel=2)
+        warnings.warn(f"attention runs as plain XLA operations instead of cuDNN's kernel: {refusal}", stacklevel=1)
     if platform == "tpu" and q_BLNK.dtype == jnp.bfloat16 and min(shape[1], k_BSNK.shape[1]) >= FLASH_TOKENS:
         return "flash"
     return "xla"
@@ -72,33 +83,43 @@ def _refused_by_cudnn(q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype:
     return None
 
 
-def cudnn(
-    q_BLNK: Float[Array, "B L N K"], k_BSNK: Float[Array, "B S N K"], v_BSNK: Float[Array, "B S N K"]
-) -> Float[Array, "B L N K"]:
-    """`attention` by cuDNN, which never writes the L x S logits.
+def padded_length(tokens: int, heads: int, head_dim: int, dtype: jnp.dtype) -> int:
+    """Returns how many tokens a network should carry so that no attention has to pad them: one more, or `tokens`.
 
-    JAX refuses a gradient through odd lengths, such as the 197 tokens of a ViT with a class token, so these are padded
-    by one token that cuDNN is told to leave out.
+    JAX refuses a gradient through cuDNN's attention for odd lengths, such as the 197 tokens of a ViT with a class
+    token. To pad each layer's queries, keys, values and gradients instead would cost more than half of the kernel.
+    """
+    like = jax.ShapeDtypeStruct((1, tokens, heads, head_dim), dtype)
+    return tokens + tokens % 2 if implementation(like, like) == "cudnn" else tokens
+
+
+def cudnn(
+    q_BLNK: Float[Array, "B L N K"],
+    k_BSNK: Float[Array, "B S N K"],
+    v_BSNK: Float[Array, "B S N K"],
+    keys: int | None = None,
+) -> Float[Array, "B L N K"]:
+    """`attention` by cuDNN, which never writes the L x S logits. Odd lengths are padded by one token.
 
     The mean key is subtracted first, which changes no softmax. Then the log of the sum of a row's exponentials is at
     least log S. Where it is below -88, the gradients of cuDNN 9.20 to 9.26 are NaN on H100s at many lengths
     (pytorch/pytorch issue 196678, NVIDIA/cudnn-frontend issue 1072); a ViT of 64 tokens met that within 400 steps.
     """
-    k_BSNK = _centered(k_BSNK)
-    batch, queries, keys = len(q_BLNK), q_BLNK.shape[1], k_BSNK.shape[1]
-    if queries % 2 == 0 and keys % 2 == 0:
-        return jax.nn.dot_product_attention(q_BLNK, k_BSNK, v_BSNK, implementation="cudnn")
-    return jax.nn.dot_product_attention(
-        *(_padded(x, 2, axis=1) for x in (q_BLNK, k_BSNK, v_BSNK)),
-        query_seq_lengths=jnp.full(batch, queries, jnp.int32),
-        key_value_seq_lengths=jnp.full(batch, keys, jnp.int32),
-        implementation="cudnn",
-    )[:, :queries]
-
-
-def _centered(k_BSNK: Float[Array, "B S N K"]) -> Float[Array, "B S N K"]:
+    queries, keys = q_BLNK.shape[1], k_BSNK.shape[1] if keys is None else keys
     k32_BSNK = k_BSNK.astype(jnp.float32)
-    return (k32_BSNK - jnp.mean(k32_BSNK, axis=1, keepdims=True)).astype(k_BSNK.dtype)
+    # The gradients of all keys sum to zero, so the mean passes none on.
+    mean_B1NK = jax.lax.stop_gradient(jnp.mean(k32_BSNK[:, :keys], axis=1, keepdims=True))
+    arrays = q_BLNK, (k32_BSNK - mean_B1NK).astype(k_BSNK.dtype), v_BSNK
+    q_BLNK, k_BSNK, v_BSNK = (_padded(x, 2, axis=1) for x in arrays)
+    lengths: dict[str, Any] = {}
+    if keys < k_BSNK.shape[1]:
+        batch = len(q_BLNK)
+        lengths = {
+            "query_seq_lengths": jnp.full(batch, queries, jnp.int32),
+            "key_value_seq_lengths": jnp.full(batch, keys, jnp.int32),
+        }
+    y_BLNK = jax.nn.dot_product_attention(q_BLNK, k_BSNK, v_BSNK, implementation="cudnn", **lengths)
+    return y_BLNK[:, :queries]
 
 
 def flash(

@@ -1,6 +1,7 @@
 """What every hand-written kernel needs: the platform it is traced for, and each device's share of the arrays."""
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -35,23 +36,46 @@ def refused_by_gpu() -> str | None:
     return None
 
 
+def runs_on_gpu(what: str, dtype: jnp.dtype) -> bool:
+    """Returns whether kernels that are made for NVIDIA's GPUs run: on these, in half precision.
+
+    On another GPU a warning says once that `what` runs as XLA's operations.
+    """
+    if platform() != "gpu" or dtype not in (jnp.bfloat16, jnp.float16):
+        return False
+    refusal = refused_by_gpu()
+    if refusal is not None:
+        warnings.warn(f"{what} runs as plain XLA operations instead of a kernel: {refusal}", stacklevel=1)
+    return refusal is None
+
+
+def splits_heads() -> bool:
+    """Returns whether the mesh in use has more than one device along its axis "model"."""
+    return jax.sharding.get_abstract_mesh().shape.get("model", 1) > 1
+
+
 def per_device(
-    function: Callable[..., Any], *args: Array, heads: int, head_axis: int, shared: tuple[Array, ...] = ()
+    function: Callable[..., Any],
+    *args: Array,
+    heads: int | None = None,
+    head_axis: int = 0,
+    shared: tuple[Array, ...] = (),
 ) -> Any:
     """Calls `function` on each device's share of batch and heads: to XLA's partitioner a kernel is a black box.
 
     The leading axis of every array is the batch, and `head_axis` that of the heads, of arguments and results alike. An
     axis of the mesh called "model" splits heads, all others split the batch; what they do not divide stays whole.
-    `shared` are further arguments without the axis of the batch: every example has the same.
+    Without `heads` only the batch is split. `shared` are further arguments without the axis of the batch: every example
+    has the same.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not mesh.are_all_axes_auto:
         return function(*args, *shared)
     batch_axes = tuple(axis for axis in mesh.axis_names if axis != "model")
-    spec: list[Any] = [None] * args[0].ndim
+    spec: list[Any] = [None] * (head_axis + 1)  # what comes after it stays whole
     if args[0].shape[0] % math.prod(mesh.shape[axis] for axis in batch_axes) == 0:
         spec[0] = batch_axes
-    if "model" in mesh.axis_names and heads % mesh.shape["model"] == 0:
+    if heads is not None and "model" in mesh.axis_names and heads % mesh.shape["model"] == 0:
         spec[head_axis] = "model"
     on, on_shared = PartitionSpec(*spec), PartitionSpec(*spec[1:])
     in_specs = (on,) * len(args) + (on_shared,) * len(shared)

@@ -8,8 +8,6 @@ R rows of a bias table ((2·window - 1)²). A window is a square, its side count
 tokens are in row-major order.
 """
 
-import warnings
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -169,18 +167,13 @@ def fits_kernel(height: int, width: int, window: int, head_dim: int, dtype: jnp.
 
     On another GPU a warning says once that it does not.
     """
-    fits = (
-        kernels.platform() == "gpu"
-        and dtype in (jnp.bfloat16, jnp.float16)
-        and window <= KERNEL_WINDOW
+    return (
+        window <= KERNEL_WINDOW
         and head_dim in KERNEL_HEAD_DIMS
         and height % window == 0
         and width % window == 0
+        and kernels.runs_on_gpu("window attention", dtype)
     )
-    refusal = kernels.refused_by_gpu() if fits else None
-    if refusal is not None:
-        warnings.warn(f"window attention runs as plain XLA operations instead of a kernel: {refusal}", stacklevel=2)
-    return fits and refusal is None
 
 
 def grid_attention(
