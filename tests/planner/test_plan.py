@@ -539,6 +539,16 @@ def test_a_data_set_that_is_not_here_needs_its_number_of_classes() -> None:
             'metadata={op_name="jit(step)/pallas_call"}, backend_config={name = "window_attention_forward"}',
             "window attention (Pallas)",
         ),
+        (
+            '  %a = (bf16[2]) custom-call(%b), custom_call_target="__gpu$xla.gpu.triton", '
+            'metadata={op_name="jit(step)/pallas_call"}, backend_config={name = "self_attention_forward"}',
+            "short attention (Pallas)",
+        ),
+        (
+            '  %a = (bf16[2]) custom-call(%b), custom_call_target="__gpu$xla.gpu.triton", '
+            'metadata={op_name="jit(step)/pallas_call"}, backend_config={name = "layer_norm_forward"}',
+            "XLA operations",
+        ),
     ],
 )
 def test_the_plan_names_the_attention_that_it_compiled(call, expected):

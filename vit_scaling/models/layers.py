@@ -55,7 +55,7 @@ def _expensive(primitive: Any, *args: Any, **parameters: Any) -> bool:
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        _expensive, jax.checkpoint_policies.save_only_these_names("local_attention", "norm")
+        _expensive, jax.checkpoint_policies.save_only_these_names("attention", "norm")
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -200,6 +200,11 @@ class Linear(nnx.Module):
         return (y.astype(dtype) + expand(self.bias[...].astype(dtype), y.ndim)).astype(y.dtype)
 
 
+def stacked_product(maps: Sequence[Linear], x: Array) -> Array:
+    """Returns what linear maps of one shape make of the same input, without biases: [..., N, maps, K] for [N, K]."""
+    return product(x, jnp.stack([map_.kernel[...].astype(x.dtype) for map_ in maps], -2), maps[0].input_dims)
+
+
 def side_by_side(maps: Sequence[Linear], x: Array) -> list[Array]:
     """Returns what linear maps of one shape make of the same input: on a GPU by one product, elsewhere by one each.
 
@@ -207,9 +212,8 @@ def side_by_side(maps: Sequence[Linear], x: Array) -> list[Array]:
     """
     if kernels.platform() != "gpu":
         return [map_(x) for map_ in maps]
-    axis = maps[0].input_dims
-    y = product(x, jnp.stack([map_.kernel[...].astype(x.dtype) for map_ in maps], axis), axis)
-    return [map_.shift(jax.lax.index_in_dim(y, i, x.ndim - axis, False)) for i, map_ in enumerate(maps)]
+    y = stacked_product(maps, x)
+    return [map_.shift(y[..., i, :]) for i, map_ in enumerate(maps)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -329,6 +333,13 @@ class Attention(nnx.Module):
 
         `tokens` are how many of the context count, where the others are padding; None for all.
         """
+        maps, head_dim = (self.query, self.key, self.value), self.query.kernel.shape[-1]
+        plain = context_BSD is None and angles_LA is None and self.query_norm is None
+        if plain and attention_ops.fits_kernel(x_BLD.shape[1], head_dim, x_BLD.dtype):
+            zeros_NK = jnp.zeros(self.query.kernel.shape[1:])
+            bias_N3K = jnp.stack([zeros_NK if map_.bias is None else map_.bias[...] for map_ in maps], -2)
+            y_BLNK = attention_ops.self_attention(stacked_product(maps, x_BLD), bias_N3K, tokens)
+            return self.out(checkpoint_name(y_BLNK, "attention"))
         q_BLNK, k_BSNK, v_BSNK = self._query_key_value(x_BLD, context_BSD, angles_LA)
         return self.out(attention_ops.attention(q_BLNK, k_BSNK, v_BSNK, tokens))
 

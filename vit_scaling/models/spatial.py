@@ -183,7 +183,7 @@ class LocalAttention(nnx.Module):
             q, k, self.value(x_BHWC), *self._tables(), kernel_size=self._table[0], backend=self.backend
         )
         # Its backward pass recomputes blocks of logits already; computing its result again would cost a third pass.
-        y_BHWNK = checkpoint_name(y_BHWNK, "local_attention")
+        y_BHWNK = checkpoint_name(y_BHWNK, "attention")
         y_BHWC = y_BHWNK.reshape(x_BHWC.shape)
         return average_pool(y_BHWC, 2, self.stride) if self.stride > 1 else y_BHWC
 

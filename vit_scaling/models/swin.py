@@ -87,7 +87,7 @@ class WindowAttention(nnx.Module):
         bias_Nnn = windows.relative_bias(self.bias_table(), window)
         if fused:
             y_BHWNK = windows.grid_attention(q, k, v, bias_Nnn, window, shift, rule)
-            return self.out(checkpoint_name(y_BHWNK, "local_attention")), None
+            return self.out(checkpoint_name(y_BHWNK, "attention")), None
         regions_Gn = windows.regions(height, width, window, shift, rule) if shift else None
         y_BGnNK, weights_BGNnn = windows.window_attention(q, k, v, bias_Nnn, regions_Gn)
         return windows.join(self.out(y_BGnNK), height, width, shift, rule), weights_BGNnn if maps else None

@@ -18,6 +18,10 @@ from vit_scaling.ops import kernels
 FLASH_TOKENS = 1024
 # The flash kernel works on tiles of this many tokens; sequences are padded to a multiple.
 _FLASH_TILE = 128
+# The kernel for short sequences keeps all keys in one tile, and in the backward pass the gradients of keys and values
+# in registers.
+KERNEL_TOKENS = 256
+KERNEL_HEAD_DIMS = (16, 32, 64)
 
 
 def attention_weights(q_BLNK: Float[Array, "B L N K"], k_BSNK: Float[Array, "B S N K"]) -> Float[Array, "B N L S"]:
@@ -25,6 +29,23 @@ def attention_weights(q_BLNK: Float[Array, "B L N K"], k_BSNK: Float[Array, "B S
     q_BNLK, k_BNSK = jnp.swapaxes(q_BLNK, 1, 2), jnp.swapaxes(k_BSNK, 1, 2)
     logits_BNLS = jnp.matmul(q_BNLK, k_BNSK.mT, preferred_element_type=jnp.float32)
     return jax.nn.softmax(logits_BNLS * q_BLNK.shape[-1] ** -0.5, axis=-1)
+
+
+def fits_kernel(tokens: int, head_dim: int, dtype: jnp.dtype) -> bool:
+    """Returns whether `self_attention` runs: on NVIDIA GPUs in half precision, where all keys fit into one tile.
+
+    On another GPU a warning says once that it does not.
+    """
+    return tokens <= KERNEL_TOKENS and head_dim in KERNEL_HEAD_DIMS and kernels.runs_on_gpu("attention", dtype)
+
+
+def self_attention(
+    qkv_BLN3K: Float[Array, "B L N 3 K"], bias_N3K: Float[Array, "N 3 K"], keys: int | None = None
+) -> Float[Array, "B L N K"]:
+    """Returns `attention` of tokens to each other, [q, k, v] = qkv + bias, by a fused kernel: see `fits_kernel`."""
+    from vit_scaling.ops import attention_pallas  # takes Pallas to import
+
+    return attention_pallas.self_attention(qkv_BLN3K, bias_N3K, qkv_BLN3K.shape[1] if keys is None else keys)
 
 
 def attention(

@@ -21,7 +21,8 @@ from jaxtyping import Array, Float
 from vit_scaling.ops import kernels
 from vit_scaling.ops.relative import MASKED
 
-# Queries of a tile: forward, where a tile of R x T logits is in the registers of 4 warps; backward, of 8.
+# Queries of a tile: forward, where the R x T logits are in the registers of 4 warps, and backward, of 8. Twice as many
+# do not fit there.
 _FORWARD, _BACKWARD = 64, 32
 
 
@@ -29,6 +30,7 @@ class Plan(NamedTuple):
     """What is static about a call."""
 
     tokens: int
+    keys: int  # those after them are padding
     head_dim: int
     interpret: bool
 
@@ -38,16 +40,17 @@ class Plan(NamedTuple):
 
 
 def self_attention(
-    qkv_BLN3K: Float[Array, "B L N 3 K"], bias_N3K: Float[Array, "N 3 K"], interpret: bool = False
+    qkv_BLN3K: Float[Array, "B L N 3 K"], bias_N3K: Float[Array, "N 3 K"], keys: int, interpret: bool = False
 ) -> Float[Array, "B L N K"]:
     """Returns softmax(q·k / sqrt(K)) v of each head, where [q, k, v] = qkv + bias.
 
     Args:
         qkv_BLN3K: queries, keys and values without their biases; at most 256 tokens.
         bias_N3K: their biases.
+        keys: how many of the tokens are keys; those after them are padding.
         interpret: runs the kernels' programs on any device, slowly.
     """
-    plan = Plan(qkv_BLN3K.shape[1], qkv_BLN3K.shape[-1], interpret)
+    plan = Plan(qkv_BLN3K.shape[1], keys, qkv_BLN3K.shape[-1], interpret)
     return _attend(qkv_BLN3K, bias_N3K[None].astype(jnp.float32), plan)
 
 
@@ -69,6 +72,15 @@ class _Rows:
         x_RK = pltriton.load(ref.at[self.row, start + self.column], mask=self.mask, other=0.0)
         return x_RK if bias_K is None else (x_RK.astype(jnp.float32) + bias_K[None, :]).astype(x_RK.dtype)
 
+    def centred(self, ref: Any, start: Any) -> Array:
+        """Returns keys less their mean, which changes no softmax and makes their bias needless.
+
+        Otherwise what keys have in common would cancel in the gradient of queries, at the precision of bfloat16.
+        """
+        x_RK = self.read(ref, start)
+        x32_RK = jnp.where(self.row < self.plan.keys, x_RK.astype(jnp.float32), 0.0)
+        return (x32_RK - jnp.sum(x32_RK, axis=0, keepdims=True) / self.plan.keys).astype(x_RK.dtype)
+
     def write(self, ref: Any, start: Any, x_RK: Array) -> None:
         pltriton.store(ref.at[self.row, start + self.column], x_RK.astype(ref.dtype), mask=self.mask)
 
@@ -85,11 +97,11 @@ def _biases(plan: Plan, head: Array, bias_ref: Any) -> list[Array]:
 
 def _forward_kernel(plan: Plan, qkv_ref: Any, bias_ref: Any, y_ref: Any) -> None:
     head = pl.program_id(1)
-    (q, k, v), (q_bias_K, k_bias_K, v_bias_K) = _parts(plan, head), _biases(plan, head, bias_ref)
+    (q, k, v), (q_bias_K, _, v_bias_K) = _parts(plan, head), _biases(plan, head, bias_ref)
     keys = _Rows(plan, head, 0, plan.tile)
-    k_TK, v_TK = keys.read(qkv_ref, k, k_bias_K), keys.read(qkv_ref, v, v_bias_K)
+    k_TK, v_TK = keys.centred(qkv_ref, k), keys.read(qkv_ref, v, v_bias_K)
     rows = min(_FORWARD, plan.tile)
-    real_1T = jax.lax.broadcasted_iota(jnp.int32, (1, plan.tile), 1) < plan.tokens
+    real_1T = jax.lax.broadcasted_iota(jnp.int32, (1, plan.tile), 1) < plan.keys
 
     def attend(tile: Array, carry: None) -> None:
         queries = _Rows(plan, head, tile * rows, rows)
@@ -105,11 +117,11 @@ def _forward_kernel(plan: Plan, qkv_ref: Any, bias_ref: Any, y_ref: Any) -> None
 
 def _backward_kernel(plan: Plan, qkv_ref: Any, g_ref: Any, bias_ref: Any, dqkv_ref: Any, dbias_ref: Any) -> None:
     head = pl.program_id(1)
-    (q, k, v), (q_bias_K, k_bias_K, v_bias_K) = _parts(plan, head), _biases(plan, head, bias_ref)
+    (q, k, v), (q_bias_K, _, v_bias_K) = _parts(plan, head), _biases(plan, head, bias_ref)
     keys = _Rows(plan, head, 0, plan.tile)
-    k_TK, v_TK = keys.read(qkv_ref, k, k_bias_K), keys.read(qkv_ref, v, v_bias_K)
+    k_TK, v_TK = keys.centred(qkv_ref, k), keys.read(qkv_ref, v, v_bias_K)
     rows, scale = min(_BACKWARD, plan.tile), plan.head_dim**-0.5
-    real_T1 = jax.lax.broadcasted_iota(jnp.int32, (plan.tile, 1), 0) < plan.tokens
+    real_T1 = jax.lax.broadcasted_iota(jnp.int32, (plan.tile, 1), 0) < plan.keys
 
     def attend(tile: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         dk_TK, dv_TK, dq_sum_RK = sums
@@ -146,12 +158,12 @@ def _forward_call(plan: Plan, qkv_BLN3K: Array, bias_1N3K: Array) -> Array:
     B, L, N, _, K = qkv_BLN3K.shape
     y_BLD = pl.pallas_call(
         functools.partial(_forward_kernel, plan),
-        name="attention_forward",
+        name="self_attention_forward",
         grid=(B, N),
         in_specs=[_image(L, 3 * N * K), pl.BlockSpec((1, 3 * N * K), lambda b, head: (0, 0))],
         out_specs=_image(L, N * K),
         out_shape=jax.ShapeDtypeStruct((B, L, N * K), qkv_BLN3K.dtype),
-        compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=pltriton.CompilerParams(num_warps=4),
         interpret=plan.interpret,
     )(qkv_BLN3K.reshape(B, L, -1), bias_1N3K.reshape(1, -1))
     return y_BLD.reshape(B, L, N, K)
@@ -162,7 +174,7 @@ def _backward_call(plan: Plan, qkv_BLN3K: Array, g_BLNK: Array, bias_1N3K: Array
     channels = 3 * N * K
     dqkv_BLC, dbias_B1C = pl.pallas_call(
         functools.partial(_backward_kernel, plan),
-        name="attention_backward",
+        name="self_attention_backward",
         grid=(B, N),
         in_specs=[_image(L, channels), _image(L, N * K), pl.BlockSpec((1, channels), lambda b, head: (0, 0))],
         out_specs=[_image(L, channels), _image(1, channels)],
@@ -170,7 +182,7 @@ def _backward_call(plan: Plan, qkv_BLN3K: Array, g_BLNK: Array, bias_1N3K: Array
             jax.ShapeDtypeStruct((B, L, channels), qkv_BLN3K.dtype),
             jax.ShapeDtypeStruct((B, 1, channels), jnp.float32),
         ],
-        compiler_params=pltriton.CompilerParams(num_warps=8, num_stages=1),
+        compiler_params=pltriton.CompilerParams(num_warps=8),
         interpret=plan.interpret,
     )(qkv_BLN3K.reshape(B, L, channels), g_BLNK.reshape(B, L, -1), bias_1N3K.reshape(1, channels))
     return dqkv_BLC.reshape(qkv_BLN3K.shape), dbias_B1C.reshape(B, 1, N, 3, K)

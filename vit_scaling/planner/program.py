@@ -95,14 +95,15 @@ def attention(text: str) -> str:
     """Returns how a compiled program computes attention: by which hand-written kernels, or as XLA's own operations."""
     calls = [line for line in text.splitlines() if "custom-call(" in line]
     kernels = {
-        "cuDNN's fused attention": any("__cudnn$fmha" in line for line in calls),
-        "flash attention (Pallas)": any("flash_attention" in line for line in calls),
-        "window attention (Pallas)": any("window_attention" in line for line in calls),
-        "local attention (Pallas)": any(
-            "pallas_call" in line and "flash_attention" not in line and "window_attention" not in line for line in calls
-        ),
+        "__cudnn$fmha": "cuDNN's fused attention",
+        "flash_attention": "flash attention (Pallas)",
+        "self_attention": "short attention (Pallas)",
+        "window_attention": "window attention (Pallas)",
+        "layer_norm": None,
+        "pallas_call": "local attention (Pallas)",
     }
-    return ", ".join(name for name, used in kernels.items() if used) or "XLA operations"
+    found = {next((kernels[mark] for mark in kernels if mark in call), None) for call in calls}
+    return ", ".join(name for name in kernels.values() if name in found and name is not None) or "XLA operations"
 
 
 def _parse(text: str) -> tuple[dict[str, _Computation], str | None]:

@@ -1,0 +1,157 @@
+"""The fused kernel for attention of a short sequence against the formula in float64, in networks and on devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from vit_scaling import models
+from vit_scaling.models import vit
+from vit_scaling.ops import attention, attention_pallas
+from vit_scaling.parallel import mesh as mesh_lib
+from vit_scaling.parallel import sharding
+from vit_scaling.parallel.mesh import MeshConfig
+
+
+def arrays(tokens, head_dim, heads=2, dtype="float32", batch=2):
+    """Returns queries, keys and values, their biases, and the gradient of the result."""
+    random = np.random.default_rng(0)
+    qkv = jnp.asarray(random.normal(size=(batch, tokens, heads, 3, head_dim)), dtype)
+    bias = jnp.asarray(random.normal(size=(heads, 3, head_dim)), jnp.float32)
+    return qkv, bias, jnp.asarray(random.normal(size=(batch, tokens, heads, head_dim)), dtype)
+
+
+def oracle(qkv, bias, g, keys):
+    """The result and its gradients with respect to qkv and bias, in float64."""
+    qkv, bias, g = (np.asarray(x, np.float64) for x in (qkv, bias, g))
+    q, k, v = np.moveaxis(qkv + bias, 3, 0)
+    scale = q.shape[-1] ** -0.5
+    logits = np.einsum("blnk,bsnk->bnls", q, k[:, :keys]) * scale
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    y = np.einsum("bnls,bsnk->blnk", weights, v[:, :keys])
+    dweights = np.einsum("blnk,bsnk->bnls", g, v[:, :keys])
+    dlogits = weights * (dweights - (weights * dweights).sum(-1, keepdims=True)) * scale
+    dqkv = np.zeros_like(qkv)
+    dqkv[:, :, :, 0] = np.einsum("bnls,bsnk->blnk", dlogits, k[:, :keys])
+    dqkv[:, :keys, :, 1] = np.einsum("bnls,blnk->bsnk", dlogits, q)
+    dqkv[:, :keys, :, 2] = np.einsum("bnls,blnk->bsnk", weights, g)
+    return y, dqkv, dqkv.sum((0, 1))
+
+
+@functools.partial(jax.jit, static_argnames="keys")
+def run(qkv, bias, g, keys):
+    attend = functools.partial(attention_pallas.self_attention, keys=keys, interpret=True)
+    y, gradients = jax.vjp(attend, qkv, bias)
+    return y, *gradients(g)
+
+
+# (tokens, keys, head dim): one tile of queries and several; tokens that fill the tiles and that do not; keys of which
+# the last are padding.
+@pytest.mark.parametrize(
+    ("tokens", "keys", "head_dim"), [(5, 5, 16), (64, 64, 32), (70, 70, 16), (198, 197, 64), (12, 9, 16)]
+)
+def test_values_and_gradients(tokens, keys, head_dim):
+    qkv, bias, g = arrays(tokens, head_dim)
+    for ours, expected in zip(run(qkv, bias, g, keys), oracle(qkv, bias, g, keys), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_is_as_exact_as_its_operands():
+    qkv, bias, g = arrays(70, 32, dtype="bfloat16")
+    results = run(qkv, bias, g, 70)
+    assert [x.dtype.name for x in results] == ["bfloat16", "bfloat16", "float32"]
+    for ours, expected in zip(results, oracle(qkv, bias, g, 70), strict=True):
+        ours = np.asarray(ours, np.float64)
+        assert np.linalg.norm(ours - expected) < 1e-2 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("keys", [40, 33])
+def test_what_keys_have_in_common_costs_no_precision(keys):
+    """Logits of about -900: their exponentials are zero in float32, and sums of such keys cancel in bfloat16."""
+    qkv, bias, g = arrays(40, 16, dtype="bfloat16")
+    qkv = qkv.at[..., 0, 0].set(60).at[..., 1, 0].set(-60)
+    bias = jnp.zeros_like(bias)
+    for ours, expected in zip(run(qkv, bias, g, keys)[:2], oracle(qkv, bias, g, keys)[:2], strict=True):
+        ours = np.asarray(ours, np.float64)
+        assert np.linalg.norm(ours - expected) < 1e-2 * np.linalg.norm(expected)
+
+
+def test_a_split_batch_and_split_heads():
+    mesh = mesh_lib.create(MeshConfig(model=2), jax.devices()[:4])
+    qkv, bias, g = arrays(9, 16)
+    expected = run(qkv, bias, g, 9)
+    placed = [jax.device_put(x, sharding.batch_sharding(mesh)) for x in (qkv, g)]
+    with jax.set_mesh(mesh):
+        results = run(placed[0], bias, placed[1], 9)
+    for ours, theirs in zip(results, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"pool": "map"}, {"pool": "token", "key_bias": False}, {"qkv_bias": False}],
+    ids=["map", "no bias of keys", "no biases"],
+)
+def test_a_network_has_the_same_logits_and_gradients(fields, monkeypatch):
+    config = vit.ViTConfig(32, 2, 32, 2, (8, 8), **fields)
+    model = models.build(config, image_size=(16, 16), num_classes=3, key=jax.random.key(0))
+    graphdef, parameters, _ = models.split(model)
+    parameters = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), parameters)
+    images = jax.random.normal(jax.random.key(2), (2, 16, 16, 3))
+
+    def loss(parameters):
+        logits = models.merge(graphdef, parameters, {})(images)
+        return jnp.sum(jnp.square(logits)), logits
+
+    both = lambda: jax.jit(jax.grad(lambda p: loss(p), has_aux=True))(parameters)  # noqa: E731 (traced anew each time)
+    gradients, logits = both()
+    calls, kernel = [], attention_pallas.self_attention
+    monkeypatch.setattr(attention, "fits_kernel", lambda *_: True)
+    monkeypatch.setattr(attention_pallas, "self_attention", lambda *a: calls.append(a) or kernel(*a, interpret=True))
+    # A token of padding, as where cuDNN would run. What it holds must not matter.
+    monkeypatch.setattr(attention, "padded_length", lambda tokens, *_: tokens + 1)
+    fused_gradients, fused_logits = both()
+    assert calls
+    np.testing.assert_allclose(fused_logits, logits, rtol=1e-4, atol=1e-5)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradients))
+    for ours, theirs in zip(jax.tree.leaves(fused_gradients), jax.tree.leaves(gradients), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6 * largest)
+
+
+@pytest.mark.filterwarnings("ignore:attention runs as plain XLA operations instead of cuDNN")  # there is none here
+@pytest.mark.parametrize(
+    ("platform", "side", "fields", "kernels"),
+    [
+        ("gpu", 32, {}, 2),  # one forward, whose result remat keeps, and one backward
+        ("gpu", 32, {"remat": "full"}, 3),
+        ("gpu", 32, {"dtype": "float32"}, 0),
+        ("gpu", 32, {"qk_norm": True}, 0),
+        ("gpu", 32, {"position": "rope"}, 0),
+        ("gpu", 32, {"width": 144}, 0),  # heads of 72
+        ("gpu", 136, {}, 0),  # 289 tokens
+        ("tpu", 32, {}, 0),
+    ],
+)
+def test_which_networks_lower_to_the_kernel(platform, side, fields, kernels):
+    config = vit.ViTConfig(
+        **{"width": 128, "depth": 1, "mlp": 64, "heads": 2, "patch": (8, 8), "dtype": "bfloat16"} | fields
+    )
+    build = lambda key: models.build(config, image_size=(side, side), num_classes=3, key=key)  # noqa: E731
+    graphdef, parameters, _ = models.split(jax.eval_shape(build, jax.random.key(0)))
+    kind, cores = {"tpu": ("TPU v5 lite", 1), "gpu": ("NVIDIA H200", None)}[platform]
+    one = mesh_lib.create(MeshConfig(), jax.devices()[:1])
+    device = AbstractDevice(kind, cores, platform)
+    mesh = AbstractMesh((1,) * len(one.axis_names), one.axis_names, one.axis_types, abstract_device=device)
+
+    def loss(parameters, images):
+        return jnp.sum(models.merge(graphdef, parameters, {})(images))
+
+    images = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(jax.grad(loss)).trace(parameters, images)
+        lowered = traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,))
+    assert lowered.as_text().count('name = "self_attention_') == kernels
