@@ -19,9 +19,9 @@ FLASH_TOKENS = 1024
 # The flash kernel works on tiles of this many tokens; sequences are padded to a multiple.
 _FLASH_TILE = 128
 # The kernel for short sequences keeps all keys in one tile, and in the backward pass the gradients of keys and values
-# in registers.
-KERNEL_TOKENS = 256
-KERNEL_HEAD_DIMS = (16, 32, 64)
+# in registers, where more or longer ones do not fit. It was tried on a GPU with tiles of 64 and of 256 tokens.
+KERNEL_TOKENS = range(33, 257)
+KERNEL_HEAD_DIM = 64
 
 
 def attention_weights(q_BLNK: Float[Array, "B L N K"], k_BSNK: Float[Array, "B S N K"]) -> Float[Array, "B N L S"]:
@@ -36,7 +36,7 @@ def fits_kernel(tokens: int, head_dim: int, dtype: jnp.dtype) -> bool:
 
     On another GPU a warning says once that it does not.
     """
-    return tokens <= KERNEL_TOKENS and head_dim in KERNEL_HEAD_DIMS and kernels.runs_on_gpu("attention", dtype)
+    return tokens in KERNEL_TOKENS and head_dim == KERNEL_HEAD_DIM and kernels.runs_on_gpu("attention", dtype)
 
 
 def self_attention(

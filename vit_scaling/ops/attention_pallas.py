@@ -60,12 +60,11 @@ def self_attention(
 class _Rows:
     """Consecutive tokens of one head: where the program reads and writes them."""
 
-    def __init__(self, plan: Plan, head: Array, first: Any, rows: int):
-        self.plan, self.head = plan, head
+    def __init__(self, plan: Plan, first: Any, rows: int):
         shape = rows, plan.head_dim
         self.row = first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
         self.column = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-        self.mask = self.row < plan.tokens
+        self.plan, self.mask = plan, self.row < plan.tokens
 
     def read(self, ref: Any, start: Any, bias_K: Array | None = None) -> Array:
         """Returns K channels of each row from `start` on, with zeros in rows that are none."""
@@ -90,21 +89,23 @@ def _parts(plan: Plan, head: Array) -> list[Array]:
     return [(3 * head + part) * plan.head_dim for part in range(3)]
 
 
-def _biases(plan: Plan, head: Array, bias_ref: Any) -> list[Array]:
-    zero_K, column_K = jnp.zeros(plan.head_dim, jnp.int32), jax.lax.broadcasted_iota(jnp.int32, (plan.head_dim,), 0)
-    return [pltriton.load(bias_ref.at[zero_K, start + column_K]) for start in _parts(plan, head)]
+def _channels(plan: Plan, start: Array) -> tuple[Array, Array]:
+    """Returns where K channels from `start` on are in an array [1, C]."""
+    column_K = jax.lax.broadcasted_iota(jnp.int32, (plan.head_dim,), 0)
+    return jnp.zeros_like(column_K), start + column_K
 
 
 def _forward_kernel(plan: Plan, qkv_ref: Any, bias_ref: Any, y_ref: Any) -> None:
     head = pl.program_id(1)
-    (q, k, v), (q_bias_K, _, v_bias_K) = _parts(plan, head), _biases(plan, head, bias_ref)
-    keys = _Rows(plan, head, 0, plan.tile)
+    q, k, v = _parts(plan, head)
+    q_bias_K, v_bias_K = (pltriton.load(bias_ref.at[_channels(plan, start)]) for start in (q, v))
+    keys = _Rows(plan, 0, plan.tile)
     k_TK, v_TK = keys.centred(qkv_ref, k), keys.read(qkv_ref, v, v_bias_K)
     rows = min(_FORWARD, plan.tile)
     real_1T = jax.lax.broadcasted_iota(jnp.int32, (1, plan.tile), 1) < plan.keys
 
     def attend(tile: Array, carry: None) -> None:
-        queries = _Rows(plan, head, tile * rows, rows)
+        queries = _Rows(plan, tile * rows, rows)
         logits_RT = kernels.dot(queries.read(qkv_ref, q, q_bias_K), k_TK, (1, 1)) * plan.head_dim**-0.5
         logits_RT = jnp.where(real_1T, logits_RT, MASKED)
         weights_RT = jnp.exp(logits_RT - jnp.max(logits_RT, axis=1, keepdims=True))
@@ -117,15 +118,16 @@ def _forward_kernel(plan: Plan, qkv_ref: Any, bias_ref: Any, y_ref: Any) -> None
 
 def _backward_kernel(plan: Plan, qkv_ref: Any, g_ref: Any, bias_ref: Any, dqkv_ref: Any, dbias_ref: Any) -> None:
     head = pl.program_id(1)
-    (q, k, v), (q_bias_K, _, v_bias_K) = _parts(plan, head), _biases(plan, head, bias_ref)
-    keys = _Rows(plan, head, 0, plan.tile)
+    q, k, v = _parts(plan, head)
+    q_bias_K, v_bias_K = (pltriton.load(bias_ref.at[_channels(plan, start)]) for start in (q, v))
+    keys = _Rows(plan, 0, plan.tile)
     k_TK, v_TK = keys.centred(qkv_ref, k), keys.read(qkv_ref, v, v_bias_K)
     rows, scale = min(_BACKWARD, plan.tile), plan.head_dim**-0.5
     real_T1 = jax.lax.broadcasted_iota(jnp.int32, (plan.tile, 1), 0) < plan.keys
 
     def attend(tile: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         dk_TK, dv_TK, dq_sum_RK = sums
-        queries = _Rows(plan, head, tile * rows, rows)
+        queries = _Rows(plan, tile * rows, rows)
         q_RK, g_RK = queries.read(qkv_ref, q, q_bias_K), queries.read(g_ref, head * plan.head_dim)
         # Keys by queries: then the products that sum over queries take the weights as they are.
         logits_TR = jnp.where(real_T1, kernels.dot(k_TK, q_RK, (1, 1)) * scale, MASKED)
@@ -146,9 +148,8 @@ def _backward_kernel(plan: Plan, qkv_ref: Any, g_ref: Any, bias_ref: Any, dqkv_r
     dk_TK, dv_TK, dq_sum_RK = sums
     keys.write(dqkv_ref, k, dk_TK)
     keys.write(dqkv_ref, v, dv_TK)
-    zero_K, column_K = jnp.zeros(plan.head_dim, jnp.int32), jax.lax.broadcasted_iota(jnp.int32, (plan.head_dim,), 0)
     for start, x in zip((q, k, v), (dq_sum_RK, dk_TK, dv_TK), strict=True):
-        pltriton.store(dbias_ref.at[zero_K, start + column_K], jnp.sum(x, axis=0))
+        pltriton.store(dbias_ref.at[_channels(plan, start)], jnp.sum(x, axis=0))
 
 
 # --- Calls ------------------------------------------------------------------------------------------------------------
