@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
 
-from vit_scaling import models
+from tests.ops import networks
 from vit_scaling.models import vit
 from vit_scaling.ops import attention, attention_pallas
 from vit_scaling.parallel import mesh as mesh_lib
@@ -98,29 +97,15 @@ def test_a_split_batch_and_split_heads():
     ids=["map", "no bias of keys", "no biases"],
 )
 def test_a_network_has_the_same_logits_and_gradients(fields, monkeypatch):
-    config = vit.ViTConfig(32, 2, 32, 2, (8, 8), **fields)
-    model = models.build(config, image_size=(16, 16), num_classes=3, key=jax.random.key(0))
-    graphdef, parameters, _ = models.split(model)
-    parameters = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), parameters)
-    images = jax.random.normal(jax.random.key(2), (2, 16, 16, 3))
-
-    def loss(parameters):
-        logits = models.merge(graphdef, parameters, {})(images)
-        return jnp.sum(jnp.square(logits)), logits
-
-    both = lambda: jax.jit(jax.grad(lambda p: loss(p), has_aux=True))(parameters)  # noqa: E731 (traced anew each time)
-    gradients, logits = both()
+    run = networks.logits_and_gradients(vit.ViTConfig(32, 2, 32, 2, (8, 8), **fields), (16, 16))
+    expected = run()
     calls, kernel = [], attention_pallas.self_attention
     monkeypatch.setattr(attention, "fits_kernel", lambda *_: True)
     monkeypatch.setattr(attention_pallas, "self_attention", lambda *a: calls.append(a) or kernel(*a, interpret=True))
     # A token of padding, as where cuDNN would run. What it holds must not matter.
     monkeypatch.setattr(attention, "padded_length", lambda tokens, *_: tokens + 1)
-    fused_gradients, fused_logits = both()
+    networks.assert_same(run(), expected)
     assert calls
-    np.testing.assert_allclose(fused_logits, logits, rtol=1e-4, atol=1e-5)
-    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradients))
-    for ours, theirs in zip(jax.tree.leaves(fused_gradients), jax.tree.leaves(gradients), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6 * largest)
 
 
 @pytest.mark.filterwarnings("ignore:attention runs as plain XLA operations instead of cuDNN")  # there is none here
@@ -142,18 +127,4 @@ def test_which_networks_lower_to_the_kernel(platform, side, fields, kernels):
     config = vit.ViTConfig(
         **{"width": 128, "depth": 1, "mlp": 64, "heads": 2, "patch": (8, 8), "dtype": "bfloat16"} | fields
     )
-    build = lambda key: models.build(config, image_size=(side, side), num_classes=3, key=key)  # noqa: E731
-    graphdef, parameters, _ = models.split(jax.eval_shape(build, jax.random.key(0)))
-    kind, cores = {"tpu": ("TPU v5 lite", 1), "gpu": ("NVIDIA H200", None)}[platform]
-    one = mesh_lib.create(MeshConfig(), jax.devices()[:1])
-    device = AbstractDevice(kind, cores, platform)
-    mesh = AbstractMesh((1,) * len(one.axis_names), one.axis_names, one.axis_types, abstract_device=device)
-
-    def loss(parameters, images):
-        return jnp.sum(models.merge(graphdef, parameters, {})(images))
-
-    images = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
-    with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(jax.grad(loss)).trace(parameters, images)
-        lowered = traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,))
-    assert lowered.as_text().count('name = "self_attention_') == kernels
+    assert networks.lowered_gradient(config, side, platform).count('name = "self_attention_') == kernels

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
 
-from vit_scaling import models
+from tests.ops import networks
 from vit_scaling.models import layers, swin, vit
 from vit_scaling.ops import kernels, norm_pallas
 from vit_scaling.parallel import mesh as mesh_lib
@@ -78,34 +77,13 @@ def test_a_split_batch():
     ids=["vit", "swin"],
 )
 def test_a_network_has_the_same_logits_and_gradients(config, monkeypatch):
-    model = models.build(config, image_size=(16, 16), num_classes=3, key=jax.random.key(0))
-    graphdef, parameters, _ = models.split(model)
-    parameters = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), parameters)
-    images = jax.random.normal(jax.random.key(2), (2, 16, 16, 3))
-
-    def loss(parameters):
-        logits = models.merge(graphdef, parameters, {})(images)
-        return jnp.sum(jnp.square(logits)), logits
-
-    both = lambda: jax.jit(jax.grad(lambda p: loss(p), has_aux=True))(parameters)  # noqa: E731 (traced anew each time)
-    gradients, logits = both()
+    run = networks.logits_and_gradients(config, (16, 16))
+    expected = run()
     calls, kernel = [], norm_pallas.layer_norm
     monkeypatch.setattr(layers.LayerNorm, "_has_kernel", staticmethod(lambda x: x.ndim > 2))
     monkeypatch.setattr(norm_pallas, "layer_norm", lambda *a: calls.append(a) or kernel(*a, interpret=True))
-    fused_gradients, fused_logits = both()
+    networks.assert_same(run(), expected)
     assert len(calls) > 3
-    np.testing.assert_allclose(fused_logits, logits, rtol=1e-4, atol=1e-5)
-    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradients))
-    for ours, theirs in zip(jax.tree.leaves(fused_gradients), jax.tree.leaves(gradients), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6 * largest)
-
-
-def described(platform, **axes):
-    """A mesh of devices that are only described."""
-    kind, cores = {"tpu": ("TPU v5 lite", 1), "gpu": ("NVIDIA H200", None)}[platform]
-    shape = mesh_lib.create(MeshConfig(**axes), jax.devices()[: axes.get("model", 1)])
-    device = AbstractDevice(kind, cores, platform)
-    return AbstractMesh(tuple(shape.shape.values()), shape.axis_names, shape.axis_types, abstract_device=device)
 
 
 @pytest.mark.filterwarnings("ignore:attention runs as plain XLA operations")  # there is no cuDNN here
@@ -119,17 +97,7 @@ def described(platform, **axes):
     ],
 )
 def test_which_networks_lower_to_the_kernel(platform, dtype, forward, backward):
-    config = vit.ViTConfig(64, 1, 64, 2, (8, 8), dtype=dtype)
-    build = lambda key: models.build(config, image_size=(16, 16), num_classes=3, key=key)  # noqa: E731
-    graphdef, parameters, _ = models.split(jax.eval_shape(build, jax.random.key(0)))
-
-    def loss(parameters, images):
-        return jnp.sum(models.merge(graphdef, parameters, {})(images))
-
-    images = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
-    with jax.sharding.use_abstract_mesh(described(platform)):
-        traced = jax.jit(jax.grad(loss)).trace(parameters, images)
-        lowered = traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,)).as_text()
+    lowered = networks.lowered_gradient(vit.ViTConfig(64, 1, 64, 2, (8, 8), dtype=dtype), 16, platform)
     names = [lowered.count(f'name = "layer_norm_{way}"') for way in ("forward", "backward")]
     assert names == [forward, backward]
 
@@ -146,11 +114,14 @@ def test_which_networks_lower_to_the_kernel(platform, dtype, forward, backward):
     ],
 )
 def test_which_arrays_the_kernel_takes(shape, axes, runs):
-    with jax.sharding.use_abstract_mesh(described("gpu", **axes)):
+    with jax.sharding.use_abstract_mesh(networks.described("gpu", **axes)):
         assert layers.LayerNorm._has_kernel(jnp.zeros(shape, jnp.bfloat16)) == runs
 
 
 def test_another_gpu_is_said_and_runs_xla(monkeypatch):
     monkeypatch.setattr(kernels, "refused_by_gpu", lambda: "this GPU is not NVIDIA's")
-    with jax.sharding.use_abstract_mesh(described("gpu")), pytest.warns(UserWarning, match="layer norm runs as plain"):
+    with (
+        jax.sharding.use_abstract_mesh(networks.described("gpu")),
+        pytest.warns(UserWarning, match="layer norm runs as plain"),
+    ):
         assert not layers.LayerNorm._has_kernel(jnp.zeros((2, 5, 64), jnp.bfloat16))

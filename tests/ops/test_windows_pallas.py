@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
 
-from vit_scaling import models
+from tests.ops import networks
 from vit_scaling.models import swin
 from vit_scaling.ops import windows, windows_pallas
 from vit_scaling.parallel import mesh as mesh_lib
@@ -96,52 +95,25 @@ def test_a_split_batch_and_split_heads(interpreted):
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_network_has_the_same_logits_and_gradients(version, request):
     config = swin.SwinConfig(version, width=32, depths=(2,), heads=(2,), window=4, drop_path=0.0)
-    model = models.build(config, image_size=(32, 64), num_classes=3, key=jax.random.key(0))
-    graphdef, parameters, _ = models.split(model)
-    # V2's norms start at zero: without other numbers its blocks would be the identity.
-    parameters = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), parameters)
-    images = jax.random.normal(jax.random.key(2), (2, 32, 64, 3))
-
-    def loss(parameters):
-        logits = models.merge(graphdef, parameters, {})(images)
-        return jnp.sum(jnp.square(logits)), logits
-
-    run = lambda: jax.jit(jax.grad(lambda p: loss(p), has_aux=True))(parameters)  # noqa: E731 (traced anew each time)
-    gradients, logits = run()
+    run = networks.logits_and_gradients(config, (32, 64))
+    expected = run()
     request.getfixturevalue("interpreted")
-    fused_gradients, fused_logits = run()
-    np.testing.assert_allclose(fused_logits, logits, rtol=1e-4, atol=1e-5)
-    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradients))
-    for ours, theirs in zip(jax.tree.leaves(fused_gradients), jax.tree.leaves(gradients), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6 * largest)
+    networks.assert_same(run(), expected)
 
 
 @pytest.mark.parametrize(
     ("platform", "side", "dtype", "kernels"),
     [
-        ("cuda", 64, "bfloat16", 8),  # two stages of two blocks, each with a kernel forward and one backward
-        ("cuda", 64, "float32", 0),
-        ("cuda", 40, "bfloat16", 0),  # windows of 4 do not divide the grids of 10 and 5
+        ("gpu", 64, "bfloat16", 8),  # two stages of two blocks, each with a kernel forward and one backward
+        ("gpu", 64, "float32", 0),
+        ("gpu", 40, "bfloat16", 0),  # windows of 4 do not divide the grids of 10 and 5
         ("tpu", 64, "bfloat16", 0),
     ],
 )
 def test_which_networks_lower_to_the_kernel(platform, side, dtype, kernels):
     """Remat keeps the kernel's result, so no forward kernel runs twice."""
-    config = swin.SwinConfig(width=32, depths=(2, 2), heads=(2, 4), window=4, dtype=dtype, scan=False)
-    build = lambda key: models.build(config, image_size=(side, side), num_classes=3, key=key)  # noqa: E731
-    graphdef, parameters, _ = models.split(jax.eval_shape(build, jax.random.key(0)))
-    kind, name = ("TPU v5 lite", "tpu") if platform == "tpu" else ("NVIDIA H200", "gpu")
-    device = AbstractDevice(kind, 1 if platform == "tpu" else None, name)
-    one = mesh_lib.create(MeshConfig(), jax.devices()[:1])
-    mesh = AbstractMesh((1,) * len(one.axis_names), one.axis_names, one.axis_types, abstract_device=device)
-
-    def loss(parameters, images):
-        return jnp.sum(models.merge(graphdef, parameters, {})(images))
-
-    images = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
-    with jax.sharding.use_abstract_mesh(mesh):
-        lowered = jax.jit(jax.grad(loss)).trace(parameters, images).lower(lowering_platforms=(platform,))
-    assert lowered.as_text().count('name = "window_attention_') == kernels
+    config = swin.SwinConfig(width=32, depths=(2, 2), heads=(2, 4), window=4, dtype=dtype)
+    assert networks.lowered_gradient(config, side, platform).count('name = "window_attention_') == kernels
 
 
 @pytest.mark.parametrize(
