@@ -189,10 +189,9 @@ class Linear(nnx.Module):
 
     def apply(self, x: Array, kernel: Array) -> Array:
         """Maps with a kernel made from the layer's own, such as one for another patch."""
-        return self.shift(product(x, kernel.astype(x.dtype), self.input_dims))
+        return self.add_bias(product(x, kernel.astype(x.dtype), self.input_dims))
 
-    def shift(self, y: Array) -> Array:
-        """Adds the bias."""
+    def add_bias(self, y: Array) -> Array:
         if self.bias is None:
             return y
         # In float32, so that the bias's gradient, a sum over all tokens, is added up in float32.
@@ -213,7 +212,7 @@ def side_by_side(maps: Sequence[Linear], x: Array) -> list[Array]:
     if kernels.platform() != "gpu":
         return [map_(x) for map_ in maps]
     y = stacked_product(maps, x)
-    return [map_.shift(y[..., i, :]) for i, map_ in enumerate(maps)]
+    return [map_.add_bias(y[..., i, :]) for i, map_ in enumerate(maps)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
