@@ -2,16 +2,16 @@
 
 import pytest
 
-from benchmarks import kernels
+from benchmarks import gpu_kernels
 
 
-@pytest.mark.parametrize("kind", kernels.CASES)
+@pytest.mark.parametrize("kind", gpu_kernels.CASES)
 def test_a_kernel_rounds_no_more_than_what_it_replaces(kind):
-    ((ours, theirs),) = kernels.main(["--interpret", "--only", kind])
+    ((ours, theirs),) = gpu_kernels.main(["--interpret", "--only", kind])
     assert 0 < ours < 1.2 * theirs < 1e-2
 
 
 def test_without_a_gpu_one_sentence_says_so(capsys):
     with pytest.raises(SystemExit):
-        kernels.main([])
+        gpu_kernels.main([])
     assert "there is no NVIDIA GPU here" in capsys.readouterr().err

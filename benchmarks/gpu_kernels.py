@@ -1,8 +1,8 @@
 """The kernels for NVIDIA GPUs beside what runs where they do not: time on the device, memory traffic and rounding.
 
-    python -m benchmarks.kernels                         # on a GPU: attention, window attention, layer norm
-    python -m benchmarks.kernels --only=norm --rounds=3
-    python -m benchmarks.kernels --interpret             # anywhere: the same kernels on small arrays, results only
+    python -m benchmarks.gpu_kernels                         # on a GPU: attention, window attention, layer norm
+    python -m benchmarks.gpu_kernels --only=norm --rounds=3
+    python -m benchmarks.gpu_kernels --interpret             # anywhere: the same kernels on small arrays, results only
 
 Each case is a forward and a backward pass in bfloat16. The two sides take turns; a round adds up the time of all of a
 side's programs on the device by JAX's profiler, so what Python takes to start them does not count. "bytes" is the time
