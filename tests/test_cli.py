@@ -41,6 +41,7 @@ MISTAKES = {
     ),
     "not a number": ([SMOKE, "--config.optim.lr=fast"], "--config.optim.lr=fast: could not convert string to float"),
     "no number": ([SMOKE, "--config.optim.lr="], "--config.optim.lr="),
+    "neither true nor false": ([SMOKE, "--config.model.scan=maybe"], "--config.model.scan is 'maybe'; it must be"),
     "not an integer": ([SMOKE, "--config.mesh.data=1.5"], "--config.mesh.data=1.5: invalid literal for int()"),
     "an open bracket": ([SMOKE, "--config.model.patch=(7,7"], "--config.model.patch=(7,7"),
     "a word for a tuple": (

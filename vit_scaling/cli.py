@@ -171,6 +171,8 @@ def _flag_sentence(error: BaseException) -> str:
             )
     if re.search(r"Unable to normalize ambiguous type|Could not parse '|does not exist and the type", text):
         return "an override names no field that can be set: write --config.NAME=VALUE with a NAME of train --help"
+    if boolean := re.search(r"flag --([\w.]+)=(.*): \('Non-boolean argument", text):
+        return f"--{boolean[1]} is {boolean[2]!r}; it must be true or false"
     if missing := re.search(r"Flag --(\w+) must have a value other than None", text):
         return f"--{missing[1]} must be given; --help says what it is"
     return " ".join(text.split()) or f"the flags cannot be read: {type(error).__name__}"
