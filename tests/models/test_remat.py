@@ -9,7 +9,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from vit_scaling import models
-from vit_scaling.models import attention_cnn, layers, resnet, swin, vit
+from vit_scaling.models import attention_cnn, resnet, stack, swin, vit
 from vit_scaling.ops import attention, kernels
 
 CASES = {
@@ -74,7 +74,7 @@ def test_a_barrier_keeps_the_recomputation_behind_the_forward_pass_where_no_loop
 
     def loss(x, kernels):
         step = lambda x, kernel: (jnp.sin(x @ kernel), None)  # noqa: E731
-        return jnp.sum(jnp.square(layers.scan_layers(step, x, kernels, scan=scan, remat="full")[0]))
+        return jnp.sum(jnp.square(stack.scan_layers(step, x, kernels, scan=scan, remat="full")[0]))
 
     shapes = jax.ShapeDtypeStruct((8, 8), jnp.float32), jax.ShapeDtypeStruct((length, 8, 8), jnp.float32)
     program = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).as_text()

@@ -14,7 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from tests.golden import fill
 from vit_scaling import UserError, flops, models, names
-from vit_scaling.models import layers, vit
+from vit_scaling.models import layers, stack, vit
 from vit_scaling.ops import attention, kernels, rotary
 
 # Scaling Vision Transformers, Table 2: parameters in millions and forward GFLOPs at 224 and at 384 pixels.
@@ -482,7 +482,7 @@ def test_layers_are_a_loop_but_on_gpus(platform: str, loop: bool, monkeypatch: p
     monkeypatch.setattr(kernels, "platform", lambda: platform)
     step = lambda x, kernel: (x @ kernel, None)  # noqa: E731
     for scan, expected in ((None, loop), (True, True), (False, False)):
-        run = functools.partial(layers.scan_layers, step, scan=scan, remat="dots")
+        run = functools.partial(stack.scan_layers, step, scan=scan, remat="dots")
         lowered = jax.jit(run).lower(jnp.ones((2, 4)), jnp.ones((3, 4, 4))).as_text()
         assert ("stablehlo.while" in lowered) == expected
 

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vit_scaling import UserError
-from vit_scaling.models import layers
+from vit_scaling.models import layers, stack
 from vit_scaling.ops import relative
 from vit_scaling.parallel.sharding import constrain
 
@@ -45,7 +45,7 @@ class AttentionCNNConfig:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
-        choices = {"position": POSITIONS, "dtype": layers.DTYPES, "remat": tuple(layers.REMAT_POLICIES)}
+        choices = {"position": POSITIONS, "dtype": layers.DTYPES, "remat": tuple(stack.REMAT_POLICIES)}
         layers.check(self, choices=choices, positive=("width", "depth", "heads", "mlp"), rates=("dropout", "norm_eps"))
         if self.width % 2 and self.position.startswith("learned+"):
             raise UserError(f"model.width {self.width} is odd; half of each query looks at rows, half at columns")
@@ -220,7 +220,7 @@ class AttentionCNN(nnx.Module):
             return block(x_BHWD, keep_N, key), None
 
         per_layer, config = (self.blocks, self._keep(), keys), self.config
-        x_BHWD, _ = layers.scan_layers(step, self._tokens(images_BHWC), per_layer, scan=config.scan, remat=config.remat)
+        x_BHWD, _ = stack.scan_layers(step, self._tokens(images_BHWC), per_layer, scan=config.scan, remat=config.remat)
         return jnp.mean(x_BHWD.astype(jnp.float32), axis=(1, 2))
 
     def __call__(self, images_BHWC: Float[Array, "B H W 3"], key: PRNGKeyArray | None = None) -> Float[Array, "B M"]:

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vit_scaling import UserError
-from vit_scaling.models import layers, spatial
+from vit_scaling.models import layers, spatial, stack
 from vit_scaling.ops import local
 from vit_scaling.parallel.sharding import constrain
 
@@ -62,7 +62,7 @@ class ResNetConfig:
     def __post_init__(self) -> None:
         choices = {"depth": tuple(DEPTHS), "spatial": SPATIAL, "stem": STEMS, "backend": local.BACKENDS}
         choices |= {"position": spatial.POSITIONS}
-        choices |= {"dtype": layers.DTYPES, "remat": tuple(layers.REMAT_POLICIES)}
+        choices |= {"dtype": layers.DTYPES, "remat": tuple(stack.REMAT_POLICIES)}
         positive = ("width", "heads", "stem_heads", "stem_mixtures")
         layers.check(self, choices=choices, positive=positive, rates=("bn_decay", "bn_eps"))
         for name, groups in (("groups", self.groups), ("nonlocal_after", self.nonlocal_after)):
@@ -182,10 +182,10 @@ class Group(nnx.Module):
             x_BHWC = block(x_BHWC, train)
             return x_BHWC, nnx.state(block, nnx.BatchStat) if train else {}
 
-        x_BHWC, statistics = layers.rematerialize(step, self.remat, in_loop=False)(x_BHWC, self.entry)
+        x_BHWC, statistics = stack.rematerialize(step, self.remat, in_loop=False)(x_BHWC, self.entry)
         nnx.update(self.entry, statistics)
         if self.blocks is not None:
-            x_BHWC, statistics = layers.scan_layers(step, x_BHWC, self.blocks, scan=self.scan, remat=self.remat)
+            x_BHWC, statistics = stack.scan_layers(step, x_BHWC, self.blocks, scan=self.scan, remat=self.remat)
             nnx.update(self.blocks, statistics)
         return x_BHWC if self.non_local is None else self.non_local(x_BHWC, train)
 

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vit_scaling import UserError
-from vit_scaling.models import layers
+from vit_scaling.models import layers, stack
 from vit_scaling.models.swin_config import (
     SIZES,
     SwinConfig,
@@ -211,7 +211,7 @@ class Stage(nnx.Module):
             weights: list[Any] = [plain, shifted]
             return x_BHWD, jnp.stack(weights) if maps else None
 
-        scan_pairs = functools.partial(layers.scan_layers, step, scan=self.config.scan, remat=self.config.remat)
+        scan_pairs = functools.partial(stack.scan_layers, step, scan=self.config.scan, remat=self.config.remat)
         pairs = (self.blocks, rates_P2, keys_P2)
         if self.extra_norm is None:
             return scan_pairs(x_BHWD, pairs)
@@ -223,7 +223,7 @@ class Stage(nnx.Module):
 
         groups = jax.tree.map(lambda a: a.reshape(self.groups, -1, *a.shape[1:]), pairs)
         parts = (groups, self.extra_norm.blocks)
-        x_BHWD, weights = layers.scan_layers(group, x_BHWD, parts, scan=self.config.scan, remat="none")
+        x_BHWD, weights = stack.scan_layers(group, x_BHWD, parts, scan=self.config.scan, remat="none")
         return x_BHWD, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), weights)
 
 

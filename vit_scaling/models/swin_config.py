@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from vit_scaling import UserError
-from vit_scaling.models import layers
+from vit_scaling.models import layers, stack
 from vit_scaling.ops import windows
 
 
@@ -77,7 +77,7 @@ def variant(name: str, **fields: object) -> SwinConfig:
 def check(config: SwinConfig) -> None:
     """Raises UserError, in one sentence, for the first field that cannot work."""
     choices = {"version": (1, 2), "gelu": tuple(layers.GELUS), "dtype": layers.DTYPES}
-    choices |= {"remat": tuple(layers.REMAT_POLICIES), "shift_rule": windows.RULES}
+    choices |= {"remat": tuple(stack.REMAT_POLICIES), "shift_rule": windows.RULES}
     positive, rates = ("width", "window", "patch", "mlp_ratio"), ("drop_path", "norm_eps")
     layers.check(config, choices=choices, positive=positive, rates=rates)
     if not config.depths or any(depth < 2 or depth % 2 for depth in config.depths):

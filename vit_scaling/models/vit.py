@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vit_scaling import UserError
-from vit_scaling.models import flexi, layers
+from vit_scaling.models import flexi, layers, stack
 from vit_scaling.models.vit_config import (
     NOT_OF_THE_WEIGHTS,
     SIZES,
@@ -256,7 +256,7 @@ class ViT(nnx.Module):
             return block(x_BLD, rate, key if self.config.drop_path else None, angles_LA, tokens), None
 
         per_layer = (self.blocks, self._drop_path_rates(), keys)
-        x_BLD, _ = layers.scan_layers(step, x_BLD, per_layer, scan=self.config.scan, remat=self.config.remat)
+        x_BLD, _ = stack.scan_layers(step, x_BLD, per_layer, scan=self.config.scan, remat=self.config.remat)
         x_BLD = constrain(x_BLD[:, :tokens])
         return x_BLD if self.config.pool_norm else self.norm(x_BLD)
 

@@ -5,7 +5,7 @@ import math
 from typing import NamedTuple
 
 from vit_scaling import UserError
-from vit_scaling.models import layers
+from vit_scaling.models import layers, stack
 
 
 class Size(NamedTuple):
@@ -47,7 +47,7 @@ CHOICES = {
     "norm": ("layernorm", "rmsnorm"),
     "gelu": tuple(layers.GELUS),
     "dtype": layers.DTYPES,
-    "remat": tuple(layers.REMAT_POLICIES),
+    "remat": tuple(stack.REMAT_POLICIES),
 }
 
 

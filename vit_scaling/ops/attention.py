@@ -111,7 +111,7 @@ def padded_length(tokens: int, heads: int, head_dim: int, dtype: jnp.dtype) -> i
     token. To pad each layer's queries, keys, values and gradients instead would cost more than half of the kernel.
     """
     like = jax.ShapeDtypeStruct((1, tokens, heads, head_dim), dtype)
-    return tokens + tokens % 2 if implementation(like, like) == "cudnn" else tokens
+    return tokens + 1 if tokens % 2 and implementation(like, like) == "cudnn" else tokens
 
 
 def cudnn(
